@@ -1,0 +1,79 @@
+"""A window is the frames it says, a function of (seed, k), scaled and centred. Run: pytest tests/data/test_clips.py"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.conftest import frame_numbers
+from toolkit.data.clips import ClipSettings, draw_window, load_clip, resize_cover
+from toolkit.data.format import BadSample, ClipInfo
+from toolkit.data.index import open_shards
+
+SETTINGS = ClipSettings(frames=3, height_px=48, width_px=64, strides=(1, 2, 4))
+
+
+def test_window_decodes_to_its_numbers(packed: Path) -> None:
+    """For many positions: consecutive frames at one stride, inside the clip; fps is the source's over the stride."""
+    index = open_shards(packed, "train")
+    seen = set()
+    for k in range(40):
+        sample = k % len(index)
+        clip = load_clip(index, sample, SETTINGS, 7, k)
+        window, stride, _ = draw_window(index.rows[sample].clip, SETTINGS, 7, k)
+        first = round(index.rows[sample].clip.start_s * 25)
+        assert frame_numbers(clip.frames_THWC) == [first + i for i in window]
+        assert clip.fps == 25 / stride and clip.position == k and clip.key == index.rows[sample].key
+        seen.add((stride, window[0]))
+    assert {stride for stride, _ in seen} == {1, 2, 4} and len(seen) > 10
+
+
+def test_draws_depend_on_seed_and_position() -> None:
+    """The same (seed, k) draws the same; flips and starts cover their range; every start is reached."""
+    info, settings = ClipInfo(fps=25, frames=6, height=8, width=8), replace(SETTINGS, strides=(1, 5), flip=True)
+    draws = [draw_window(info, settings, 1, k) for k in range(200)]
+    assert draws == [draw_window(info, settings, 1, k) for k in range(200)]
+    assert draws != [draw_window(info, settings, 2, k) for k in range(200)]
+    assert {window[0] for window, _, _ in draws} == {0, 1, 2, 3}
+    assert 60 < sum(flip for _, _, flip in draws) < 140
+    assert {stride for _, stride, _ in draws} == {1}  # 5 does not fit into 6 frames
+
+
+def test_centre_window_is_fixed() -> None:
+    """Evaluation takes the middle at the smallest stride, whatever the seed, never mirrored."""
+    info, settings = ClipInfo(fps=25, frames=10, height=8, width=8), replace(SETTINGS, window="centre", flip=True)
+    assert {draw_window(info, settings, seed, seed) for seed in range(9)} == {(range(3, 6), 1, False)}
+
+
+def test_too_short_is_a_bad_sample() -> None:
+    """The reason tells both numbers."""
+    with pytest.raises(BadSample, match="has 5 frames; 3 at stride 4 need 9"):
+        draw_window(ClipInfo(fps=25, frames=5, height=8, width=8), replace(SETTINGS, strides=(4,)), 0, 0)
+
+
+def test_flip_mirrors(packed: Path) -> None:
+    """A flipped clip is the mirror image of the plain one."""
+    index = open_shards(packed, "train")
+    for k in range(20):
+        plain = load_clip(index, 0, SETTINGS, 3, k)
+        maybe = load_clip(index, 0, replace(SETTINGS, flip=True), 3, k)
+        if draw_window(index.rows[0].clip, replace(SETTINGS, flip=True), 3, k)[2]:
+            assert np.array_equal(maybe.frames_THWC, plain.frames_THWC[:, :, ::-1])
+            return
+    raise AssertionError("no flip in 20 positions")
+
+
+def test_resize_covers_and_centres() -> None:
+    """The centre stays in the centre, the longer side is cropped evenly, fine stripes turn grey and not moire."""
+    y, x = np.mgrid[:90, :160]
+    frames_THWC = np.stack([np.stack([x, y, 0 * x], -1)] * 2).astype(np.uint8)
+    out = resize_cover(frames_THWC, 32, 32)
+    assert out.shape == (2, 32, 32, 3)
+    middle_C = out[0, 15:17, 15:17].mean((0, 1))
+    assert np.abs(middle_C - [79.5, 44.5, 0]).max() < 1.5
+    assert np.abs(out[0, :, 0, 0].mean() - (35 + 90 / 64)) < 2 and np.abs(out[0, :, -1, 0].mean() - (124 - 90 / 64)) < 2
+    stripes = np.zeros((1, 64, 64, 3), np.uint8)
+    stripes[:, :, ::2] = 255
+    assert np.abs(resize_cover(stripes, 16, 16)[:, :, 2:-2].astype(int) - 127).max() < 12
+    assert resize_cover(stripes, 64, 64) is stripes

@@ -1,0 +1,204 @@
+"""Tars are read by offset, checked, and only if harmless. Run: pytest tests/data/test_format.py"""
+
+import io
+import json
+import shutil
+import subprocess
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import webdataset
+
+from tests.data.conftest import encode, frame_numbers, numbered_frames
+from toolkit.data.format import (
+    BadSample,
+    build_index,
+    fingerprint,
+    index_path,
+    load_index,
+    read_member,
+    scan_tar,
+)
+from toolkit.data.index import open_shards
+from toolkit.data.video import read_frames
+from toolkit.errors import UserError
+
+FACTS = {"fps": 25, "frames": 4, "height": 48, "width": 64}
+
+
+def make_tar(path: Path, members: list[tuple[str, bytes]], mode: Literal["w", "w:gz"] = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def sample(key: str) -> list[tuple[str, bytes]]:
+    return [(f"{key}.mp4", b"video of " + key.encode()), (f"{key}.json", json.dumps(FACTS).encode())]
+
+
+def test_stock_webdataset_reads_ours(packed: Path) -> None:
+    """webdataset yields the same keys and bytes as our index, in the same order."""
+    index = open_shards(packed, "train")
+    urls = sorted(str(path) for path in packed.glob("train-*.tar"))
+    stock = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [row["__key__"] for row in stock] == [row.key for row in index.rows]
+    for i, row in enumerate(stock):
+        assert row["mp4"] == index.read(i, "mp4")
+        assert json.loads(row["json"])["frames"] == index.rows[i].clip.frames
+
+
+def test_we_read_stock_webdataset(tmp_path: Path) -> None:
+    """A shard by webdataset's TarWriter, without our fields, is indexed at first sight by probing its videos."""
+    with webdataset.TarWriter(str(tmp_path / "000.tar")) as writer:
+        for i in range(3):
+            video = encode(numbered_frames(range(10 + i)), fps=10)
+            writer.write({"__key__": f"s{i}", "mp4": video, "json": {"caption": f"word {i}"}})
+    index = open_shards(tmp_path, "train")
+    assert index_path(tmp_path / "000.tar").exists()
+    assert [(row.clip.frames, row.clip.fps, row.clip.height, row.clip.width) for row in index.rows] == [
+        (10 + i, 10.0, 48, 64) for i in range(3)
+    ]
+    assert index.rows[1].clip.caption == "word 1"
+    assert frame_numbers(read_frames(index.read(2, "mp4"))) == list(range(12))
+
+
+def test_we_read_plain_tar(tmp_path: Path) -> None:
+    """A folder put together by `tar`, with a directory entry and ./ names, reads as it is."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    (folder / "a.mp4").write_bytes(encode(numbered_frames(range(7))))
+    (folder / "b.mp4").write_bytes(encode(numbered_frames(range(8))))
+    subprocess.run(["tar", "--sort=name", "-cf", tmp_path / "plain.tar", "-C", folder, "."], check=True)
+    assert [(row.key, row.clip.frames) for row in open_shards(tmp_path, "train").rows] == [("./a", 7), ("./b", 8)]
+
+
+def test_index_round_trip_and_checksum(tmp_path: Path) -> None:
+    """A written index reads back equal; its rows locate and verify each member; a flipped bit is a BadSample."""
+    tar = make_tar(tmp_path / "x.tar", sample("a") + sample("b"))
+    index = load_index(tar)
+    assert load_index(tar) == index == build_index(tar)
+    member = index.samples[1].members["mp4"]
+    assert read_member(tar, index.samples[1], "mp4") == b"video of b"
+    assert member.crc32 == zlib.crc32(b"video of b")
+    data = bytearray(tar.read_bytes())
+    data[member.offset] ^= 1
+    tar.write_bytes(data)
+    assert read_member(tar, index.samples[0], "mp4") == b"video of a"
+    with pytest.raises(BadSample, match=f"b.mp4 at offset {member.offset}: checksum"):
+        read_member(tar, index.samples[1], "mp4")
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/a.json", "../a.json", "x/../../a.json", "a.pyd", "a.pkl", "a.pth", "a.mp4.gz", "a"]
+)
+def test_hostile_names_are_refused(tmp_path: Path, name: str) -> None:
+    """Absolute or climbing names and extensions outside the list are refused by name."""
+    tar = make_tar(tmp_path / "x.tar", [(name, b"{}")])
+    with pytest.raises(UserError, match="is refused"):
+        build_index(tar)
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_only_regular_members(tmp_path: Path, kind: bytes) -> None:
+    """Links, devices and pipes are refused."""
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        info = tarfile.TarInfo("a.mp4")
+        info.type, info.linkname = kind, "/etc/passwd"
+        tar.addfile(info)
+    with pytest.raises(UserError, match="not a regular file"):
+        build_index(tmp_path / "x.tar")
+
+
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
+    """A compressed tar and a file that is no tar are told apart from a damaged one, with the remedy."""
+    packed = make_tar(tmp_path / "gz.tar", sample("a"), "w:gz")
+    text = tmp_path / "text.tar"
+    text.write_text("hello" * 400)
+    for path in (packed, text):
+        with pytest.raises(UserError, match="uncompressed tars"):
+            build_index(path)
+
+
+def test_key_rules(tmp_path: Path) -> None:
+    """Members of one key must be adjacent and different; a sample without a video or facts cannot be indexed."""
+    a, b = sample("a"), sample("b")
+    cases = {
+        "not adjacent": [a[0], b[0], b[1], a[1]],
+        "there twice": [a[0], a[0]],
+        "sample a cannot be indexed": [("a.txt", b"x")],
+        "field fps": [("a.safetensors", b"x"), ("a.json", b"{}")],
+        "field frames": [a[0], ("a.json", json.dumps(FACTS | {"frames": -1}).encode())],
+        "not an object": [a[0], ("a.json", b"[]")],
+    }
+    for i, (message, members) in enumerate(cases.items()):
+        with pytest.raises(UserError, match=message):
+            build_index(make_tar(tmp_path / f"{i}.tar", members))
+
+
+def test_every_cut_and_damaged_header_is_found(tmp_path: Path) -> None:
+    """Cutting the tar at any block, or breaking any header, is an error: webdataset drops the rest in silence."""
+    whole = make_tar(tmp_path / "x.tar", sample("a") + sample("b"), "w")
+    data = whole.read_bytes()
+    end = max(member.offset + member.size_bytes for _, member in scan_tar(whole))
+    damaged = tmp_path / "damaged.tar"
+    for size in range(0, -(-end // 512) * 512 + 1024, 512):
+        damaged.write_bytes(data[:size])
+        with pytest.raises(UserError):
+            build_index(damaged)
+    headers = [member.offset - 512 for _, member in scan_tar(whole)]
+    for offset in headers:
+        for at in (0, 124, 148):  # name, size, checksum
+            flipped = bytearray(data)
+            flipped[offset + at] ^= 1
+            damaged.write_bytes(flipped)
+            with pytest.raises(UserError):
+                build_index(damaged)
+        damaged.write_bytes(data[:offset] + bytes(512) + data[offset + 512 :])
+        with pytest.raises(UserError):
+            build_index(damaged)
+
+
+def test_stale_or_foreign_index_is_refused(tmp_path: Path) -> None:
+    """An index for another size, another version, or torn, says which file to delete."""
+    tar = make_tar(tmp_path / "x.tar", sample("a"))
+    good = load_index(tar).model_dump_json()
+    path = index_path(tar)
+    for text in (good[:40], good.replace('"format_version":1', '"format_version":9')):
+        path.write_text(text)
+        with pytest.raises(UserError, match="x.index.json"):
+            load_index(tar)
+    path.write_text(good)
+    make_tar(tar, sample("a") + [(f"b{i}.mp4", bytes(9000)) for i in range(3)])
+    with pytest.raises(UserError, match="delete .*x.index.json"):
+        load_index(tar)
+
+
+def test_fingerprint_is_of_content(tmp_path: Path) -> None:
+    """Renaming or reordering shards keeps the fingerprint; changing one byte changes it."""
+    a = load_index(make_tar(tmp_path / "a.tar", sample("a")))
+    b = load_index(make_tar(tmp_path / "b.tar", sample("b")))
+    renamed = load_index(Path(shutil.copy(tmp_path / "a.tar", tmp_path / "c.tar")))
+    assert fingerprint([a, b]) == fingerprint([b, renamed]) != fingerprint([a])
+
+
+def test_split_is_in_the_names(packed: Path, tmp_path: Path) -> None:
+    """val reads val-*.tar, train all others; missing folders, shards and splits say what to do."""
+    train, val = open_shards(packed, "train"), open_shards(packed, "val")
+    assert {path.name[:4] for path in val.shards} == {"val-"} and {path.name[:6] for path in train.shards} == {"train-"}
+    assert len(train) == sum(train.shard_sizes) and len(train.shard_sizes) > 4
+    assert train.fingerprint != val.fingerprint
+    with pytest.raises(UserError, match="there is no folder"):
+        open_shards(tmp_path / "none", "train")
+    with pytest.raises(UserError, match=r"python shards/pack.py VIDEOS"):
+        open_shards(tmp_path, "train")
+    make_tar(tmp_path / "x.tar", [])
+    with pytest.raises(UserError, match="no val shards"):
+        open_shards(tmp_path, "val")
+    with pytest.raises(UserError, match="holds no samples"):
+        open_shards(tmp_path, "train")

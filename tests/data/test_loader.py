@@ -1,0 +1,124 @@
+"""Batches depend on (seed, step) alone; bad samples are replaced and listed. Run: pytest tests/data/test_loader.py"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from toolkit.data.clips import ClipSettings
+from toolkit.data.index import DatasetIndex, open_shards
+from toolkit.data.loader import Batch, make_loader
+from toolkit.data.order import Order
+from toolkit.errors import UserError
+
+SETTINGS = ClipSettings(frames=3, height_px=24, width_px=32, strides=(1, 2), flip=True)
+
+
+def run(index: DatasetIndex, start: int = 0, stop: int = 6, world: int = 1, **options: Any) -> list[list[Batch]]:
+    """Collect the micro-batches of each rank: global batch 4, micro-batch 1."""
+    order = Order(index.shard_sizes, 5)
+    settings = options.pop("settings", SETTINGS)
+    return [
+        list(
+            make_loader(
+                index,
+                order,
+                settings,
+                start_step=start,
+                stop_step=stop,
+                global_batch=4,
+                micro_batch=1,
+                rank=rank,
+                world=world,
+                **options,
+            )
+        )  # fmt: skip
+        for rank in range(world)
+    ]
+
+
+def same(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x.frames_BTHWC, y.frames_BTHWC)
+        and torch.equal(x.fps_B, y.fps_B)
+        and torch.equal(x.motion_B, y.motion_B)
+        and (x.positions, x.keys, x.substitutes) == (y.positions, y.keys, y.substitutes)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@pytest.fixture
+def damaged(packed: Path, tmp_path: Path) -> DatasetIndex:
+    """The packed shards with one bit flipped in the third clip's video."""
+    folder = Path(shutil.copytree(packed, tmp_path / "damaged"))
+    index = open_shards(folder, "train")
+    with open(index.shards[2], "r+b") as file:
+        file.seek(index.rows[2].members["mp4"].offset + 100)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+    return index
+
+
+def test_batch_types(packed: Path) -> None:
+    """Shapes, dtypes and provenance of one batch."""
+    batch = run(open_shards(packed, "train"), stop=1)[0][0]
+    assert batch.frames_BTHWC.shape == (1, 3, 24, 32, 3) and batch.frames_BTHWC.dtype == torch.uint8
+    assert batch.fps_B.dtype == batch.motion_B.dtype == torch.float32
+    assert batch.positions == [0] and len(batch.keys) == 1 and batch.substitutes == []
+
+
+def test_workers_change_nothing(packed: Path) -> None:
+    """0 and 2 workers give bit-equal batches, and neither touches the global generator."""
+    index = open_shards(packed, "train")
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert same(run(index, workers=0)[0], run(index, workers=2)[0])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_resume_equals_the_tail(packed: Path) -> None:
+    """Starting at step 4 gives the last steps of an uninterrupted run, across an epoch's end."""
+    index = open_shards(packed, "train")
+    assert len(index) < 24
+    assert same(run(index, start=4)[0], run(index)[0][16:])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_the_same_batches(packed: Path, world: int) -> None:
+    """Interleaving the ranks' micro-batches gives those of one process, bit for bit."""
+    index = open_shards(packed, "train")
+    ranks = run(index, world=world)
+    interleaved = [batch for together in zip(*ranks, strict=True) for batch in together]
+    assert same(interleaved, run(index)[0])
+
+
+def test_bad_sample_is_replaced_alike_everywhere(damaged: DatasetIndex) -> None:
+    """One substitute, the same for worlds 1 and 2 and workers 0 and 2, listed with its reason."""
+    alone = run(damaged)[0]
+    ranks = run(damaged, world=2, workers=2)
+    assert same([batch for pair in zip(*ranks, strict=True) for batch in pair], alone)
+    rows = [row for batch in alone for row in batch.substitutes]
+    bad = damaged.rows[2].key
+    assert rows and {row.key for row in rows} == {bad} and all("checksum" in row.reason for row in rows)
+    assert bad not in [key for batch in alone for key in batch.keys]
+    order = Order(damaged.shard_sizes, 5)
+    drawn = [order[k] for k in range(24)] + [order.substitute(row.position, 1) for row in rows]
+    assert len(rows) == drawn.count(2)
+    for batch in alone:
+        assert [row.substitute_key for row in batch.substitutes] == batch.keys[: len(batch.substitutes)]
+
+
+def test_too_many_bad_samples_stop_the_run(packed: Path) -> None:
+    """Over max_bad_fraction, or with nothing usable, one sentence names clips and reasons."""
+    index = open_shards(packed, "train")
+    frames = sorted(row.clip.frames for row in index.rows)
+    assert frames[0] < frames[-1]
+    half = ClipSettings(frames=frames[len(frames) // 2] + 1, height_px=24, width_px=32)
+    with pytest.raises(UserError, match="clips are bad, allowed are 2 .* need"):
+        run(index, settings=half, max_bad_fraction=0.2)
+    for workers in (0, 2):
+        with pytest.raises(UserError, match="in a row are unusable .* need 99"):
+            run(index, settings=ClipSettings(99, 24, 32), workers=workers)

@@ -1,0 +1,115 @@
+"""Frames come back exactly, upright and by number. Run: pytest tests/data/test_video.py"""
+
+import io
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from tests.data.conftest import encode, frame_numbers, numbered_frames
+from toolkit.data import video
+from toolkit.data.video import VideoError, iter_frames, probe, read_frames, write_video
+
+
+@pytest.mark.parametrize("gop", [1, 2, 3, 12, 250])
+def test_seek_is_frame_exact(gop: int) -> None:
+    """Any window of any stride returns the frames of those numbers, for short and long GOPs with B-frames."""
+    data = encode(numbered_frames(range(80)), gop=gop)
+    draws = np.random.default_rng(gop)
+    for _ in range(12):
+        stride = int(draws.integers(1, 5))
+        start = int(draws.integers(0, 80 - 4 * stride))
+        wanted = list(range(start, start + 4 * stride, stride))
+        assert frame_numbers(read_frames(data, wanted, "mp4")) == wanted
+    assert frame_numbers(read_frames(data, [79], "mp4")) == [79]
+
+
+def test_variable_rate_is_frame_exact() -> None:
+    """Frames are numbered in display order even where their spacing varies."""
+    buffer, frames_THWC = io.BytesIO(), numbered_frames(range(40))
+    with av.open(buffer, "w", format="matroska") as container:
+        stream = container.add_stream("libx264", rate=30, options={"threads": "1"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for i, frame_HWC in enumerate(frames_THWC):
+            frame = av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")
+            frame.pts, frame.time_base = 500 + 33 * i + 7 * (i % 3), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert frame_numbers(read_frames(buffer.getvalue(), [3, 17, 18, 39], "mkv")) == [3, 17, 18, 39]
+
+
+def test_colours_survive() -> None:
+    """A flat colour comes back within 2 of 255 in each channel."""
+    for colour in ([255, 0, 0], [0, 255, 0], [0, 0, 255], [128, 128, 128], [255, 255, 255], [200, 120, 40]):
+        frames_THWC = np.zeros((3, 32, 32, 3), np.uint8) + np.array(colour, np.uint8)
+        assert np.abs(read_frames(encode(frames_THWC)).astype(int) - colour).max() <= 2
+
+
+def test_same_frames_give_same_bytes_and_odd_sides_lose_one() -> None:
+    """Encoding is deterministic, and 4:2:0 drops an odd last row and column."""
+    frames_THWC = numbered_frames(range(5))[:, :47, :63]
+    assert encode(frames_THWC) == encode(frames_THWC)
+    assert read_frames(encode(frames_THWC)).shape == (5, 46, 62, 3)
+
+
+def test_rotation_is_applied(tmp_path: Path) -> None:
+    """A video marked as turned, as phones do, comes out upright, and the probe tells the upright size."""
+    frames_THWC = np.zeros((3, 32, 64, 3), np.uint8)
+    frames_THWC[:, :, :32] = 255  # left half white
+    path = tmp_path / "turned.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 32, 64, "yuv420p"
+        stream.set_display_rotation(-90)  # clockwise
+        for frame_HWC in frames_THWC:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
+        container.mux(stream.encode(None))
+    facts, upright_THWC = probe(path), read_frames(path)
+    assert (facts.height_px, facts.width_px) == upright_THWC.shape[1:3] == (64, 32)
+    assert upright_THWC[0, :30].min() > 200 and upright_THWC[0, 34:].max() < 50  # left became top
+
+
+def test_streaming_equals_reading_and_avi_reads(tmp_path: Path) -> None:
+    """iter_frames yields what read_frames returns; an AVI, which has no display times, streams too."""
+    path = tmp_path / "a.mp4"
+    assert write_video(path, (frame_HWC for frame_HWC in numbered_frames(range(9))), 25) == 9
+    assert np.array_equal(np.stack(list(iter_frames(path))), read_frames(path))
+    with av.open(str(tmp_path / "b.avi"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for frame_HWC in numbered_frames(range(9)):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
+        container.mux(stream.encode(None))
+    assert probe(tmp_path / "b.avi").frames == 9
+    assert frame_numbers(np.stack(list(iter_frames(tmp_path / "b.avi")))) == list(range(9))
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    """A file that is no video, is missing, or is cut is a VideoError naming it."""
+    text, cut = tmp_path / "text.mp4", tmp_path / "cut.mp4"
+    text.write_text("no video at all")
+    cut.write_bytes(encode(numbered_frames(range(30)))[:1000])
+    for path in (text, cut, tmp_path / "missing.mp4"):
+        with pytest.raises(VideoError, match=path.name):
+            probe(path)
+    with pytest.raises(VideoError, match="of a video of 5"):
+        read_frames(encode(numbered_frames(range(5))), [3, 7])
+
+
+def test_limits_hold_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many pixels or frames, a codec outside the list, or another container in a shard's bytes are refused."""
+    data = encode(numbered_frames(range(30)))
+    with pytest.raises(VideoError):
+        read_frames(data, [0], "mkv")
+    monkeypatch.setattr(video, "MAX_FRAMES", 29)
+    with pytest.raises(VideoError, match="over 29 frames"):
+        read_frames(data, [0], "mp4")
+    monkeypatch.setattr(video, "CODECS", ("ffv1",))
+    with pytest.raises(VideoError, match="codec h264"):
+        read_frames(data, [0], "mp4")
+    monkeypatch.setattr(video, "MAX_PIXELS", 64 * 48 - 1)
+    with pytest.raises(VideoError, match="64 x 48"):
+        read_frames(data, [0])

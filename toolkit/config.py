@@ -1,0 +1,226 @@
+"""The run, typed: one frozen tree of pydantic models, read from a YAML recipe and overridden by dotted names.
+
+Test: pytest tests/test_config.py. What each field means stands beside it; `launch/doctor.py` prints the resolved tree.
+Each number has one owner: a DeepSpeed JSON holds stage, buckets, overlap and offload, and one that sets more is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from toolkit.errors import UserError
+
+# What a DeepSpeed JSON may hold; every other number belongs to the recipe.
+DEEPSPEED_KEYS = {"zero_optimization", "zero_allow_untested_optimizer", "communication_data_type", "wall_clock_breakdown"}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    base: str = "tiny"  # folder or hub id in SVD layout (unet, vae, image_encoder, scheduler), or "tiny": made locally
+    unet: str | None = None  # folder or hub id whose unet/ replaces the base's (Framer publishes only that part)
+    revision: str | None = None  # hub commit of base
+    attention: Literal["auto", "xformers", "sdpa"] = "auto"
+    gradient_checkpointing: bool = True
+
+
+class LoraConfig(Section):
+    rank: int = Field(64, ge=1, le=1024)
+    alpha: float = Field(64, gt=0)
+    targets: str = "spatial"  # spatial | temporal | all, or a regular expression over module names
+
+
+class DataConfig(Section):
+    shards: str  # folder written by shards/pack.py
+    frames: int = Field(5, ge=3, le=64)  # T: frames of one sample's window, first and last included
+    stride: int = Field(4, ge=1, le=64)  # source frames between two frames of the window
+    height: int = Field(576, ge=16, le=2048)
+    width: int = Field(576, ge=16, le=2048)
+    flip: bool = False  # mirror half of the clips; off by default, because a mirrored sign can be another sign
+    workers: int = Field(2, ge=0, le=64)  # decoding processes per rank
+    max_bad_fraction: float = Field(0.05, ge=0, le=1)  # more unreadable clips than this share of the data stop the run
+
+    @model_validator(mode="after")
+    def check_sizes(self) -> DataConfig:
+        if self.frames % 2 == 0:
+            raise ValueError(f"frames is {self.frames}: it must be odd, so that a middle frame exists")
+        if self.height % 8 or self.width % 8:
+            raise ValueError(f"height x width is {self.height}x{self.width}: both must be multiples of 8, the VAE's factor")
+        return self
+
+
+class DiffusionConfig(Section):
+    layout: Literal["spec_middle", "framer_clip", "middle_in_clip"] = "middle_in_clip"
+    clip_tokens: Literal["first_last", "mean"] = "first_last"
+    scale_conditioning: bool = False  # True: conditioning latents x the VAE's scaling factor, as the spec has it
+    noise_sampler: Literal["uniform_t", "lognormal"] = "uniform_t"
+    lognormal_mean: float = 0.7
+    lognormal_std: float = Field(1.6, gt=0)
+    loss_space: Literal["epsilon", "v"] = "epsilon"
+    noise_augmentation: float = Field(0.0, ge=0, le=1)  # std of pixel noise on the two stills; also the third time id
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(1e-4, gt=0, le=1)
+    weight_decay: float = Field(0.01, ge=0, le=1)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class ScheduleConfig(Section):
+    shape: Literal["cosine", "constant"] = "cosine"  # after the warmup
+    warmup_steps: int = Field(100, ge=0)
+    epochs: float | None = Field(30, gt=0)  # passes over the clips; or give steps
+    steps: int | None = Field(None, ge=1)  # optimizer steps; wins over epochs
+
+
+class EngineConfig(Section):
+    kind: Literal["zero2", "plain"] = "zero2"
+    deepspeed: str = "ds_configs/zero2.json"
+    precision: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights and of compute; LoRA masters are fp32
+    global_batch: int = Field(8, ge=1)  # clips per optimizer step, whatever the number of processes
+    micro_batch: int = Field(1, ge=1)  # clips per forward; accumulation = global_batch / (micro_batch * processes)
+
+    @model_validator(mode="after")
+    def check_batch(self) -> EngineConfig:
+        if self.global_batch % self.micro_batch:
+            raise ValueError(f"global_batch {self.global_batch} must be a multiple of micro_batch {self.micro_batch}")
+        return self
+
+
+class ValidationConfig(Section):
+    clips: int = Field(8, ge=1)  # held-out clips that launch/evaluate.py scores
+    sampler_steps: int = Field(25, ge=1, le=1000)
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(200, ge=1)
+    keep: int = Field(3, ge=2)  # newest checkpoints kept; the last good one is always among them
+
+
+class RunConfig(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # the run folder is runs_dir/name
+    runs_dir: str = "runs"
+    seed: int = Field(0, ge=0)
+    log_every_steps: int = Field(10, ge=1)
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    engine: EngineConfig = EngineConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    @model_validator(mode="after")
+    def check_length(self) -> RunConfig:
+        if self.schedule.steps is None and self.schedule.epochs is None:
+            raise ValueError("schedule gives neither epochs nor steps; give one")
+        return self
+
+
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """Read a recipe and apply overrides by dotted name.
+
+    overrides  {"lora.rank": 32}: what the command line gave
+    raises     UserError naming the field, what was given and the nearest known name
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}; recipes are in launch/recipes") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is not a recipe: it must hold `section: {{key: value}}`, see launch/recipes")
+    for name, value in (overrides or {}).items():
+        _set_dotted(tree, name, value)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {'; '.join(_explain(e) for e in error.errors())}") from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """Write the resolved tree as YAML that load_config reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def field_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """List every dotted field name of the tree."""
+    names = []
+    for name, field in model.model_fields.items():
+        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        names += field_names(field.annotation, f"{prefix}{name}.") if is_section else [prefix + name]
+    return names
+
+
+def diff_configs(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """List the fields in which two runs differ: {dotted name: (old, new)}."""
+    flat_old, flat_new = _flatten(old.model_dump()), _flatten(new.model_dump())
+    return {name: (flat_old[name], flat_new[name]) for name in flat_new if flat_old[name] != flat_new[name]}
+
+
+def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
+    """Read what DeepSpeed alone owns; refuse a file that sets what the recipe owns."""
+    try:
+        settings = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read engine.deepspeed {path}: {error.strerror}; see ds_configs") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    foreign = sorted(set(settings) - DEEPSPEED_KEYS)
+    if foreign:
+        raise UserError(
+            f"{path} sets {', '.join(foreign)}, but batch, accumulation, clipping, precision and learning rate come from "
+            f"the recipe; take {'it' if len(foreign) == 1 else 'them'} out (allowed here: {', '.join(sorted(DEEPSPEED_KEYS))})"
+        )
+    return settings
+
+
+def _set_dotted(tree: dict[str, Any], name: str, value: Any) -> None:
+    *sections, key = name.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(_unknown(name))
+    tree[key] = value
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    return flat
+
+
+def _unknown(name: str) -> str:
+    known = field_names()
+    leaf = {n.split(".")[-1]: n for n in known}
+    near = difflib.get_close_matches(name, known, 1) or [leaf[n] for n in difflib.get_close_matches(name, list(leaf), 1)]
+    return f"unknown key {name}" + (f"; did you mean {near[0]}?" if near else "; `launch/doctor.py` prints every key")
+
+
+def _explain(error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return _unknown(name)
+    if error["type"] == "missing":
+        return f"{name} is missing; set it in the recipe or with --{name}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{name}: {message}" if error["type"] == "value_error" else f"{name} is {error['input']!r}: {message}"

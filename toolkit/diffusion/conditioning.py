@@ -1,0 +1,52 @@
+"""The only place that builds what the UNet reads, for training, validation and inference alike.
+
+Test: pytest tests/diffusion. Channels of the input, in this order: [0:4] noisy latents in the network's own scaling,
+[4:8] conditioning latents, [8] mask (0 known frame, 1 frame to generate); then tokens and time ids.
+Facts of the layout: aim-uofa/Framer, pipelines/pipeline_stable_video_diffusion_interp_control.py.
+"""
+
+import torch
+from torch import Tensor
+
+from toolkit.diffusion.layout import Layout
+
+
+def build_input(x_BTCHW: Tensor, ends_B2CHW: Tensor, mask_token_11C11: Tensor, layout: Layout) -> Tensor:
+    """Join noisy latents, conditioning latents and mask to the nine channels.
+
+    x_BTCHW           (B, T, 4, H, W) noisy latents, already divided by sqrt(1 + sigma^2)
+    ends_B2CHW        (B, 2, 4, H, W) latents of the first and the last still
+    mask_token_11C11  (1, 1, 4, 1, 1) what stands in for the latents of a frame to generate
+    returns           (B, T, 9, H, W)
+    """
+    B, T, C, H, W = x_BTCHW.shape
+    known_T = layout.known_T.to(x_BTCHW.device)
+    if layout.name == "spec_middle":
+        cond_BTCHW = ends_B2CHW.mean(1, keepdim=True)
+    else:
+        cond_BTCHW = mask_token_11C11.to(x_BTCHW).expand(B, T, C, H, W).clone()
+        cond_BTCHW[:, known_T] = ends_B2CHW.to(x_BTCHW)
+    mask_BT1HW = (~known_T).to(x_BTCHW).view(1, T, 1, 1, 1).expand(B, T, 1, H, W)
+    return torch.cat([x_BTCHW, cond_BTCHW.to(x_BTCHW), mask_BT1HW], dim=2)
+
+
+def build_tokens(embeds_B2D: Tensor, mode: str) -> Tensor:
+    """Make the cross-attention context of the two stills' CLIP embeddings.
+
+    mode     "first_last": two tokens, as Framer reads them; "mean": their average, one token, as the spec has it
+    returns  tokens_BND, N = 2 or 1
+    """
+    if mode == "first_last":
+        return embeds_B2D
+    if mode == "mean":
+        return embeds_B2D.mean(1, keepdim=True)
+    raise ValueError(f"clip_tokens {mode!r}: it must be first_last or mean")
+
+
+def build_time_ids(fps_B: Tensor, motion_B: Tensor, noise_augmentation: float) -> Tensor:
+    """Make the micro-conditioning of each clip: [fps - 1, motion bucket, noise augmentation].
+
+    fps - 1: SVD's own pipeline subtracts one before embedding; it is done here only, so train and infer agree.
+    returns  ids_B3 fp32
+    """
+    return torch.stack([fps_B - 1, motion_B, torch.full_like(fps_B, noise_augmentation)], dim=1).float()

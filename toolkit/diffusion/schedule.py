@@ -1,0 +1,53 @@
+"""Noise levels: which sigma a training sample gets, and which sigmas a sampler walks down.
+
+Test: pytest tests/diffusion. Legend: B clip; sigma is the noise's std in scaled-latent units, alpha_bar the DDPM
+cumulative product, and alpha_bar = 1 / (1 + sigma^2) joins them. Draws come in as arguments, so all is pure.
+"""
+
+import torch
+from torch import Tensor
+
+
+def make_alpha_bar(beta_start: float, beta_end: float, steps: int) -> Tensor:
+    """Cumulative product of 1 - beta for the "scaled_linear" betas of Stable Diffusion.
+
+    returns  alpha_bar (steps,) fp32, falling
+    source   diffusers, schedulers/scheduling_ddpm.py, beta_schedule "scaled_linear"
+    """
+    # in float64: the running product of 1,000 factors loses digits in fp32
+    beta = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
+    return (1 - beta).cumprod(0).float()
+
+
+def sigma_from_alpha_bar(alpha_bar: Tensor) -> Tensor:
+    """Noise level at which the DDPM sample and the EDM-scaled sample are the same tensor: sqrt((1 - a) / a)."""
+    return ((1 - alpha_bar) / alpha_bar).sqrt()
+
+
+def uniform_t_sigma(uniform_B: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Map u in [0, 1) to the sigma of t = floor(u * steps), the spec's t uniform in 0..999.
+
+    returns  sigma_B (B,) fp32
+    """
+    t_B = (uniform_B * len(alpha_bar)).long()
+    return sigma_from_alpha_bar(alpha_bar[t_B])
+
+
+def lognormal_sigma(normal_B: Tensor, mean: float, std: float) -> Tensor:
+    """Map z ~ N(0, 1) to sigma = exp(mean + std z), EDM's training density.
+
+    returns  sigma_B (B,) fp32
+    source   EDM (Karras et al. 2022) table 1; SVD_Xtend uses mean 0.7, std 1.6
+    """
+    return (mean + std * normal_B).exp()
+
+
+def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """Sigmas from sigma_max down to sigma_min, evenly spaced in sigma^(1/rho), then 0.
+
+    returns  (steps + 1,) fp32
+    source   EDM (Karras et al. 2022) eq. 5
+    """
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return torch.cat([(high + ramp * (low - high)) ** rho, ramp.new_zeros(1)]).float()

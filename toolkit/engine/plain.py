@@ -1,0 +1,77 @@
+"""The numerical reference: one process, torch.optim.AdamW on the adapter's fp32 masters.
+
+Test: pytest tests/engine. An engine has five verbs, and so has zero2.py:
+    backward(loss)        accumulate gradients of one micro-batch; the step's loss is the mean of its micro-batches
+    step(lr)              clip, update, clear; returns the gradient norm before clipping; not finite = nothing updated
+    gather()              {parameter name: {master, exp_avg, exp_avg_sq}}: whole fp32 tensors on the CPU, every rank calls
+    scatter(state, step)  the reverse, into a fresh engine
+    close()
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+State = dict[str, dict[str, Tensor]]
+STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class AdamSettings:
+    """What AdamW needs beside the learning rate."""
+
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    max_grad_norm: float
+
+
+def make_adamw(parameters: list[nn.Parameter], adam: AdamSettings) -> torch.optim.AdamW:
+    # lr 0: the run's schedule gives it at each step
+    return torch.optim.AdamW(
+        parameters, lr=0.0, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay
+    )
+
+
+class PlainEngine:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], adam: AdamSettings, accumulation: int) -> None:
+        self.parameters = dict(parameters)
+        self.optimizer = make_adamw(list(self.parameters.values()), adam)
+        self.max_grad_norm = adam.max_grad_norm
+        self.accumulation = accumulation
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.accumulation).backward()
+
+    def step(self, lr: float) -> float:
+        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def gather(self) -> State:
+        state: State = {}
+        for name, parameter in self.parameters.items():
+            moments = self.optimizer.state.get(parameter, {})
+            zeros = torch.zeros_like(parameter)
+            tensors = (parameter.detach(), moments.get("exp_avg", zeros), moments.get("exp_avg_sq", zeros))
+            state[name] = {key: t.detach().cpu().clone() for key, t in zip(STATE_KEYS, tensors, strict=True)}
+        return state
+
+    def scatter(self, state: State, step: int) -> None:
+        for name, parameter in self.parameters.items():
+            saved = {key: tensor.to(parameter.device) for key, tensor in state[name].items()}
+            parameter.data.copy_(saved["master"])
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(step)), "exp_avg": saved["exp_avg"], "exp_avg_sq": saved["exp_avg_sq"]
+            }
+
+    def close(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)

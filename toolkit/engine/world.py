@@ -1,0 +1,69 @@
+"""The process's place among the ranks, and the few collectives that a run needs. The environment is read here only.
+
+Test: pytest tests/engine. Started by `deepspeed`, `torchrun`, `srun` or plain `python`; CPU ranks talk through gloo.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce_sum(self, values: list[float]) -> list[float]:
+        """Sum numbers over the ranks, in float64."""
+        # CPU ranks: float64 on gloo; GPU ranks: NCCL takes float64 too
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def broadcast_int(self, value: int) -> int:
+        """Give every rank the main rank's number."""
+        tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+        return int(tensor.item())
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def init_world() -> World:
+    """Join the process group and pick the device.
+
+    On CPU the cores are shared out among the ranks of the machine: two ranks with all threads each fight over the cores
+    (measured: 117 s against 5.5 s for ten micro-steps).
+    """
+    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _PLACE)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would probe for others
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    if size > 1:
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30))
+    return World(rank, size, local_rank, device)
+
+
+_PLACE = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))

@@ -1,0 +1,83 @@
+"""One switch for the attention kernel, decided once at start: xformers where it has a kernel, PyTorch's SDPA elsewhere.
+
+Test: pytest tests/model. Both kernels launch one grid row per (batch x head) or per batch and fail above 65,535
+(facebookresearch/xformers #845, pytorch/pytorch #142228); SVD's temporal attention runs one batch entry per latent
+pixel, so large frames get there. Here a larger batch is split and never meets that limit.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from toolkit.errors import UserError
+
+MAX_GRID = 65_535
+
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v as (batch, tokens, heads, head_dim) -> the same as q
+
+
+def attend_sdpa(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v by torch.nn.functional.scaled_dot_product_attention."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BNHD, k_BLHD, v_BLHD))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def attend_xformers(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v by xformers' memory-efficient kernel."""
+    from xformers.ops import memory_efficient_attention  # ty: ignore[unresolved-import]
+
+    return memory_efficient_attention(q_BNHD, k_BLHD, v_BLHD)
+
+
+class AttentionProcessor:
+    """Runs a diffusers Attention layer of the SVD UNet: no mask, no norms on q and k, no dropout (checked at start)."""
+
+    def __init__(self, kernel: Kernel, max_grid: int = MAX_GRID) -> None:
+        self.kernel = kernel
+        self.max_grid = max_grid
+
+    def __call__(self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            layer(x).unflatten(2, (attn.heads, -1))
+            for layer, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        chunk = max(1, self.max_grid // attn.heads)
+        parts = [
+            self.kernel(*rows) for rows in zip(q.split(chunk), k.split(chunk), v.split(chunk), strict=True)
+        ]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+
+
+def choose_attention(choice: str, device: torch.device) -> str:
+    """Resolve "auto": "xformers" on CUDA where it is installed, else "sdpa".
+
+    raises  UserError where xformers is asked for and cannot run
+    """
+    try:
+        import xformers.ops  # noqa: F401  # ty: ignore[unresolved-import]
+
+        installed = True
+    except ImportError:
+        installed = False
+    if choice == "xformers" and not (installed and device.type == "cuda"):
+        why = "it has no kernel for the CPU" if installed else "it is not installed (pip install .[gpu])"
+        raise UserError(f"model.attention is xformers, but {why}; use auto, which takes sdpa there")
+    if choice == "auto":
+        return "xformers" if installed and device.type == "cuda" else "sdpa"
+    return choice
+
+
+def set_attention(unet: nn.Module, kind: str) -> None:
+    """Install the kernel "xformers" or "sdpa" in every attention layer."""
+    from diffusers.models.attention_processor import Attention
+
+    kernel = {"xformers": attend_xformers, "sdpa": attend_sdpa}[kind]
+    for name, layer in unet.named_modules():
+        if isinstance(layer, Attention):
+            plain = layer.norm_q is None and layer.norm_k is None and layer.group_norm is None
+            assert plain and not layer.residual_connection and layer.rescale_output_factor == 1, name
+            layer.set_processor(AttentionProcessor(kernel))

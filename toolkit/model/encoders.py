@@ -1,0 +1,55 @@
+"""Pixels to latents and tokens, and back, exactly as SVD's inference pipeline does it.
+
+Test: pytest tests/model (against StableVideoDiffusionPipeline). Legend: frames are fp32 in [-1, 1], axes BTCHW in pixels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# CLIP's normalisation; SVD's feature extractor holds the standard values.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_SIZE_PX = 224
+
+
+@torch.no_grad()
+def encode_frames(vae: Any, frames_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode frames to the VAE's posterior.
+
+    returns  mean_BTCHW, std_BTCHW: fp32, unscaled (not multiplied by the VAE's scaling factor)
+    """
+    B, T = frames_BTCHW.shape[:2]
+    posterior = vae.encode(frames_BTCHW.flatten(0, 1).to(vae.dtype)).latent_dist
+    return posterior.mean.float().unflatten(0, (B, T)), posterior.std.float().unflatten(0, (B, T))
+
+
+@torch.no_grad()
+def decode_latents(vae: Any, latents_BTCHW: Tensor) -> Tensor:
+    """Decode unscaled latents; all frames of a clip at once, because the decoder mixes them in time.
+
+    returns  frames_BTCHW fp32, clamped to [-1, 1]
+    """
+    B, T = latents_BTCHW.shape[:2]
+    frames = vae.decode(latents_BTCHW.flatten(0, 1).to(vae.dtype), num_frames=T).sample
+    return frames.float().clamp(-1, 1).unflatten(0, (B, T))
+
+
+@torch.no_grad()
+def embed_stills(image_encoder: Any, stills_B2CHW: Tensor) -> Tensor:
+    """Embed the two stills with CLIP, each alone.
+
+    stills_B2CHW  fp32 in [-1, 1], at any size
+    returns       embeds_B2D in the encoder's dtype
+    source        diffusers, StableVideoDiffusionPipeline._encode_image: antialiased resize to 224 without crop in
+                  [-1, 1], then [0, 1], then CLIP's mean and std
+    """
+    # The pipeline's own private helper rather than a copy of it: a test compares with the pipeline at each upgrade.
+    from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+
+    B, N = stills_B2CHW.shape[:2]
+    small = _resize_with_antialiasing(stills_B2CHW.flatten(0, 1).float(), (CLIP_SIZE_PX, CLIP_SIZE_PX))
+    mean, std = (torch.tensor(v, device=small.device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    pixels = ((small + 1) / 2 - mean) / std
+    return image_encoder(pixels.to(image_encoder.dtype)).image_embeds.unflatten(0, (B, N))

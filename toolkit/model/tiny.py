@@ -1,0 +1,167 @@
+"""A tiny base with SVD's classes and roles, made locally from a seed: for demos, tests and CI, without any download.
+
+Test: pytest tests/model/test_tiny.py. It must give watchable frames after a minute of pretraining on a CPU, so what can be
+set by construction is: every residual branch starts at zero, which leaves a linear path through each network, and that
+path is wired. The VAE is then a codec (latents are 2x2 means of colour and luma, decoded by linear interpolation), and
+the UNet starts as "at high noise, the answer is the conditioning latents". The rest is learned (toolkit/run/pretrain.py).
+
+A linear path must cross GroupNorm and SiLU. It does in groups of three channels (x, -x, K): a large constant K makes the
+group's statistics independent of x, and SiLU(x) - SiLU(-x) = x exactly.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from toolkit.rng import derive_seed
+
+CHANNELS = 96  # three per group of GroupNorm's fixed 32
+CONSTANT = 32.0  # K; the data on the wired path stay within a few units
+LATENT_GAIN = 12.0  # latents = 12 x colour: std near 5.5 unscaled and 1 scaled, as SVD's are
+SCALING = 0.18215
+
+SCHEDULER = {
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "sigma_min": 0.002,
+    "sigma_max": 700.0,
+    "timestep_spacing": "leading",
+    "timestep_type": "continuous",
+    "use_karras_sigmas": True,
+    "steps_offset": 1,
+}
+
+
+def make_tiny_base(folder: Path, seed: int) -> None:
+    """Write unet, vae, image_encoder, scheduler and feature_extractor as a diffusers folder of safetensors."""
+    from transformers import CLIPImageProcessor
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "tiny_base"))
+        parts = {"unet": build_unet(), "vae": build_vae(), "image_encoder": build_image_encoder()}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name, safe_serialization=True)
+    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
+    CLIPImageProcessor().save_pretrained(folder / "feature_extractor")
+
+
+def build_image_encoder() -> nn.Module:
+    """A CLIP vision tower of random weights: its tokens tell images apart, no more."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    return CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=32, intermediate_size=64, projection_dim=32, num_hidden_layers=2, num_attention_heads=2,
+            image_size=224, patch_size=32,
+        )
+    )
+
+
+def build_vae() -> nn.Module:
+    """An AutoencoderKLTemporalDecoder that halves height and width and is a linear codec by construction."""
+    from diffusers import AutoencoderKLTemporalDecoder
+
+    vae = AutoencoderKLTemporalDecoder(
+        block_out_channels=(CHANNELS, CHANNELS), down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=1,
+        latent_channels=4, scaling_factor=SCALING, force_upcast=False,
+    )
+    zero_residual_branches(vae)
+    encoder, decoder = vae.encoder, vae.decoder
+    wire_in(encoder.conv_in, torch.eye(3))
+    _pool(encoder.down_blocks[0].downsamplers[0].conv)
+    luma = torch.tensor([[0.299, 0.587, 0.114]])
+    wire_out(encoder.conv_norm_out, encoder.conv_out, LATENT_GAIN * torch.cat([torch.eye(3), luma]))
+    encoder.conv_out.bias.data[4:] = -6.0  # log variance: std 0.05 beside latents of std 5.5
+    nn.init.dirac_(vae.quant_conv.weight)
+    nn.init.zeros_(vae.quant_conv.bias)
+
+    wire_in(decoder.conv_in, torch.eye(4)[:3] / LATENT_GAIN)
+    _interpolate(decoder.up_blocks[0].upsamplers[0].conv)
+    wire_out(decoder.conv_norm_out, decoder.conv_out, torch.eye(3))
+    nn.init.dirac_(decoder.time_conv_out.weight)
+    nn.init.zeros_(decoder.time_conv_out.bias)
+    return vae
+
+
+def build_unet() -> nn.Module:
+    """A FramerUNet of two levels whose raw output starts as minus the scaled conditioning latents."""
+    from toolkit.model.unet import FramerUNet
+
+    unet = FramerUNet(
+        in_channels=9, out_channels=4, block_out_channels=(CHANNELS, 64), layers_per_block=1,
+        # attention on the lower level only: on 32x32 latents it would be most of the time
+        down_block_types=("DownBlockSpatioTemporal", "CrossAttnDownBlockSpatioTemporal"),
+        up_block_types=("CrossAttnUpBlockSpatioTemporal", "UpBlockSpatioTemporal"),
+        num_attention_heads=(3, 2), cross_attention_dim=32, addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=96, num_frames=5,
+    )
+    zero_residual_branches(unet)
+    copy_cond = torch.zeros(4, 9)
+    copy_cond[:, 4:8] = SCALING * torch.eye(4)
+    wire_in(unet.conv_in, copy_cond)
+    # the last resnet joins the path from below with the skip from conv_in: let the wired channels of the skip through
+    wired = 3 * 4
+    shortcut = unet.up_blocks[-1].resnets[-1].spatial_res_block.conv_shortcut
+    shortcut.weight.data[:wired] = 0
+    shortcut.weight.data[:wired, CHANNELS : CHANNELS + wired, 0, 0] = torch.eye(wired)
+    shortcut.bias.data[:wired] = 0
+    wire_out(unet.conv_norm_out, unet.conv_out, -torch.eye(4))
+    return unet
+
+
+def zero_residual_branches(network: nn.Module) -> None:
+    """Zero the last layer of every resnet, attention and transformer branch, so that each passes its input on."""
+    for name, layer in network.named_modules():
+        last = name.endswith((".conv2", ".proj_out")) or (name.endswith("to_out.0") and "mid_block.attentions.0.to" in name)
+        if last and isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+def wire_in(conv: nn.Conv2d, values: torch.Tensor) -> None:
+    """Make rows of `values` (data, inputs) the wired channels (x, -x, K) of a 3x3 convolution's output."""
+    conv.bias.data[: 3 * len(values)] = 0
+    conv.weight.data[: 3 * len(values)] = 0
+    for i, row in enumerate(values):
+        conv.weight.data[3 * i, :, 1, 1] = row
+        conv.weight.data[3 * i + 1, :, 1, 1] = -row
+        conv.bias.data[3 * i + 2] = CONSTANT
+
+
+def wire_out(norm: nn.GroupNorm, conv: nn.Conv2d, values: torch.Tensor) -> None:
+    """Make output o of norm, SiLU and conv the sum of values[o, i] x data i (outputs, data) of the wired channels."""
+    nn.init.zeros_(conv.bias)
+    conv.weight.data *= 0.1  # what is not wired starts as a small perturbation
+    for i, column in enumerate(values.T):
+        x, minus_x, constant = 3 * i, 3 * i + 1, 3 * i + 2
+        # mean of (x, -x, K) is K / 3 and std K sqrt(2) / 3: undo both
+        norm.weight.data[[x, minus_x]] = CONSTANT * 2**0.5 / 3
+        norm.bias.data[[x, minus_x]] = CONSTANT / 3
+        conv.weight.data[:, [x, minus_x, constant]] = 0
+        conv.weight.data[: len(column), x, 1, 1] = column
+        conv.weight.data[: len(column), minus_x, 1, 1] = -column
+
+
+def _pool(conv: nn.Conv2d) -> None:
+    """2x2 mean of each channel, for a stride-2 convolution padded at the right and the bottom."""
+    _depthwise(conv, torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 0]]) / 4)
+
+
+def _interpolate(conv: nn.Conv2d) -> None:
+    """Bilinear interpolation of each channel, for a convolution after nearest-neighbour upsampling."""
+    tap = torch.tensor([0.25, 0.5, 0.25])
+    _depthwise(conv, tap[:, None] * tap)
+
+
+def _depthwise(conv: nn.Conv2d, kernel: torch.Tensor) -> None:
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    for channel in range(conv.out_channels):
+        conv.weight.data[channel, channel] = kernel
