@@ -17,7 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from toolkit.errors import UserError
 
 # What a DeepSpeed JSON may hold; every other number belongs to the recipe.
-DEEPSPEED_KEYS = {"zero_optimization", "zero_allow_untested_optimizer", "communication_data_type", "wall_clock_breakdown"}
+DEEPSPEED_KEYS = {
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "communication_data_type",
+    "wall_clock_breakdown",
+}
 
 
 class Section(BaseModel):
@@ -53,7 +58,9 @@ class DataConfig(Section):
         if self.frames % 2 == 0:
             raise ValueError(f"frames is {self.frames}: it must be odd, so that a middle frame exists")
         if self.height % 8 or self.width % 8:
-            raise ValueError(f"height x width is {self.height}x{self.width}: both must be multiples of 8, the VAE's factor")
+            raise ValueError(
+                f"height x width is {self.height}x{self.width}: both must be multiples of 8, the VAE's factor"
+            )
         return self
 
 
@@ -163,10 +170,11 @@ def dump_config(config: RunConfig) -> str:
 
 def field_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
     """List every dotted field name of the tree."""
-    names = []
+    names: list[str] = []
     for name, field in model.model_fields.items():
-        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-        names += field_names(field.annotation, f"{prefix}{name}.") if is_section else [prefix + name]
+        kind: Any = field.annotation
+        is_section = isinstance(kind, type) and issubclass(kind, Section)
+        names += field_names(kind, f"{prefix}{name}.") if is_section else [prefix + name]
     return names
 
 
@@ -196,7 +204,9 @@ def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
 def _set_dotted(tree: dict[str, Any], name: str, value: Any) -> None:
     *sections, key = name.split(".")
     for section in sections:
-        tree = tree.setdefault(section, {})
+        if tree.get(section) is None:  # absent, or `lora:` with nothing under it
+            tree[section] = {}
+        tree = tree[section]
         if not isinstance(tree, dict):
             raise UserError(_unknown(name))
     tree[key] = value
@@ -212,7 +222,9 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _unknown(name: str) -> str:
     known = field_names()
     leaf = {n.split(".")[-1]: n for n in known}
-    near = difflib.get_close_matches(name, known, 1) or [leaf[n] for n in difflib.get_close_matches(name, list(leaf), 1)]
+    near = difflib.get_close_matches(name, known, 1) or [
+        leaf[n] for n in difflib.get_close_matches(name, list(leaf), 1)
+    ]
     return f"unknown key {name}" + (f"; did you mean {near[0]}?" if near else "; `launch/doctor.py` prints every key")
 
 

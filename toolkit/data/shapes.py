@@ -122,7 +122,7 @@ def _path(draws: Draws, frames: int, speed: float) -> tuple[np.ndarray, np.ndarr
     x_T = x + per_frame * math.cos(heading) * t + swing * np.sin(pace * t + phase)
     y_T = y + per_frame * math.sin(heading) * t + swing * np.cos(pace * t + phase)
     size_T = np.exp(np.clip(growth * t, -0.7, 0.7) + swing * np.sin(pace * t))
-    return tuple(part.astype(np.float32) for part in (x_T, y_T, turn + spin * t, size_T))  # type: ignore[return-value]
+    return tuple(part.astype(np.float32) for part in (x_T, y_T, turn + spin * t, size_T))
 
 
 def _to_object(path: tuple[np.ndarray, ...], x_HW: np.ndarray, y_HW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

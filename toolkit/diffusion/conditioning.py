@@ -49,4 +49,5 @@ def build_time_ids(fps_B: Tensor, motion_B: Tensor, noise_augmentation: float) -
     fps - 1: SVD's own pipeline subtracts one before embedding; it is done here only, so train and infer agree.
     returns  ids_B3 fp32
     """
-    return torch.stack([fps_B - 1, motion_B, torch.full_like(fps_B, noise_augmentation)], dim=1).float()
+    fps_B, motion_B = fps_B.float(), motion_B.float()  # an integer tensor would cut the noise augmentation to 0
+    return torch.stack([fps_B - 1, motion_B, torch.full_like(fps_B, noise_augmentation)], dim=1)

@@ -44,5 +44,3 @@ def bisect(frames: int, midpoint: Callable[[Tensor, Tensor, int], Tensor], first
             filled[left + half] = midpoint(filled[left], filled[left + gap], half.bit_length() - 1)
         gap = half
     return [filled[i] for i in range(frames)]
-
-

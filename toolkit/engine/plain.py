@@ -70,7 +70,9 @@ class PlainEngine:
             saved = {key: tensor.to(parameter.device) for key, tensor in state[name].items()}
             parameter.data.copy_(saved["master"])
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)), "exp_avg": saved["exp_avg"], "exp_avg_sq": saved["exp_avg_sq"]
+                "step": torch.tensor(float(step)),
+                "exp_avg": saved["exp_avg"],
+                "exp_avg_sq": saved["exp_avg_sq"],
             }
 
     def close(self) -> None:

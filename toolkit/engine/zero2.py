@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,11 @@ class Zero2Engine:
         """settings  the DeepSpeed JSON: stage, buckets, overlap; bucket sizes of "auto" become the adapter's size."""
         import deepspeed
 
+        # Else the first launch on a CPU compiles a shared-memory reduction: a minute, and a C++ compiler, for a few MB
+        # that gloo moves as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # calls inside DeepSpeed
         self.parameters = dict(parameters)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
@@ -80,7 +85,9 @@ class Zero2Engine:
             self.optimizer.single_partition_of_fp32_groups, self.optimizer.bit16_groups, strict=True
         ):
             self._inner.state[flat] = {
-                "step": torch.tensor(float(step)), "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)
+                "step": torch.tensor(float(step)),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
             }
             lazy_init_hp_params_optimizer_state(lp_parameters, flat, self._inner.state)
         for name, parameter in self.parameters.items():

@@ -6,6 +6,7 @@ pixel, so large frames get there. Here a larger batch is split and never meets t
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ def attend_sdpa(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
 
 def attend_xformers(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v by xformers' memory-efficient kernel."""
-    from xformers.ops import memory_efficient_attention  # ty: ignore[unresolved-import]
+    from xformers.ops import memory_efficient_attention
 
     return memory_efficient_attention(q_BNHD, k_BLHD, v_BLHD)
 
@@ -38,16 +39,21 @@ class AttentionProcessor:
         self.kernel = kernel
         self.max_grid = max_grid
 
-    def __call__(self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: None = None,
+    ) -> Tensor:
+        assert attention_mask is None, "the SVD UNet attends without a mask"
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = (
             layer(x).unflatten(2, (attn.heads, -1))
             for layer, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
         )
         chunk = max(1, self.max_grid // attn.heads)
-        parts = [
-            self.kernel(*rows) for rows in zip(q.split(chunk), k.split(chunk), v.split(chunk), strict=True)
-        ]
+        parts = [self.kernel(*rows) for rows in zip(q.split(chunk), k.split(chunk), v.split(chunk), strict=True)]
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
@@ -58,7 +64,7 @@ def choose_attention(choice: str, device: torch.device) -> str:
     raises  UserError where xformers is asked for and cannot run
     """
     try:
-        import xformers.ops  # noqa: F401  # ty: ignore[unresolved-import]
+        import xformers.ops  # noqa: F401
 
         installed = True
     except ImportError:

@@ -40,8 +40,14 @@ def load_base(base: str, unet: str | None, revision: str | None, device: torch.d
     raises     UserError naming the missing part, or a UNet of other channels or another prediction type
     """
     from diffusers import AutoencoderKLTemporalDecoder
+    from diffusers.utils import logging as diffusers_logging
     from transformers import CLIPVisionModelWithProjection
+    from transformers.utils import logging as transformers_logging
 
+    # their bars and hints, on every rank, would bury the run's own lines
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     folder = fetch(base, revision, PARTS if unet is None else PARTS[1:])
     unet_folder = folder if unet is None else fetch(unet, None, ("unet",))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -70,8 +76,11 @@ def load_unet(folder: Path, dtype: torch.dtype) -> FramerUNet:
     network, report = FramerUNet.from_pretrained(
         folder, subfolder="unet", torch_dtype=dtype, use_safetensors=True, output_loading_info=True
     )
-    faults = [f"{kind.replace('_', ' ')}: {', '.join(sorted(report[kind])[:3])}"
-              for kind in ("missing_keys", "unexpected_keys") if report.get(kind)]
+    faults = [
+        f"{kind.replace('_', ' ')}: {', '.join(sorted(report[kind])[:3])}"
+        for kind in ("missing_keys", "unexpected_keys")
+        if report.get(kind)
+    ]
     if faults:
         raise UserError(f"{folder}/unet does not hold Framer's UNet: {'; '.join(faults)}")
     return network
@@ -94,7 +103,9 @@ def fetch(source: str, revision: str | None, parts: tuple[str, ...], configs_onl
     folder = Path(source)
     if not folder.exists():
         if source.startswith((".", "/", "~")) or source.count("/") != 1:
-            raise UserError(f"no base model at {source}: give a folder in diffusers layout, a hub id owner/name, or tiny")
+            raise UserError(
+                f"no base model at {source}: give a folder in diffusers layout, a hub id owner/name, or tiny"
+            )
         folder = _download(source, revision, parts, configs_only)
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
@@ -138,7 +149,9 @@ def fingerprint_weights(folder: Path) -> str:
     """Hash every weight file of a folder: sha256 hex, first 16 digits."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{folder} holds no .safetensors file; weights in other formats are not read, because they can run code")
+        raise UserError(
+            f"{folder} holds no .safetensors file; weights in other formats are not read, because they can run code"
+        )
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

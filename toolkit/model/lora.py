@@ -27,7 +27,7 @@ TARGETS = {
 _PREFIX = "base_model.model."  # what PeftModel puts before every module name in its files
 
 
-def inject_lora(unet: nn.Module, rank: int, alpha: float, targets: str, seed: int) -> dict[str, nn.Parameter]:
+def inject_lora(unet: Any, rank: int, alpha: float, targets: str, seed: int) -> dict[str, nn.Parameter]:
     """Put trainable adapters into a frozen UNet; the output is unchanged until they are trained.
 
     targets  "spatial", "temporal", "all", or a regular expression matched against whole module names
@@ -43,13 +43,15 @@ def inject_lora(unet: nn.Module, rank: int, alpha: float, targets: str, seed: in
     except re.error as error:
         raise UserError(f"lora.targets {targets!r} is not a regular expression: {error}") from None
     if not matches:
-        raise UserError(f"lora.targets {targets!r} matches no linear layer; use spatial, temporal or all, or see doctor")
+        raise UserError(
+            f"lora.targets {targets!r} matches no linear layer; use spatial, temporal or all, or see doctor"
+        )
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=matches), unet)
     _disable_input_cast(unet)
     return _initialise(lora_parameters(unet), seed)
 
 
-def lora_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
+def lora_parameters(unet: Any) -> dict[str, nn.Parameter]:
     """Name the adapter's parameters as the UNet does, sorted."""
     return {name: p for name, p in sorted(unet.named_parameters()) if ".lora_A." in name or ".lora_B." in name}
 
@@ -59,7 +61,7 @@ def peft_name(parameter_name: str) -> str:
     return _PREFIX + parameter_name.replace(".default.", ".")
 
 
-def save_adapter(folder: Path, tensors: dict[str, Tensor], unet: nn.Module, metadata: dict[str, Any]) -> None:
+def save_adapter(folder: Path, tensors: dict[str, Tensor], unet: Any, metadata: dict[str, Any]) -> None:
     """Write adapter_model.safetensors and adapter_config.json as PEFT reads them.
 
     tensors   {parameter name: fp32 tensor}
@@ -67,14 +69,14 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], unet: nn.Module, meta
     """
     from safetensors.torch import save_file
 
-    config = unet.peft_config["default"]  # ty: ignore[not-subscriptable]
+    config = unet.peft_config["default"]
     config.base_model_name_or_path = metadata["base"]
     config.save_pretrained(folder)
     named = {peft_name(name): tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={k: str(v) for k, v in metadata.items()})
 
 
-def load_adapter(unet: nn.Module, folder: Path, fingerprint: str, scale: float = 1.0) -> dict[str, str]:
+def load_adapter(unet: Any, folder: Path, fingerprint: str, scale: float = 1.0) -> dict[str, str]:
     """Inject a saved adapter into the base it was trained on.
 
     fingerprint  of the loaded base; an adapter of another base is refused
@@ -91,7 +93,9 @@ def load_adapter(unet: nn.Module, folder: Path, fingerprint: str, scale: float =
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         saved = json.loads((folder / "adapter_config.json").read_text())
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"no readable adapter in {folder}: {error}; it holds adapter_model.safetensors and adapter_config.json") from None
+        raise UserError(
+            f"no readable adapter in {folder}: {error}; it holds adapter_model.safetensors and adapter_config.json"
+        ) from None
     if metadata.get("base_fingerprint", fingerprint) != fingerprint:
         raise UserError(
             f"the adapter in {folder} was trained on {metadata.get('base')} ({metadata['base_fingerprint']}), "
@@ -106,7 +110,9 @@ def load_adapter(unet: nn.Module, folder: Path, fingerprint: str, scale: float =
     parameters = lora_parameters(unet)
     wanted = {peft_name(name): parameter for name, parameter in parameters.items()}
     if wanted.keys() != tensors.keys() or any(wanted[n].shape != t.shape for n, t in tensors.items()):
-        raise UserError(f"the adapter in {folder} does not fit this UNet: {len(wanted.keys() ^ tensors.keys())} names differ")
+        raise UserError(
+            f"the adapter in {folder} does not fit this UNet: {len(wanted.keys() ^ tensors.keys())} names differ"
+        )
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.data = tensors[name].to(parameter.device, torch.float32)
@@ -117,17 +123,27 @@ def load_adapter(unet: nn.Module, folder: Path, fingerprint: str, scale: float =
     return metadata
 
 
+def enable_adapter(unet: Any, enabled: bool) -> None:
+    """Switch the adapter on or off; off, the UNet is the untuned base."""
+    for module in unet.modules():
+        if hasattr(module, "enable_adapters"):
+            module.enable_adapters(enabled)
+    unet.requires_grad_(False)  # switching on makes PEFT's layers trainable again
+
+
 def _initialise(parameters: dict[str, nn.Parameter], seed: int) -> dict[str, nn.Parameter]:
     for i, (name, parameter) in enumerate(parameters.items()):
         # masters in fp32 whatever the base's dtype: a bf16 weight loses updates below 2^-9 of its size
         parameter.data = parameter.data.float()
         if ".lora_A." in name and not parameter.is_meta:
-            value = nn.init.kaiming_uniform_(torch.empty(parameter.shape), math.sqrt(5), generator=rng(seed, "lora_init", i))
+            value = nn.init.kaiming_uniform_(
+                torch.empty(parameter.shape), math.sqrt(5), generator=rng(seed, "lora_init", i)
+            )
             parameter.data.copy_(value)
     return parameters
 
 
-def _disable_input_cast(unet: nn.Module) -> None:
+def _disable_input_cast(unet: Any) -> None:
     # PEFT casts each layer's input to the adapter's fp32; under autocast that only costs memory and a cast back
     for module in unet.modules():
         if hasattr(module, "cast_input_dtype_enabled"):

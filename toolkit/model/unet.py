@@ -3,6 +3,7 @@
 Test: pytest tests/model. Sources: aim-uofa/Framer (what differs from SVD), huggingface/diffusers (everything else).
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ PUBLISHED_CONFIGS = {
 class FramerUNet(UNetSpatioTemporalConditionModel):
     """The stock UNet plus `mask_token` (1, 1, 4, 1, 1), which stands in for the latents of a frame to generate."""
 
+    # diffusers reads the names of the config off the signature
+    @functools.wraps(UNetSpatioTemporalConditionModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 4, 1, 1))

@@ -1,0 +1,23 @@
+"""Score a run on its held-out clips: launch/evaluate.py --run runs/NAME."""
+
+from toolkit.cli import main
+
+
+def evaluate(run: str, clips: int | None = None, steps: int | None = None, base: str | None = None) -> None:
+    """Compare the generated middle frame with the true one, beside linear blending and the untuned base.
+
+    clips  held-out clips; default the recipe's
+    steps  sampler steps; default the recipe's
+    base   another place of the run's base
+    """
+    from toolkit.run.inference import evaluate_run
+
+    report = evaluate_run(run, clips, steps, base)
+    print(f"{'middle frame, ' + str(report['clips']) + ' held-out clips':<36}{'PSNR dB':>9}{'SSIM':>8}")
+    for name, label in (("linear", "linear blend of the two stills"), ("base", "untuned base"), ("tuned", "tuned")):
+        print(f"{label:<36}{report[f'psnr_{name}']:>9.2f}{report[f'ssim_{name}']:>8.3f}")
+    print(f"pictures: {report['strip']}  (first | generated | true | last)")
+
+
+if __name__ == "__main__":
+    main(evaluate)

@@ -1,0 +1,25 @@
+"""Train a recipe: deepspeed launch/train.py --config launch/recipes/tiny_cpu.yaml [--any.field value] [--fresh]."""
+
+from typing import Any
+
+from toolkit.cli import main
+
+
+def train(config: str, fresh: bool = False, local_rank: int | None = None, **overrides: Any) -> None:
+    """Train a LoRA; the same command again resumes.
+
+    config      a recipe, or config.yaml of a run folder
+    fresh       start anew; the old run folder is kept beside the new one
+    local_rank  given by DeepSpeed's launcher; the environment says the same
+    overrides   any field of the recipe by its dotted name: --lora.rank 32
+    """
+    from toolkit.config import load_config
+
+    resolved = load_config(config, overrides)
+    from toolkit.run.trainer import train as run
+
+    run(resolved, fresh)
+
+
+if __name__ == "__main__":
+    main(train)

@@ -1,0 +1,245 @@
+"""A recipe says what runs, and a wrong one is refused by name. Run: pytest tests/test_config.py"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from toolkit.config import RunConfig, diff_configs, dump_config, field_names, load_config, load_deepspeed_json
+from toolkit.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "launch/recipes").glob("*.yaml"))
+DEEPSPEED_FILES = sorted((ROOT / "ds_configs").glob("*.json"))
+
+# Every option of a run. A new option is a visible change here; a renamed one breaks old recipes.
+FIELDS = """
+checkpoint.every_steps
+checkpoint.keep
+data.flip
+data.frames
+data.height
+data.max_bad_fraction
+data.shards
+data.stride
+data.width
+data.workers
+diffusion.clip_tokens
+diffusion.layout
+diffusion.lognormal_mean
+diffusion.lognormal_std
+diffusion.loss_space
+diffusion.noise_augmentation
+diffusion.noise_sampler
+diffusion.scale_conditioning
+engine.deepspeed
+engine.global_batch
+engine.kind
+engine.micro_batch
+engine.precision
+log_every_steps
+lora.alpha
+lora.rank
+lora.targets
+model.attention
+model.base
+model.gradient_checkpointing
+model.revision
+model.unet
+name
+optimizer.beta1
+optimizer.beta2
+optimizer.eps
+optimizer.lr
+optimizer.max_grad_norm
+optimizer.weight_decay
+runs_dir
+schedule.epochs
+schedule.shape
+schedule.steps
+schedule.warmup_steps
+seed
+validation.clips
+validation.sampler_steps
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"name": "a", "data": {"shards": "shards/a"}, "lora": {"rank": 8}}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("lora.rnak", "lora.rank"),
+        ("lora.rnk", "lora.rank"),
+        ("optimizer.learning_rate", "optimizer"),
+        ("sed", "seed"),
+        ("rank", "lora.rank"),
+        ("lorra.rank", "lora"),
+        ("engine.micro_batch_size", "engine.micro_batch"),
+    ],
+)
+def test_unknown_key_names_the_nearest(recipe: Path, given: str, nearest: str) -> None:
+    """The error repeats the key and names a known one like it, at every level, in the file or on the command line."""
+    with pytest.raises(UserError, match=f"unknown key {given.split('.')[0]}.*did you mean {nearest}"):
+        load_config(recipe, {given: 1})
+    tree: dict[str, Any] = yaml.safe_load(recipe.read_text())
+    *section, key = given.split(".")
+    (tree.setdefault(section[0], {}) if section else tree)[key] = 1
+    recipe.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=f"unknown key {given.split('.')[0]}.*did you mean {nearest}"):
+        load_config(recipe)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("lora.rank", 0, "lora.rank is 0: .*greater than or equal to 1"),
+        ("lora.rank", "many", "lora.rank is 'many'"),
+        ("lora.alpha", 0, "lora.alpha"),
+        ("optimizer.lr", -1, "optimizer.lr is -1"),
+        ("optimizer.lr", float("nan"), "optimizer.lr is nan"),
+        ("optimizer.beta2", 1, "optimizer.beta2"),
+        ("data.frames", 4, "data: frames is 4: it must be odd"),
+        ("data.frames", 1, "data.frames is 1"),
+        ("data.height", 100, "data: height x width is 100x576: both must be multiples of 8"),
+        ("engine.micro_batch", 3, "engine: global_batch 8 must be a multiple of micro_batch 3"),
+        ("diffusion.layout", "midle", "diffusion.layout is 'midle': .*'spec_middle'"),
+        ("diffusion.noise_augmentation", 1.5, "diffusion.noise_augmentation"),
+        ("name", "../evil", "name is '../evil'"),
+        ("name", "", "name is ''"),
+        ("seed", -1, "seed is -1"),
+        ("schedule.epochs", None, "neither epochs nor steps"),
+        ("data", 3, "data is 3"),
+    ],
+)
+def test_out_of_range_is_refused(recipe: Path, field: str, value: Any, said: str) -> None:
+    """The error names the field, the value given and what is allowed."""
+    with pytest.raises(UserError, match=said):
+        load_config(recipe, {field: value})
+
+
+@pytest.mark.parametrize("missing", ["name", "data", "data.shards"])
+def test_missing_required_is_named(recipe: Path, missing: str) -> None:
+    """A recipe without a name or shards says which is missing and how to give it."""
+    tree = yaml.safe_load(recipe.read_text())
+    *section, key = missing.split(".")
+    del (tree[section[0]] if section else tree)[key]
+    recipe.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match=f"{missing} is missing; .*--{missing}"):
+        load_config(recipe)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "name: [", "just words"])
+def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
+    """An empty file, a list, broken YAML and prose are each a sentence, as is a missing file."""
+    path = tmp_path / "bad.yaml"
+    with pytest.raises(UserError, match="cannot read the recipe"):
+        load_config(path)
+    path.write_text(text)
+    with pytest.raises(UserError, match="is not (a recipe|YAML)") as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_win_by_dotted_name(recipe: Path) -> None:
+    """An override replaces one field, makes sections that the file does not name, and leaves the rest."""
+    config = load_config(recipe, {"lora.rank": 32, "optimizer.lr": 3e-4, "name": "b", "schedule.steps": 7})
+    assert (config.lora.rank, config.optimizer.lr, config.name, config.schedule.steps) == (32, 3e-4, "b", 7)
+    changed = diff_configs(load_config(recipe), config)
+    assert changed == {
+        "lora.rank": (8, 32), "optimizer.lr": (1e-4, 3e-4), "name": ("a", "b"), "schedule.steps": (None, 7)
+    }  # fmt: skip
+
+
+def test_override_reaches_an_empty_section(recipe: Path) -> None:
+    """`lora:` with nothing under it in the file is an empty section, not an unknown key."""
+    recipe.write_text("name: a\ndata: {shards: s}\nlora:\n")
+    assert load_config(recipe, {"lora.rank": 4}).lora.rank == 4
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_every_recipe_resolves_and_its_dump_is_a_recipe(path: Path, tmp_path: Path) -> None:
+    """The resolved tree, written and read again, is the same tree and the same text."""
+    config = load_config(path, {"optimizer.eps": 1e-12, "lora.targets": r".*\.attn1\.to_q"})
+    saved = tmp_path / "config.yaml"
+    saved.write_text(dump_config(config))
+    again = load_config(saved)
+    assert again == config and diff_configs(config, again) == {}
+    assert set(field_names()) == set(_leaves(yaml.safe_load(saved.read_text())))
+
+
+def test_recipes_and_deepspeed_files_exist() -> None:
+    """The two tests over them are not over nothing."""
+    assert {"sign_576.yaml", "tiny_cpu.yaml"} <= {p.name for p in RECIPES}
+    assert "zero2.json" in {p.name for p in DEEPSPEED_FILES}
+
+
+def test_config_is_frozen(recipe: Path) -> None:
+    """No part of a run can change its settings."""
+    config = load_config(recipe)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 3
+    with pytest.raises(ValidationError, match="frozen"):
+        config.lora.rank = 3
+
+
+def test_options_are_the_listed_ones() -> None:
+    """The list of dotted names in this file is all there is."""
+    assert sorted(field_names()) == FIELDS.split()
+
+
+def test_defaults_are_valid(recipe: Path) -> None:
+    """Every default passes the check of its own field, as if the user had given it."""
+    config = load_config(recipe)
+    assert RunConfig.model_validate(config.model_dump()) == config
+
+
+@pytest.mark.parametrize("path", DEEPSPEED_FILES, ids=lambda p: p.name)
+def test_shipped_deepspeed_files_are_accepted(path: Path) -> None:
+    """Each sets a ZeRO stage, and nothing that the recipe owns."""
+    assert load_deepspeed_json(path)["zero_optimization"]["stage"] in (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train_micro_batch_size_per_gpu", 4),
+        ("train_batch_size", 8),
+        ("gradient_accumulation_steps", 2),
+        ("gradient_clipping", 1.0),
+        ("bf16", {"enabled": True}),
+        ("optimizer", {"type": "AdamW", "params": {"lr": 1e-4}}),
+        ("scheduler", {"type": "WarmupLR"}),
+    ],
+)
+def test_deepspeed_file_cannot_set_what_the_recipe_owns(tmp_path: Path, key: str, value: Any) -> None:
+    """A JSON with batch, accumulation, clipping, precision or rate is refused, and the key is named."""
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, key: value}))
+    with pytest.raises(UserError, match=f"sets {key}, but"):
+        load_deepspeed_json(path)
+
+
+def test_unreadable_deepspeed_file_is_a_sentence(tmp_path: Path) -> None:
+    """Missing and broken files name engine.deepspeed or the file."""
+    with pytest.raises(UserError, match="engine.deepspeed"):
+        load_deepspeed_json(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match="bad.json is not JSON"):
+        load_deepspeed_json(tmp_path / "bad.json")
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    return [
+        leaf
+        for name, value in tree.items()
+        for leaf in (_leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name])
+    ]

@@ -1,0 +1,120 @@
+"""Checkpoints: written aside, hashed, renamed, then pointed to; loading takes the newest that verifies.
+
+Test: pytest tests/run/test_checkpoint.py. One folder per checkpoint, no pickle in it:
+    adapter_model.safetensors, adapter_config.json   PEFT's files, fp32
+    optimizer.safetensors                            fp32 masters and moments by parameter name, whole tensors
+    state.json                                       optimizer step, fingerprints, versions
+    manifest.json                                    sha256 and size of each of these
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from toolkit.data.format import file_sha256
+from toolkit.engine.plain import STATE_KEYS, State
+from toolkit.errors import UserError
+from toolkit.model.lora import save_adapter
+
+FORMAT_VERSION = 1
+
+
+def save_checkpoint(run: Path, step: int, tensors: State, unet: nn.Module, state: dict[str, Any], keep: int) -> Path:
+    """Publish checkpoints/step_NNNNNN and point LATEST to it; a crash at any moment leaves the older ones whole.
+
+    tensors  what the engine gathered: {parameter name: {master, exp_avg, exp_avg_sq}}
+    state    what goes into state.json beside the step
+    keep     newest checkpoints to keep
+    """
+    from safetensors.torch import save_file
+
+    folder = run / "checkpoints" / f"step_{step:06d}"
+    aside = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    masters = {name: saved["master"] for name, saved in tensors.items()}
+    about = {key: state[key] for key in ("base", "base_fingerprint")} | {"step": step}
+    save_adapter(aside, masters, unet, about)
+    flat = {f"{name}/{key}": saved[key].contiguous() for name, saved in tensors.items() for key in STATE_KEYS}
+    save_file(flat, aside / "optimizer.safetensors")
+    _write_json(aside / "state.json", {"step": step, "format_version": FORMAT_VERSION, **state})
+    files = {p.name: {"sha256": file_sha256(p), "size_bytes": p.stat().st_size} for p in sorted(aside.iterdir())}
+    _write_json(aside / "manifest.json", {"format_version": FORMAT_VERSION, "files": files})
+    for path in [*aside.iterdir(), aside]:
+        _sync(path)
+    shutil.rmtree(folder, ignore_errors=True)  # a bad one of the same step, left by an earlier attempt
+    os.replace(aside, folder)
+    _sync(folder.parent)
+    pointer = run / "LATEST.tmp"
+    pointer.write_text(folder.name + "\n")
+    _sync(pointer)
+    os.replace(pointer, run / "LATEST")
+    for old in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """List published checkpoints, oldest first."""
+    return sorted(p for p in (run / "checkpoints").glob("step_*") if p.is_dir() and not p.suffix)
+
+
+def find_fault(folder: Path) -> str | None:
+    """Say what is wrong with a checkpoint, by its manifest; None when every byte is as it was written."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        for name, wanted in files.items():
+            if file_sha256(folder / name) != wanted["sha256"]:
+                return f"{name} differs from what was written"
+    except (OSError, ValueError, KeyError) as error:
+        return f"manifest or file unreadable ({error})"
+    return None
+
+
+def newest_good(run: Path) -> Path | None:
+    """Find the newest checkpoint that verifies; bad ones are set aside under .bad with a warning.
+
+    returns  None when the run has no checkpoint yet
+    raises   UserError when there are some and none verifies: starting over silently would lose a run
+    """
+    found = list_checkpoints(run)
+    for folder in reversed(found):
+        fault = find_fault(folder)
+        if fault is None:
+            return folder
+        shutil.rmtree(folder.with_suffix(".bad"), ignore_errors=True)
+        os.replace(folder, folder.with_suffix(".bad"))
+        print(f"{folder} is damaged: {fault}; set aside as {folder.name}.bad", file=sys.stderr)
+    if found:
+        raise UserError(f"none of the {len(found)} checkpoints in {run}/checkpoints verifies; --fresh starts anew")
+    return None
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Any], State]:
+    """Read state.json and the optimizer's tensors back."""
+    from safetensors.torch import load_file
+
+    tensors: State = {}
+    for full_name, tensor in load_file(folder / "optimizer.safetensors").items():
+        name, key = full_name.rsplit("/", 1)
+        tensors.setdefault(name, {})[key] = tensor
+    return json.loads((folder / "state.json").read_text()), tensors
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

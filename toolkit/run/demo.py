@@ -1,0 +1,127 @@
+"""Drives the README's commands one after another and sums up what came out: runs/demo/summary.json.
+
+Test: make demo.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from toolkit.config import load_config
+from toolkit.errors import UserError
+from toolkit.run.folder import newest_adapter
+from toolkit.run.inference import load_held_out
+from toolkit.run.monitor import read_log
+
+RECIPE = "launch/recipes/tiny_cpu.yaml"
+WORK = Path(".demo")  # rendered videos, shards, stills
+RUN = Path("runs/demo")
+
+
+def run_demo(videos: str | None) -> None:
+    """Run the whole job; every stage is a command printed before it runs."""
+    if videos is not None and not Path(videos).is_dir():
+        raise UserError(f"VIDEOS={videos} is no folder; give a folder of videos, or leave VIDEOS out for rendered ones")
+    shutil.rmtree(WORK, ignore_errors=True)
+    shards, python = WORK / "shards", sys.executable
+    seconds: dict[str, float] = {}
+    if videos is None:
+        videos = str(WORK / "videos")
+        seconds["render"] = _run("render signing figures", [python, "shards/synth.py", videos, "--clips", "24"])
+    seconds["pack"] = _run("pack videos", [python, "shards/pack.py", videos, str(shards), "--short_side", "96"])
+    seconds["check"] = _run("check shards", [python, "shards/check.py", str(shards)])
+    overrides = ["--name", RUN.name, "--runs_dir", str(RUN.parent), "--data.shards", str(shards), "--fresh"]
+    launcher = [str(Path(python).with_name("deepspeed")), *_ranks(), "launch/train.py", "--config", RECIPE]
+    seconds["train"] = _run("train a LoRA", [*launcher, *overrides])
+    seconds["evaluate"] = _run("score it on held-out clips", [python, "launch/evaluate.py", "--run", str(RUN)])
+    seconds["interpolate"] = _interpolate()
+    summary = summarise(RUN, seconds)
+    (RUN / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print_summary(summary)
+
+
+def summarise(run: Path, seconds: dict[str, float]) -> dict[str, Any]:
+    """Collect a run's figures; loss_first and loss_last are means over the first and the last quarter of the steps."""
+    rows = read_log(run / "log.jsonl")
+    quarter = max(1, len(rows) // 4)
+    adapter = newest_adapter(run) / "adapter_model.safetensors"
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    return {
+        "optimizer_steps": len(rows),
+        "loss_first": sum(row["loss"] for row in rows[:quarter]) / quarter,
+        "loss_last": sum(row["loss"] for row in rows[-quarter:]) / quarter,
+        "zero_baseline": sum(row["zero_baseline"] for row in rows) / len(rows),
+        **{f"psnr_{name}": evaluation[f"psnr_{name}"] for name in ("linear", "base", "tuned")},
+        "trainable_params": _count_parameters(adapter),
+        "adapter_mb": round(adapter.stat().st_size / 1e6, 2),
+        "seconds": seconds,
+        "paths": {
+            "adapter": str(adapter.parent),
+            "video": str(run / "samples/interpolated.mp4"),
+            "strip": evaluation["strip"],
+            "tensorboard": str(run / "tb"),
+        },
+    }
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """The table at the end, and where to look."""
+    paths, seconds = summary["paths"], summary["seconds"]
+    rows = {
+        "optimizer steps": f"{summary['optimizer_steps']}",
+        "loss, first and last quarter": f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f}",
+        "  of a zero prediction": f"{summary['zero_baseline']:.4f}",
+        "PSNR of the middle frame, dB": f"untuned {summary['psnr_base']:.2f} -> tuned {summary['psnr_tuned']:.2f}",
+        "  of blending the stills": f"{summary['psnr_linear']:.2f}",
+        "adapter": f"{summary['trainable_params']:,} parameters, {summary['adapter_mb']} MB",
+        "seconds": f"{sum(seconds.values()):.0f} ({', '.join(f'{k} {v:.0f}' for k, v in seconds.items())})",
+    }
+    print("\n" + "\n".join(f"{name:<32}{value}" for name, value in rows.items()))
+    print(
+        f"\nadapter      {paths['adapter']}\nvideo        {paths['video']}\npictures     {paths['strip']}"
+        f"\ntensorboard  {Path(sys.executable).with_name('tensorboard')} --logdir {RUN.parent}"
+    )
+
+
+def _interpolate() -> float:
+    """Fill the gap between the ends of the first held-out window."""
+    config = load_config(RUN / "config.yaml")
+    clip = load_held_out(config, 1)[0]
+    stills = {name: WORK / f"{name}.png" for name in ("first", "last")}
+    for path, frame_HWC in zip(stills.values(), (clip.frames_THWC[0], clip.frames_THWC[-1]), strict=True):
+        Image.fromarray(frame_HWC).save(path)
+    command = [sys.executable, "launch/interpolate.py", "--run", str(RUN), "--frames", "9", "--fps", "15"]
+    for name, path in stills.items():
+        command += [f"--{name}", str(path)]
+    return _run("interpolate between two stills", [*command, "--out", str(RUN / "samples/interpolated.mp4")])
+
+
+def _ranks() -> list[str]:
+    """On a machine without GPUs, two CPU ranks: DeepSpeed's launcher would start one."""
+    import torch
+
+    return [] if torch.cuda.is_available() else ["--num_gpus", "2"]
+
+
+def _run(what: str, command: list[str]) -> float:
+    """Run a command, showing it; returns the seconds it took."""
+    print(f"\n=== {what}\n$ {' '.join(command)}", flush=True)
+    began_s = time.monotonic()
+    if subprocess.run(command, check=False).returncode:
+        raise UserError(f"the stage '{what}' failed; its own message stands above")
+    return round(time.monotonic() - began_s, 1)
+
+
+def _count_parameters(adapter: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(adapter, "pt") as file:
+        return sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118

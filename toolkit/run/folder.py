@@ -1,0 +1,114 @@
+"""The run folder: config.yaml env.json log.jsonl tb/ samples/ checkpoints/ LATEST, and where a run goes on from.
+
+Test: pytest tests/run. The same command again resumes; a folder made by another recipe is refused, never overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from toolkit.config import RunConfig, diff_configs, dump_config, load_config
+from toolkit.engine.plain import State
+from toolkit.errors import UserError
+from toolkit.run.checkpoint import list_checkpoints, load_checkpoint, newest_good
+
+# Fields that may change between the start of a run and its resumption: they do not change what is computed.
+FREE_FIELDS = ("runs_dir", "log_every_steps", "checkpoint.", "validation.", "data.workers", "data.max_bad_fraction",
+               "engine.kind", "engine.deepspeed", "model.attention", "model.gradient_checkpointing")  # fmt: skip
+_PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "webdataset", "av", "numpy")
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where to go on: the steps done, and the optimizer's state then (None at the very start)."""
+
+    step: int
+    tensors: State | None
+
+
+def prepare_folder(config: RunConfig, fresh: bool) -> None:
+    """Make the run folder, or check that the one there belongs to this recipe. For the main rank.
+
+    fresh   move an existing folder aside (NAME.1, NAME.2, ...) and start anew
+    raises  UserError naming the fields that differ
+    """
+    folder = config.folder
+    if fresh and folder.exists():
+        aside = next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.{i}")).exists())
+        os.replace(folder, aside)
+        print(f"the old run is kept in {aside}")
+    if (folder / "config.yaml").exists():
+        _check_same_recipe(folder, config)
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds files but no run; choose another --name or --runs_dir")
+    for part in ("checkpoints", "samples", "tb"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "env.json").write_text(json.dumps(describe_host(), indent=2) + "\n")
+
+
+def find_resume(config: RunConfig, identity: dict[str, Any]) -> Resume:
+    """Load the newest good checkpoint.
+
+    identity  what must not have changed: the data set's, the base's and the code's fingerprints
+    raises    UserError naming what changed
+    """
+    folder = newest_good(config.folder)
+    if folder is None:
+        return Resume(0, None)
+    state, tensors = load_checkpoint(folder)
+    for key, value in identity.items():
+        if state.get(key) != value:
+            raise UserError(
+                f"{folder} was made with {key.replace('_', ' ')} {state.get(key)}, but it is {value} now, so the run could "
+                "not go on exactly; put it back, or start anew with --fresh or another --name"
+            )
+    return Resume(state["step"], tensors)
+
+
+def newest_adapter(run: Path) -> Path:
+    """Find a run's newest good checkpoint, for inference. Raises UserError when there is none."""
+    if not (run / "config.yaml").exists():
+        raise UserError(f"{run} is not a run folder (no config.yaml); give a folder such as runs/NAME")
+    folder = newest_good(run)
+    if folder is None:
+        raise UserError(f"{run} has no checkpoint yet; train it first: launch/train.py --config {run}/config.yaml")
+    return folder
+
+
+def describe_host() -> dict[str, Any]:
+    """Versions, code and machine of this process."""
+    import torch
+
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "code": git.stdout.strip() or version("framer-toolkit"),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in _PACKAGES},
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _check_same_recipe(folder: Path, config: RunConfig) -> None:
+    saved = load_config(folder / "config.yaml")
+    changed = {name: values for name, values in diff_configs(saved, config).items() if not name.startswith(FREE_FIELDS)}
+    if changed and list_checkpoints(folder):
+        rows = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
+        raise UserError(
+            f"{folder} was made by another recipe ({rows}); choose another --name, or start anew with --fresh"
+        )

@@ -1,0 +1,213 @@
+"""One training run, from a recipe to a finished run folder.
+
+Test: pytest tests/run, tests/faults. Step s trains on positions [sG, (s+1)G) of the run's order with noise keyed by those
+positions, so a killed run goes on exactly: the same command again loads the newest good checkpoint and its step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolkit.config import RunConfig, ScheduleConfig, load_deepspeed_json
+from toolkit.data.clips import ClipSettings
+from toolkit.data.index import DatasetIndex, open_shards
+from toolkit.data.loader import Batch, make_loader
+from toolkit.data.order import ORDER_VERSION, Order, accumulation
+from toolkit.engine.plain import AdamSettings, PlainEngine
+from toolkit.engine.world import World, init_world
+from toolkit.engine.zero2 import Zero2Engine
+from toolkit.errors import UserError
+from toolkit.model.attention import choose_attention, set_attention
+from toolkit.model.base import Base, load_base
+from toolkit.model.lora import inject_lora
+from toolkit.rng import RNG_VERSION
+from toolkit.run.checkpoint import save_checkpoint
+from toolkit.run.folder import find_resume, prepare_folder
+from toolkit.run.framer import Framer
+from toolkit.run.monitor import Monitor
+from toolkit.run.pretrain import find_base
+
+
+@dataclass(frozen=True)
+class Job:
+    """All parts of a run, built and checked, standing at step `start` of `total`."""
+
+    framer: Framer
+    engine: PlainEngine | Zero2Engine
+    index: DatasetIndex
+    identity: dict[str, Any]  # fingerprints that a checkpoint must share
+    accumulation: int
+    start: int
+    total: int
+
+
+def train(config: RunConfig, fresh: bool = False) -> Path:
+    """Train a recipe's LoRA to the end, resuming where an earlier start of it stopped. Returns the run folder."""
+    world = init_world()
+    job = build_job(config, world, fresh)
+    batches = make_batches(config, job, world)
+    monitor = Monitor(
+        config.folder, job.start, job.total, config.log_every_steps, config.engine.global_batch, world.is_main
+    )
+    batches = monitor.timed(batches)
+    substituted = 0
+    for step in range(job.start, job.total):
+        loss_sum, zero_sum, keys = 0.0, 0.0, []
+        for _ in range(job.accumulation):
+            batch = next(batches)
+            loss_B, zero_B = job.framer.compute_loss(batch)
+            job.engine.backward(loss_B.mean())
+            loss_sum, zero_sum = loss_sum + loss_B.sum().item(), zero_sum + zero_B.sum().item()
+            keys += batch.keys
+            substituted += note_substitutes(config.folder, batch)
+        loss, zero = (x / config.engine.global_batch for x in world.all_reduce_sum([loss_sum, zero_sum]))
+        refuse_non_finite("loss", loss, step, world, keys)
+        lr = learning_rate(config.schedule, config.optimizer.lr, step, job.total)
+        grad_norm = job.engine.step(lr)
+        refuse_non_finite("gradient norm", grad_norm, step, world, keys)
+        monitor.report(step + 1, loss, zero, grad_norm, lr, substituted)
+        if (step + 1) % config.checkpoint.every_steps == 0 or step + 1 == job.total:
+            save(config, job, world, step + 1)
+    monitor.close()
+    job.engine.close()
+    world.close()
+    return config.folder
+
+
+def build_job(config: RunConfig, world: World, fresh: bool) -> Job:
+    """Build every part; all that can be wrong with the user's input is found here, before any long work."""
+    per_rank = accumulation(config.engine.global_batch, config.engine.micro_batch, world.size)
+    deepspeed_settings = load_deepspeed_json(config.engine.deepspeed) if config.engine.kind == "zero2" else {}
+    if config.engine.kind == "plain" and world.size > 1:
+        raise UserError(f"engine.kind plain runs one process, not {world.size}; use zero2, or start one process")
+    attention = choose_attention(config.model.attention, world.device)
+    index = open_shards(config.data.shards, "train")
+    if len(index) < config.engine.global_batch:
+        raise UserError(
+            f"{config.data.shards} holds {len(index)} training clips, fewer than one batch (engine.global_batch "
+            f"{config.engine.global_batch}); pack more videos or lower engine.global_batch"
+        )
+    total = total_steps(config, len(index))
+    if world.is_main:
+        prepare_folder(config, fresh)
+    folder = find_base(config.model.base, world)
+    base = load_base(folder, config.model.unet, config.model.revision, world.device, config.engine.precision)
+    identity = {
+        "base": base.name, "base_fingerprint": base.fingerprint, "data_fingerprint": index.fingerprint,
+        "order_version": ORDER_VERSION, "rng_version": RNG_VERSION,
+    }  # fmt: skip
+    world.barrier()
+    resume = find_resume(config, identity)
+    parameters = prepare_unet(base, config, attention)
+    adam = AdamSettings(**config.optimizer.model_dump(exclude={"lr"}))
+    engine: PlainEngine | Zero2Engine
+    if config.engine.kind == "plain":
+        engine = PlainEngine(parameters, adam, per_rank)
+    else:
+        engine = Zero2Engine(base.unet, parameters, adam, per_rank, config.engine.micro_batch, deepspeed_settings)
+    if resume.tensors is not None:
+        engine.scatter(resume.tensors, resume.step)
+    if world.is_main:
+        announce(config, index, attention, sum(p.numel() for p in parameters.values()), resume.step, total, world.size)
+    return Job(Framer(base, config), engine, index, identity, per_rank, resume.step, total)
+
+
+def prepare_unet(base: Base, config: RunConfig, attention: str) -> dict[str, torch.nn.Parameter]:
+    """Put the adapter, the attention kernel and checkpointing into the frozen UNet; returns what trains, by name."""
+    parameters = inject_lora(base.unet, config.lora.rank, config.lora.alpha, config.lora.targets, config.seed)
+    set_attention(base.unet, attention)
+    if config.model.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    base.unet.train()  # dropout is 0; diffusers checkpoints in training mode only
+    return parameters
+
+
+def make_batches(config: RunConfig, job: Job, world: World) -> Iterator[Batch]:
+    """This rank's micro-batches from the job's start to its end."""
+    return make_loader(
+        job.index,
+        Order(job.index.shard_sizes, config.seed),
+        clip_settings(config),
+        start_step=job.start,
+        stop_step=job.total,
+        global_batch=config.engine.global_batch,
+        micro_batch=config.engine.micro_batch,
+        rank=world.rank,
+        world=world.size,
+        workers=config.data.workers,
+        max_bad_fraction=config.data.max_bad_fraction,
+    )
+
+
+def clip_settings(config: RunConfig) -> ClipSettings:
+    """How a recipe wants its windows cut."""
+    data = config.data
+    return ClipSettings(data.frames, data.height, data.width, (data.stride,), data.flip)
+
+
+def total_steps(config: RunConfig, clips: int) -> int:
+    """Optimizer steps of a run: given, or enough for the epochs; the last batch may borrow from the next epoch."""
+    if config.schedule.steps is not None:
+        return config.schedule.steps
+    assert config.schedule.epochs is not None  # checked by the config
+    return math.ceil(config.schedule.epochs * clips / config.engine.global_batch)
+
+
+def learning_rate(schedule: ScheduleConfig, peak: float, step: int, total: int) -> float:
+    """Rate of step 0, 1, ...: linear warmup to the peak, then a half cosine to zero, or constant."""
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    if schedule.shape == "constant":
+        return peak
+    progress = (step - schedule.warmup_steps) / max(1, total - schedule.warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def save(config: RunConfig, job: Job, world: World, step: int) -> None:
+    """Gather on every rank, write on the main one."""
+    tensors = job.engine.gather()
+    if world.is_main:
+        save_checkpoint(config.folder, step, tensors, job.framer.base.unet, job.identity, config.checkpoint.keep)
+    world.barrier()
+
+
+def refuse_non_finite(what: str, value: float, step: int, world: World, keys: list[str]) -> None:
+    """Stop before a broken number is saved; the loss is checked before the weights move, the engine skips by itself."""
+    if not math.isfinite(value):
+        raise UserError(
+            f"step {step + 1}, rank {world.rank}: {what} is {value}; clips {', '.join(keys)}; the weights were not "
+            "changed by this step, and the last checkpoint is whole; look at these clips, or lower optimizer.lr"
+        )
+
+
+def note_substitutes(folder: Path, batch: Batch) -> int:
+    """Append the batch's bad clips to substituted.jsonl; returns how many there were."""
+    if batch.substitutes:
+        import json
+
+        with (folder / "substituted.jsonl").open("a") as ledger:
+            ledger.writelines(json.dumps(row._asdict()) + "\n" for row in batch.substitutes)
+    return len(batch.substitutes)
+
+
+def announce(
+    config: RunConfig, index: DatasetIndex, attention: str, trainable: int, start: int, total: int, ranks: int
+) -> None:
+    """Say what starts, and where it writes."""
+    engine = config.engine
+    print(
+        f"{config.name}: {len(index):,} clips, {total:,} steps of {engine.global_batch} clips "
+        f"({engine.micro_batch} x {engine.global_batch // engine.micro_batch // ranks} x {ranks} ranks), "
+        f"{trainable:,} trainable parameters, {engine.precision}, attention {attention}, engine {engine.kind}"
+    )
+    if start >= total:
+        print(f"the run is finished ({total} steps); --fresh starts anew")
+    elif start:
+        print(f"resuming after step {start}")
+    print(f"writing to {config.folder}; watch with: tensorboard --logdir {config.runs_dir}", flush=True)
