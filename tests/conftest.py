@@ -14,3 +14,13 @@ def real_videos() -> Path:
     if not (folder / "asl").is_dir():
         pytest.skip(f"no real videos in {folder}; set FRAMER_REAL_VIDEOS to a folder that holds asl/ and general/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny base as it is built, not pretrained; read only."""
+    from toolkit.model.tiny import make_tiny_base
+
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    make_tiny_base(folder, seed=0)
+    return folder

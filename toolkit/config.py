@@ -26,7 +26,8 @@ DEEPSPEED_KEYS = {
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # coerce: a command line turns a run name such as 007 into a number
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
 
 class ModelConfig(Section):

@@ -117,7 +117,7 @@ def test_perfect_denoiser_arrives_at_the_truth() -> None:
     """Where the network knows z, any number of steps ends at z."""
     z, noise = torch.randn(2, 1, 3, 4, 5, 6, generator=torch.Generator().manual_seed(3))
     for steps in (1, 5, 30):
-        assert torch.allclose(sample_euler(lambda *_: z, noise, karras_sigmas(steps, 0.002, 700.0)), z, atol=1e-4)
+        assert torch.allclose(sample_euler(lambda *_: z, noise, karras_sigmas(steps, 0.002, 700.0)), z, atol=1e-3)
 
 
 @pytest.mark.parametrize("frames", [3, 5, 9, 17])

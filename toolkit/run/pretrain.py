@@ -18,7 +18,7 @@ from toolkit.config import DataConfig, DiffusionConfig, EngineConfig, RunConfig
 from toolkit.data.loader import Batch
 from toolkit.data.synth import render_motion
 from toolkit.engine.plain import AdamSettings, PlainEngine
-from toolkit.engine.world import World
+from toolkit.engine.world import World, init_world
 from toolkit.model.base import load_base
 from toolkit.model.tiny import make_tiny_base
 from toolkit.run.framer import Framer
@@ -82,3 +82,7 @@ def _pretraining_config() -> RunConfig:
         diffusion=DiffusionConfig(layout="spec_middle", noise_sampler="lognormal", lognormal_mean=0.0, loss_space="v"),
         engine=EngineConfig(precision="bf16"),
     )
+
+
+if __name__ == "__main__":
+    find_base("tiny", init_world())
