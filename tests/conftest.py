@@ -1,9 +1,13 @@
 """Shared fixtures. Run: pytest tests"""
 
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.launching import TINY, launch
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +28,52 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "tiny"
     make_tiny_base(folder, seed=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def trainable_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base with its attention branches switched on; as built they end in zeros, and no LoRA could learn."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny_base, tmp_path_factory.mktemp("base") / "trainable"))
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    tensors, generator = load_file(weights), torch.Generator().manual_seed(0)
+    for name in sorted(tensors):
+        if ".attentions." in name and name.endswith("proj_out.weight"):
+            tensors[name] = torch.randn(tensors[name].shape, generator=generator) * 0.1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight rendered clips of half a second, 32 x 32, packed; read only."""
+    from toolkit.data.pack import pack
+    from toolkit.data.synth import synth
+
+    folder = tmp_path_factory.mktemp("tiny")
+    synth(folder / "videos", clips=8, seconds=0.5, size=32, seed=1)
+    pack(folder / "videos", folder / "shards")
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def tiny_run(trainable_base: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Overrides of the tiny recipe for a run of a second a step or less; name and runs_dir are the test's own."""
+    runs_dir = tmp_path_factory.mktemp("runs")
+    return TINY | {"model.base": str(trainable_base), "data.shards": str(tiny_shards), "runs_dir": str(runs_dir)}
+
+
+@pytest.fixture(scope="session")
+def reference_run(tiny_run: dict[str, Any]) -> Path:
+    """The run folder of two DeepSpeed ranks that were never disturbed: ten steps in bf16; read only."""
+    done = launch("deepspeed", 2, tiny_run | {"name": "reference"})
+    assert done.returncode == 0, done.stderr
+    return Path(tiny_run["runs_dir"]) / "reference"
+
+
+@pytest.fixture
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training in this process takes one thread, as each rank of two does: bits follow the number of threads."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})

@@ -52,9 +52,9 @@ def load_base(base: str, unet: str | None, revision: str | None, device: torch.d
     unet_folder = folder if unet is None else fetch(unet, None, ("unet",))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     scheduler = read_scheduler(folder)
-    vae = AutoencoderKLTemporalDecoder.from_pretrained(folder, subfolder="vae", use_safetensors=True)
+    vae = load_part(AutoencoderKLTemporalDecoder, folder / "vae")
     vae.to(device, torch.float32 if vae.config.force_upcast else dtype)
-    encoder = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder", use_safetensors=True)
+    encoder = load_part(CLIPVisionModelWithProjection, folder / "image_encoder")
     network = load_unet(unet_folder, dtype).to(device)
     for part in (network, vae, encoder.to(device, dtype)):
         part.requires_grad_(False).eval()
@@ -65,24 +65,30 @@ def load_unet(folder: Path, dtype: torch.dtype) -> FramerUNet:
     """Read unet/ as a 9-channel FramerUNet; an 8-channel SVD UNet is widened without changing its output."""
     from diffusers import UNetSpatioTemporalConditionModel
 
-    channels = json.loads((folder / "unet/config.json").read_text()).get("in_channels")
+    channels = _read_json(folder / "unet/config.json").get("in_channels")
     if channels == 8:
-        stock = UNetSpatioTemporalConditionModel.from_pretrained(
-            folder, subfolder="unet", torch_dtype=dtype, use_safetensors=True
-        )
-        return widen_conv_in(stock)
+        return widen_conv_in(load_part(UNetSpatioTemporalConditionModel, folder / "unet", torch_dtype=dtype))
     if channels != 9:
         raise UserError(f"{folder}/unet reads {channels} channels; a base must read 9 (Framer) or 8 (SVD)")
-    network, report = FramerUNet.from_pretrained(
-        folder, subfolder="unet", torch_dtype=dtype, use_safetensors=True, output_loading_info=True
-    )
+    return load_part(FramerUNet, folder / "unet", torch_dtype=dtype)
+
+
+def load_part(kind: Any, folder: Path, **options: Any) -> Any:
+    """Load one network, strictly: from_pretrained alone fills a missing weight with random numbers and a warning."""
+    try:
+        network, report = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"cannot load {folder}: {' '.join(str(error).split())}; it must hold config.json and whole .safetensors "
+            "weights (other formats are not read, because they can run code)"
+        ) from None
     faults = [
-        f"{kind.replace('_', ' ')}: {', '.join(sorted(report[kind])[:3])}"
-        for kind in ("missing_keys", "unexpected_keys")
-        if report.get(kind)
+        f"{fault.replace('_', ' ')}: {', '.join(sorted(report[fault])[:3])}"
+        for fault in ("missing_keys", "unexpected_keys")
+        if report.get(fault)
     ]
     if faults:
-        raise UserError(f"{folder}/unet does not hold Framer's UNet: {'; '.join(faults)}")
+        raise UserError(f"{folder} does not hold the weights of a {kind.__name__}: {'; '.join(faults)}")
     return network
 
 
@@ -92,7 +98,7 @@ def build_unet_on_meta(base: str, unet: str | None, revision: str | None = None)
     if source in PUBLISHED_CONFIGS and not Path(source).exists():
         config = PUBLISHED_CONFIGS[source]
     else:
-        config = json.loads((fetch(source, revision, ("unet",), configs_only=True) / "unet/config.json").read_text())
+        config = _read_json(fetch(source, revision, ("unet",), configs_only=True) / "unet/config.json")
     with torch.device("meta"):
         # .to("meta") once more: AlphaBlender's mix_factor ignores the device context
         return FramerUNet.from_config({**config, "in_channels": 9}).to("meta")
@@ -135,7 +141,7 @@ def _download(source: str, revision: str | None, parts: tuple[str, ...], configs
 
 def read_scheduler(folder: Path) -> dict[str, Any]:
     """Read scheduler_config.json and refuse a base that is not an SVD-style v-model."""
-    config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    config = _read_json(folder / "scheduler/scheduler_config.json")
     kind, betas = config.get("prediction_type"), config.get("beta_schedule")
     if kind != "v_prediction" or betas != "scaled_linear":
         raise UserError(
@@ -146,8 +152,9 @@ def read_scheduler(folder: Path) -> dict[str, Any]:
 
 
 def fingerprint_weights(folder: Path) -> str:
-    """Hash every weight file of a folder: sha256 hex, first 16 digits."""
-    files = sorted(folder.glob("*.safetensors"))
+    """Hash the weight files that are read from a folder: sha256 hex, first 16 digits."""
+    # a hub snapshot may hold *.fp16.safetensors beside them, put there by another program
+    files = sorted(f for f in folder.glob("*.safetensors") if f.stem.count(".") == 0)
     if not files:
         raise UserError(
             f"{folder} holds no .safetensors file; weights in other formats are not read, because they can run code"
@@ -157,3 +164,10 @@ def fingerprint_weights(folder: Path) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; a base in SVD layout has it") from None

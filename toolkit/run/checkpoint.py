@@ -35,7 +35,7 @@ def save_checkpoint(run: Path, step: int, tensors: State, unet: nn.Module, state
     """
     from safetensors.torch import save_file
 
-    folder = run / "checkpoints" / f"step_{step:06d}"
+    folder = checkpoint_folder(run, step)
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -59,6 +59,16 @@ def save_checkpoint(run: Path, step: int, tensors: State, unet: nn.Module, state
     for old in list_checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return folder
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return run / "checkpoints" / f"step_{step:06d}"
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def list_checkpoints(run: Path) -> list[Path]:

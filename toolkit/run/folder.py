@@ -19,7 +19,8 @@ from typing import Any
 from toolkit.config import RunConfig, diff_configs, dump_config, load_config
 from toolkit.engine.plain import State
 from toolkit.errors import UserError
-from toolkit.run.checkpoint import list_checkpoints, load_checkpoint, newest_good
+from toolkit.engine.world import World
+from toolkit.run.checkpoint import checkpoint_folder, checkpoint_step, list_checkpoints, load_checkpoint, newest_good
 
 # Fields that may change between the start of a run and its resumption: they do not change what is computed.
 FREE_FIELDS = ("runs_dir", "log_every_steps", "checkpoint.", "validation.", "data.workers", "data.max_bad_fraction",
@@ -56,15 +57,17 @@ def prepare_folder(config: RunConfig, fresh: bool) -> None:
     (folder / "env.json").write_text(json.dumps(describe_host(), indent=2) + "\n")
 
 
-def find_resume(config: RunConfig, identity: dict[str, Any]) -> Resume:
-    """Load the newest good checkpoint.
+def find_resume(config: RunConfig, identity: dict[str, Any], world: World) -> Resume:
+    """Load the newest good checkpoint; the main rank chooses it, so that all ranks load the same.
 
     identity  what must not have changed: the data set's, the base's and the code's fingerprints
     raises    UserError naming what changed
     """
-    folder = newest_good(config.folder)
-    if folder is None:
+    newest = newest_good(config.folder) if world.is_main else None
+    step = world.broadcast_int(checkpoint_step(newest) if newest else 0)
+    if step == 0:
         return Resume(0, None)
+    folder = checkpoint_folder(config.folder, step)
     state, tensors = load_checkpoint(folder)
     for key, value in identity.items():
         if state.get(key) != value:

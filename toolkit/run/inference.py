@@ -41,7 +41,7 @@ def load_run(run: str | Path, lora_scale: float = 1.0, base: str | None = None) 
     """
     checkpoint = newest_adapter(Path(run))
     config = load_config(Path(run) / "config.yaml")
-    world = init_world()
+    world = init_world(join=False)
     folder = find_base(base or config.model.base, world)
     loaded = load_base(folder, config.model.unet, config.model.revision, world.device, config.engine.precision)
     set_attention(loaded.unet, choose_attention(config.model.attention, world.device))

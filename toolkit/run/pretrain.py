@@ -85,4 +85,4 @@ def _pretraining_config() -> RunConfig:
 
 
 if __name__ == "__main__":
-    find_base("tiny", init_world())
+    find_base("tiny", init_world(join=False))

@@ -103,7 +103,7 @@ def build_job(config: RunConfig, world: World, fresh: bool) -> Job:
         "order_version": ORDER_VERSION, "rng_version": RNG_VERSION,
     }  # fmt: skip
     world.barrier()
-    resume = find_resume(config, identity)
+    resume = find_resume(config, identity, world)
     parameters = prepare_unet(base, config, attention)
     adam = AdamSettings(**config.optimizer.model_dump(exclude={"lr"}))
     engine: PlainEngine | Zero2Engine
