@@ -48,12 +48,12 @@ def trainable_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight rendered clips of half a second, 32 x 32, packed; read only."""
+    """Twelve rendered clips of half a second, 32 x 32, packed; read only."""
     from toolkit.data.pack import pack
     from toolkit.data.synth import synth
 
     folder = tmp_path_factory.mktemp("tiny")
-    synth(folder / "videos", clips=8, seconds=0.5, size=32, seed=1)
+    synth(folder / "videos", clips=12, seconds=0.5, size=32, seed=1)
     pack(folder / "videos", folder / "shards")
     return folder / "shards"
 

@@ -66,7 +66,7 @@ def test_diffusion_imports_torch_only() -> None:
 
 
 def test_nothing_imports_upwards() -> None:
-    """toolkit never imports launch, shards or tests; launch and shards import the standard library, toolkit and Fire."""
+    """toolkit never imports launch, shards or tests; those two import the standard library, toolkit and Fire."""
     for path in MODULES:
         assert not {n for n in imports_of(path) if n.split(".")[0] in ("launch", "shards", "tests")}, name_of(path)
     for path in SCRIPTS:

@@ -14,7 +14,7 @@ GOLDEN_PERMUTATION = [3, 6, 7, 5, 2, 0, 9, 10, 11, 1, 8, 4]
 
 
 def test_draw_depends_on_the_key_alone() -> None:
-    """The same key draws the same numbers, whatever was drawn before, from this generator or from torch's global one."""
+    """The same key draws the same numbers, whatever was drawn before, here or from torch's global generator."""
     wanted = {k: torch.randn(5, generator=rng(7, "noise", k)) for k in range(4)}
     torch.manual_seed(99)
     for k in (3, 0, 2, 1, 3):

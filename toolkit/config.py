@@ -197,7 +197,8 @@ def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
     if foreign:
         raise UserError(
             f"{path} sets {', '.join(foreign)}, but batch, accumulation, clipping, precision and learning rate come from "
-            f"the recipe; take {'it' if len(foreign) == 1 else 'them'} out (allowed here: {', '.join(sorted(DEEPSPEED_KEYS))})"
+            f"the recipe; take {'it' if len(foreign) == 1 else 'them'} out "
+            f"(allowed here: {', '.join(sorted(DEEPSPEED_KEYS))})"
         )
     return settings
 

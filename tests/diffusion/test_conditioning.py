@@ -18,7 +18,7 @@ def draw(frames: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("window", [3, 5, 7])
 def test_layouts_know_and_score_the_right_frames(window: int) -> None:
-    """The ends are known in a clip; all frames, or the middle alone, count; the spec's layout is the middle frame alone."""
+    """A clip knows its ends and scores all frames or the middle; the spec's layout is the middle frame alone."""
     middle = window // 2
     clip = make_layout("framer_clip", window)
     assert clip.frames == window and clip.in_window == tuple(range(window))

@@ -122,7 +122,7 @@ def test_perfect_denoiser_arrives_at_the_truth() -> None:
 
 @pytest.mark.parametrize("frames", [3, 5, 9, 17])
 def test_bisect_halves_in_order(frames: int) -> None:
-    """Each frame is made once, from two frames that exist, in the middle of them, and halvings says how far they are."""
+    """Each frame is made once, in the middle of two frames that exist, and halvings says how far they are."""
     made, gap = [], frames - 1
 
     def midpoint(left: Tensor, right: Tensor, halvings: int) -> Tensor:

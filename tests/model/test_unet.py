@@ -1,4 +1,4 @@
-"""The UNet is SVD's, with a ninth channel that changes nothing until it is used. Run: pytest tests/model/test_unet.py"""
+"""The UNet is SVD's, with a ninth channel that changes nothing by itself. Run: pytest tests/model/test_unet.py"""
 
 import pytest
 import torch

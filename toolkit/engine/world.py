@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def all_reduce_sum(self, values: list[float]) -> list[float]:
-        """Sum numbers over the ranks, in float64."""
-        # CPU ranks: float64 on gloo; GPU ranks: NCCL takes float64 too
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+    def all_reduce_sum(self, values: Tensor) -> list[float]:
+        """Sum a small tensor over the ranks and bring it to the host; the one wait for the device in a step."""
         if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor.tolist()
+            dist.all_reduce(values)
+        return values.tolist()
 
     def broadcast_int(self, value: int) -> int:
         """Give every rank the main rank's number."""

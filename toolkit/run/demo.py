@@ -98,7 +98,7 @@ def _interpolate() -> float:
     stills = {name: WORK / f"{name}.png" for name in ("first", "last")}
     for path, frame_HWC in zip(stills.values(), (clip.frames_THWC[0], clip.frames_THWC[-1]), strict=True):
         Image.fromarray(frame_HWC).save(path)
-    command = [sys.executable, "launch/interpolate.py", "--run", str(RUN), "--frames", "9", "--fps", "15"]
+    command = [sys.executable, "launch/interpolate.py", "--run", str(RUN), "--frames", "5", "--fps", "7.5"]
     for name, path in stills.items():
         command += [f"--{name}", str(path)]
     return _run("interpolate between two stills", [*command, "--out", str(RUN / "samples/interpolated.mp4")])

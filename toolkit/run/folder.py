@@ -18,8 +18,8 @@ from typing import Any
 
 from toolkit.config import RunConfig, diff_configs, dump_config, load_config
 from toolkit.engine.plain import State
-from toolkit.errors import UserError
 from toolkit.engine.world import World
+from toolkit.errors import UserError
 from toolkit.run.checkpoint import checkpoint_folder, checkpoint_step, list_checkpoints, load_checkpoint, newest_good
 
 # Fields that may change between the start of a run and its resumption: they do not change what is computed.

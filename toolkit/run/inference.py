@@ -33,20 +33,23 @@ from toolkit.run.pretrain import find_base
 TILE_PX = 192  # height of one picture in a strip
 
 
-def load_run(run: str | Path, lora_scale: float = 1.0, base: str | None = None) -> tuple[Framer, RunConfig]:
-    """Load a run's base with its newest adapter.
+def read_run(run: str | Path) -> tuple[Path, RunConfig]:
+    """Find a run's newest good checkpoint and its recipe."""
+    return newest_adapter(Path(run)), load_config(Path(run) / "config.yaml")
+
+
+def load_framer(checkpoint: Path, config: RunConfig, lora_scale: float = 1.0, base: str | None = None) -> Framer:
+    """Load a recipe's base with an adapter in it.
 
     lora_scale  multiplies alpha / rank
     base        another place of the same base, when the recipe's is not on this machine
     """
-    checkpoint = newest_adapter(Path(run))
-    config = load_config(Path(run) / "config.yaml")
     world = init_world(join=False)
     folder = find_base(base or config.model.base, world)
     loaded = load_base(folder, config.model.unet, config.model.revision, world.device, config.engine.precision)
     set_attention(loaded.unet, choose_attention(config.model.attention, world.device))
     load_adapter(loaded.unet, checkpoint, loaded.fingerprint, lora_scale)
-    return Framer(loaded, config), config
+    return Framer(loaded, config)
 
 
 def interpolate_stills(
@@ -58,13 +61,28 @@ def interpolate_stills(
     if stills[0].shape != stills[1].shape:
         sizes = " and ".join(f"{s.shape[1]}x{s.shape[0]}" for s in stills)
         raise UserError(f"the two stills have different sizes, {sizes}; give two pictures of one size")
-    framer, config = load_run(run, lora_scale, base)
-    if (frames - 1) & (frames - 2) or frames < 3:
-        raise UserError(f"frames is {frames}: halving gives 3, 5, 9, 17, ... frames; take one of these")
+    checkpoint, config = read_run(run)
+    refuse_frames(frames, config)
+    refuse_ending(Path(out))
+    framer = load_framer(checkpoint, config, lora_scale, base)
     cut = resize_cover(np.stack(stills), config.data.height, config.data.width)
     first_CHW, last_CHW = to_signed(torch.from_numpy(cut))
     steps = steps or config.validation.sampler_steps
     return write_frames(Path(out), to_uint8(framer.interpolate(first_CHW, last_CHW, frames, fps, motion, steps)), fps)
+
+
+def refuse_frames(frames: int, config: RunConfig) -> None:
+    """Refuse a number of frames that neither halving nor the recipe's own window gives."""
+    whole_window = config.data.frames if config.diffusion.layout != "spec_middle" else None
+    if frames != whole_window and (frames < 3 or (frames - 1) & (frames - 2)):
+        own = f", and this run's window {whole_window}" if whole_window else ""
+        raise UserError(f"frames is {frames}: halving gives 3, 5, 9, 17, ...{own}; take one of these")
+
+
+def refuse_ending(out: Path) -> None:
+    """Refuse a file that could not be written at the end of the work."""
+    if out.suffix not in (".mp4", ".gif", ""):
+        raise UserError(f"cannot write {out}: the ending must be .mp4 or .gif, or none for a folder of PNG")
 
 
 def read_still(path: str) -> np.ndarray:
@@ -84,12 +102,10 @@ def write_frames(out: Path, frames_THWC: Tensor, fps: float) -> Path:
     elif out.suffix == ".gif":
         images = [Image.fromarray(p) for p in pictures]
         images[0].save(out, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
-    elif not out.suffix:
+    else:
         out.mkdir(exist_ok=True)
         for i, picture in enumerate(pictures):
             Image.fromarray(picture).save(out / f"{i:03d}.png")
-    else:
-        raise UserError(f"cannot write {out}: the ending must be .mp4 or .gif, or none for a folder of PNG")
     return out
 
 
@@ -101,8 +117,9 @@ def evaluate_run(
     Writes evaluation.json and samples/strip.png (first | generated | true | last) into the run folder.
     returns  {clips, psnr_linear, psnr_base, psnr_tuned, ssim_linear, ssim_base, ssim_tuned, strip}
     """
-    framer, config = load_run(run, base=base)
+    checkpoint, config = read_run(run)
     held_out = load_held_out(config, clips or config.validation.clips)
+    framer = load_framer(checkpoint, config, base=base)
     frames_BTCHW = torch.stack([to_signed(torch.from_numpy(c.frames_THWC)) for c in held_out])
     stills_B2CHW, true_BCHW = frames_BTCHW[:, [0, -1]], frames_BTCHW[:, config.data.frames // 2]
     fps_B = torch.tensor([c.fps for c in held_out])

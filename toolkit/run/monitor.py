@@ -55,7 +55,7 @@ class Monitor:
             self.wait_s += time.monotonic() - began_s
             yield batch
 
-    def report(self, step: int, loss: float, zero: float, grad_norm: float, lr: float, substituted: int) -> None:
+    def report(self, step: int, loss: float, zero: float, grad_norm: float, lr: float) -> None:
         """Record optimizer step `step`, counted from 1."""
         now_s = time.monotonic()
         step_s, self.step_began_s = now_s - self.step_began_s, now_s
@@ -65,7 +65,7 @@ class Monitor:
         row: dict[str, Any] = {
             "step": step, "clips": step * self.clips_per_step, "loss": loss, "zero_baseline": zero,
             "grad_norm": grad_norm, "lr": lr, "clips_per_s": self.clips_per_step / step_s,
-            "data_wait_share": wait_share, "memory_gib": peak_memory_gib(), "substituted": substituted,
+            "data_wait_share": wait_share, "memory_gib": peak_memory_gib(),
         }  # fmt: skip
         self.log.write(json.dumps(row) + "\n")
         self.log.flush()
@@ -75,8 +75,8 @@ class Monitor:
         if step % self.every == 0 or step == self.total:
             self.bar.write(
                 f"step {step:>6,}  clips {row['clips']:>8,}  loss {loss:.4f} (zero {zero:.4f})  gnorm {grad_norm:.3f}  "
-                f"lr {lr:.2e}  {row['clips_per_s']:.2f} clips/s  wait {wait_share:.0%}  mem {row['memory_gib']:.1f} GiB  eta {self._eta(step, now_s)}"
-                + (f"  substituted {substituted}" if substituted else ""),
+                f"lr {lr:.2e}  {row['clips_per_s']:.2f} clips/s  wait {wait_share:.0%}  mem {row['memory_gib']:.1f} GiB  "
+                f"eta {self._eta(step, now_s)}",
                 file=sys.stdout,
             )
             sys.stdout.flush()

@@ -6,8 +6,12 @@ positions, so a killed run goes on exactly: the same command again loads the new
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
+import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,30 +55,25 @@ def train(config: RunConfig, fresh: bool = False) -> Path:
     """Train a recipe's LoRA to the end, resuming where an earlier start of it stopped. Returns the run folder."""
     world = init_world()
     job = build_job(config, world, fresh)
-    batches = make_batches(config, job, world)
-    monitor = Monitor(
-        config.folder, job.start, job.total, config.log_every_steps, config.engine.global_batch, world.is_main
-    )
-    batches = monitor.timed(batches)
-    substituted = 0
-    for step in range(job.start, job.total):
-        loss_sum, zero_sum, keys = 0.0, 0.0, []
-        for _ in range(job.accumulation):
-            batch = next(batches)
-            loss_B, zero_B = job.framer.compute_loss(batch)
-            job.engine.backward(loss_B.mean())
-            loss_sum, zero_sum = loss_sum + loss_B.sum().item(), zero_sum + zero_B.sum().item()
-            keys += batch.keys
-            substituted += note_substitutes(config.folder, batch)
-        loss, zero = (x / config.engine.global_batch for x in world.all_reduce_sum([loss_sum, zero_sum]))
-        refuse_non_finite("loss", loss, step, world, keys)
-        lr = learning_rate(config.schedule, config.optimizer.lr, step, job.total)
-        grad_norm = job.engine.step(lr)
-        refuse_non_finite("gradient norm", grad_norm, step, world, keys)
-        monitor.report(step + 1, loss, zero, grad_norm, lr, substituted)
-        if (step + 1) % config.checkpoint.every_steps == 0 or step + 1 == job.total:
-            save(config, job, world, step + 1)
-    monitor.close()
+    with closing(make_monitor(config, job, world)) as monitor:
+        batches = monitor.timed(make_batches(config, job, world))
+        for step in range(job.start, job.total):
+            sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+            keys: list[str] = []
+            for batch in itertools.islice(batches, job.accumulation):
+                loss_B, zero_B = job.framer.compute_loss(batch)
+                job.engine.backward(loss_B.mean())
+                sums += torch.stack([loss_B.detach().sum(), zero_B.sum()])
+                keys += batch.keys
+                note_substitutes(config.folder, batch)
+            loss, zero = (total / config.engine.global_batch for total in world.all_reduce_sum(sums))
+            refuse_non_finite("loss", loss, step, world, keys)
+            lr = learning_rate(config.schedule, config.optimizer.lr, step, job.total)
+            grad_norm = job.engine.step(lr)
+            refuse_non_finite("gradient norm", grad_norm, step, world, keys)
+            monitor.report(step + 1, loss, zero, grad_norm, lr)
+            if (step + 1) % config.checkpoint.every_steps == 0 or step + 1 == job.total:
+                save(config, job, world, step + 1)
     job.engine.close()
     world.close()
     return config.folder
@@ -126,6 +125,12 @@ def prepare_unet(base: Base, config: RunConfig, attention: str) -> dict[str, tor
         base.unet.enable_gradient_checkpointing()
     base.unet.train()  # dropout is 0; diffusers checkpoints in training mode only
     return parameters
+
+
+def make_monitor(config: RunConfig, job: Job, world: World) -> Monitor:
+    """What reports the steps from the job's start to its end."""
+    every, clips = config.log_every_steps, config.engine.global_batch
+    return Monitor(config.folder, job.start, job.total, every, clips, world.is_main)
 
 
 def make_batches(config: RunConfig, job: Job, world: World) -> Iterator[Batch]:
@@ -186,14 +191,12 @@ def refuse_non_finite(what: str, value: float, step: int, world: World, keys: li
         )
 
 
-def note_substitutes(folder: Path, batch: Batch) -> int:
-    """Append the batch's bad clips to substituted.jsonl; returns how many there were."""
+def note_substitutes(folder: Path, batch: Batch) -> None:
+    """Append the batch's bad clips, and what stood in for them, to substituted.jsonl."""
     if batch.substitutes:
-        import json
-
         with (folder / "substituted.jsonl").open("a") as ledger:
             ledger.writelines(json.dumps(row._asdict()) + "\n" for row in batch.substitutes)
-    return len(batch.substitutes)
+        print(f"{len(batch.substitutes)} bad clips replaced, see {folder}/substituted.jsonl", file=sys.stderr)
 
 
 def announce(

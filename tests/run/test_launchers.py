@@ -1,0 +1,73 @@
+"""The launchers start the same run, and TensorBoard shows each of its steps once. Run: pytest tests/run/test_launchers.py"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.launching import Launcher, launch, read_numbers, train_here
+from toolkit.run.monitor import Monitor
+
+TAGS = {
+    "loss/train": "loss", "loss/zero_baseline": "zero_baseline",
+    "optimizer/grad_norm": "grad_norm", "optimizer/lr": "lr",
+    "speed/clips_per_s": "clips_per_s", "speed/data_wait_share": "data_wait_share", "memory/peak_gib": "memory_gib",
+}  # fmt: skip
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("launcher", "ranks", "tolerance"),
+    [("torchrun", 2, 0), ("deepspeed", 1, 1e-2), ("python", 1, 1e-2)],
+)
+def test_launchers_give_the_same_losses(
+    launcher: Launcher, ranks: int, tolerance: float, tiny_run: dict[str, Any], reference_run: Path
+) -> None:
+    """Three steps each: two ranks by torchrun are two by deepspeed, to the bit; one rank is near, in bf16."""
+    name = f"by_{launcher}"
+    done = launch(launcher, ranks, tiny_run | {"name": name, "schedule.steps": 3})
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    losses, wanted = (
+        [loss for (loss,) in read_numbers(run, "loss")] for run in (Path(tiny_run["runs_dir"]) / name, reference_run)
+    )
+    print(launcher, ranks, max(abs(a / b - 1) for a, b in zip(losses, wanted, strict=False)))
+    assert losses == pytest.approx(wanted[:3], rel=tolerance, abs=0)
+
+
+def read_board(run: Path) -> EventAccumulator:
+    return EventAccumulator(str(run / "tb"), size_guidance={"scalars": 0}).Reload()
+
+
+@pytest.mark.launch
+def test_tensorboard_shows_what_the_log_holds(reference_run: Path) -> None:
+    """Every tag has one point per step, with the log's value."""
+    board = read_board(reference_run)
+    assert set(board.Tags()["scalars"]) == set(TAGS)
+    for tag, key in TAGS.items():
+        points = [(event.step, event.value) for event in board.Scalars(tag)]
+        logged = read_numbers(reference_run, "step", key)
+        assert [step for step, _ in points] == [step for step, _ in logged] == list(range(1, 11))
+        assert [value for _, value in points] == pytest.approx([value for _, value in logged], rel=1e-6)
+
+
+@pytest.mark.usefixtures("one_core")
+def test_no_step_twice_after_a_resume(tiny_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after step 5, resumed after step 4: neither the log nor TensorBoard shows step 5 twice."""
+    overrides = tiny_run | {"name": "stopped", "engine.kind": "plain", "engine.micro_batch": 4, "schedule.steps": 6}
+    report = Monitor.report
+
+    def stop_after_five(self: Monitor, step: int, *numbers: Any) -> None:
+        report(self, step, *numbers)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Monitor, "report", stop_after_five)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(overrides)
+    monkeypatch.setattr(Monitor, "report", report)
+    folder = train_here(overrides)
+    assert len(list((folder / "tb").iterdir())) == 2
+    assert [step for (step,) in read_numbers(folder, "step")] == list(range(1, 7))
+    assert [event.step for event in read_board(folder).Scalars("loss/train")] == list(range(1, 7))
