@@ -1,5 +1,6 @@
 """Starts training as a user does, stops it as a power cut does, and reads what it left behind. No tests in here."""
 
+import json
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+import torch.distributed as dist
 
 from toolkit.config import load_config
 from toolkit.run.monitor import read_log
@@ -18,13 +20,14 @@ from toolkit.run.trainer import train
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "launch/recipes/tiny_cpu.yaml"
 Launcher = Literal["deepspeed", "torchrun", "python"]
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # a run in this process leaves these; no child may inherit them
 
 # Ten steps of four clips, three frames of 32 x 32 each. The rate is constant, so that shorter runs begin alike.
 TINY: dict[str, Any] = {
-    "lora.rank": 4,
+    "lora.rank": 4, "lora.alpha": 4, "lora.targets": "all", "diffusion.layout": "spec_middle", "optimizer.lr": 1e-2,
     "data.frames": 3, "data.stride": 1, "data.height": 32, "data.width": 32,
     "schedule.shape": "constant", "schedule.warmup_steps": 0, "schedule.steps": 10,
-    "engine.global_batch": 4, "engine.micro_batch": 1,
+    "engine.kind": "zero2", "engine.precision": "bf16", "engine.global_batch": 4, "engine.micro_batch": 1,
     "checkpoint.every_steps": 2, "checkpoint.keep": 10,
     "log_every_steps": 1,
 }  # fmt: skip
@@ -32,7 +35,11 @@ TINY: dict[str, Any] = {
 
 def train_here(overrides: Mapping[str, Any], fresh: bool = False) -> Path:
     """Train the tiny recipe in this process; returns the run folder."""
-    return train(load_config(RECIPE, dict(overrides)), fresh)
+    try:
+        return train(load_config(RECIPE, dict(overrides)), fresh)
+    finally:
+        if dist.is_initialized():  # a run that was refused or stopped leaves that to the end of its process
+            dist.destroy_process_group()
 
 
 def train_command(launcher: Launcher, ranks: int, overrides: Mapping[str, Any], fresh: bool = False) -> list[str]:
@@ -70,10 +77,11 @@ def run(command: list[str], ranks: int = 1, timeout_s: float = 150) -> subproces
 def start(command: list[str], ranks: int = 1) -> subprocess.Popen[str]:
     """Start a command with a core for each rank; the number of threads, and so the last bits, follow from that."""
     cores = sorted(os.sched_getaffinity(0))[:ranks]
+    environment = {name: value for name, value in os.environ.items() if name not in PLACE}
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=environment | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -112,9 +120,11 @@ def read_numbers(run: Path, *keys: str) -> list[tuple[Any, ...]]:
     return [tuple(row[key] for key in keys or ("step", "loss", "grad_norm")) for row in read_log(run / "log.jsonl")]
 
 
-def adapter_bytes(run: Path, step: int) -> bytes:
-    """The adapter of one checkpoint."""
-    return (run / f"checkpoints/step_{step:06d}/adapter_model.safetensors").read_bytes()
+def adapter_bytes(run: Path, step: int) -> tuple[dict[str, Any], bytes]:
+    """The adapter of one checkpoint: header and data. safetensors writes the header's keys in no fixed order."""
+    content = (run / f"checkpoints/step_{step:06d}/adapter_model.safetensors").read_bytes()
+    data = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:data]), content[data:]
 
 
 def free_port() -> int:

@@ -1,0 +1,234 @@
+"""What a user can get wrong is told in one sentence, before any work. Run: pytest tests/run/test_bad_input.py"""
+
+import gzip
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.launching import RECIPE, launch, run, train_here
+from toolkit.config import load_config
+from toolkit.data.pack import pack
+from toolkit.engine.world import World
+from toolkit.errors import UserError
+from toolkit.run.inference import interpolate_stills
+from toolkit.run.trainer import build_job
+
+pytestmark = pytest.mark.usefixtures("one_core")
+
+
+def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
+    """The line on stderr with which a refused command ends; the library's warnings before it do not count."""
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr, done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def mine(tiny_run: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Overrides of a run of one process whose folder would be tmp_path/runs/mine."""
+    return tiny_run | {"name": "mine", "runs_dir": str(tmp_path / "runs"), "engine.kind": "plain"}
+
+
+def refused(overrides: dict[str, Any], match: str) -> None:
+    """The run ends with this message and leaves no run folder."""
+    with pytest.raises(UserError, match=match):
+        train_here(overrides)
+    assert not (Path(overrides["runs_dir"]) / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lora.rnk", 8, r"unknown key lora\.rnk; did you mean lora\.rank\?"),
+        ("learning_rate_peak", 1, r"unknown key learning_rate_peak"),
+        ("optimizer.lr", 7, r"optimizer\.lr is 7: .*less than or equal to 1"),
+        ("lora.rank", "many", r"lora\.rank is 'many': .*integer"),
+        ("data.frames", 4, r"data: frames is 4: it must be odd"),
+        ("data.height", 30, r"30x32: both must be multiples of 8"),
+        ("engine.micro_batch", 3, r"global_batch 4 must be a multiple of micro_batch 3"),
+        ("model.attention", "flash", r"model\.attention is 'flash': .*'auto', 'xformers' or 'sdpa'"),
+        ("model.attention", "xformers", r"model\.attention is xformers, but .*; use auto, which takes sdpa"),
+        ("data.shards", "no/such/folder", r"there is no folder no/such/folder; pack videos into it"),
+        ("engine.global_batch", 64, r"holds \d+ training clips, fewer than one batch \(engine\.global_batch 64\)"),
+        ("name", "a/b", r"name is 'a/b': .*pattern"),
+    ],
+)
+def test_wrong_setting_is_named(mine: dict[str, Any], key: str, value: Any, message: str) -> None:
+    """The field, what was given, and what is allowed or meant; no run folder is left."""
+    if torch.cuda.is_available() and value == "xformers":
+        pytest.skip("xformers may run here")
+    refused(mine | {key: value}, message)
+
+
+def test_wrong_recipe_file_is_named(mine: dict[str, Any], tmp_path: Path) -> None:
+    """Not there, not YAML, not a tree."""
+    for text, message in ((None, "cannot read the recipe"), ("a: [", "is not YAML"), ("words", "is not a recipe")):
+        path = tmp_path / "recipe.yaml"
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_config(path, mine)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train_batch_size": 8}, r"sets train_batch_size, but batch, .* come from the recipe; take it out"),
+        ({"optimizer": {"type": "Adam", "params": {"lr": 1}}}, r"sets optimizer, but .*learning rate"),
+        ({"bf16": {"enabled": True}, "gradient_clipping": 1}, r"sets bf16, gradient_clipping, .*take them out"),
+    ],
+)
+def test_deepspeed_file_may_not_set_what_the_recipe_owns(
+    mine: dict[str, Any], tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    """Batch, rate, precision, clipping: each number has one owner."""
+    path = tmp_path / "zero2.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}} | settings))
+    refused(mine | {"engine.kind": "zero2", "engine.deepspeed": str(path)}, message)
+
+
+def test_ranks_must_fit_engine_and_batch(mine: dict[str, Any]) -> None:
+    """The plain engine on two ranks, and a batch that three ranks cannot share."""
+    for ranks, message in ((2, "engine.kind plain runs one process, not 2"), (3, "global batch of 4 .* 3 ranks")):
+        with pytest.raises(UserError, match=message):
+            build_job(load_config(RECIPE, mine), World(0, ranks, 0, torch.device("cpu")), fresh=False)
+    assert not Path(mine["runs_dir"]).exists()
+
+
+def test_shards_that_are_none_are_named(mine: dict[str, Any], tmp_path: Path) -> None:
+    """An empty folder, a text file named .tar, a gzip tar, and a tar without samples."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    refused(mine | {"data.shards": str(folder)}, "holds no .tar shards; pack videos into it")
+    empty = io.BytesIO()
+    with tarfile.open(fileobj=empty, mode="w"):
+        pass
+    for content in (b"these are words, not a tar\n" * 40, gzip.compress(empty.getvalue()), empty.getvalue()):
+        (folder / "train-0.tar").write_bytes(content)
+        refused(mine | {"data.shards": str(folder)}, r"train-0\.tar")
+        for index in folder.glob("*.json"):
+            index.unlink()
+
+
+def test_packing_nothing_is_refused(tmp_path: Path) -> None:
+    """A folder without videos, and a folder that is not there."""
+    (tmp_path / "notes.txt").write_text("no video")
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=str(folder)):
+            pack(folder, tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_run: dict[str, Any]) -> Path:
+    """The run folder of two steps; read only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.sched_getaffinity", lambda pid: {0})
+        settings = {"name": "bad_input", "engine.kind": "plain", "engine.micro_batch": 4, "schedule.steps": 2}
+        return train_here(tiny_run | settings)
+
+
+def test_folder_of_another_recipe_is_refused(trained: Path, tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    """The fields that differ are named with both values, and nothing in the folder changes."""
+    folder = Path(shutil.copytree(trained, tmp_path / "bad_input"))
+    before = (folder / "config.yaml").read_bytes()
+    settings = {"name": "bad_input", "runs_dir": str(tmp_path), "engine.kind": "plain", "schedule.steps": 2}
+    with pytest.raises(UserError, match=r"another recipe \(lora\.rank was 4, is 8; engine\.micro_batch was 4, is 1\)"):
+        train_here(tiny_run | settings | {"lora.rank": 8})
+    assert (folder / "config.yaml").read_bytes() == before
+    with pytest.raises(UserError, match="holds files but no run"):
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full/thesis.tex").write_text("years of work")
+        train_here(tiny_run | settings | {"name": "full"})
+
+
+@pytest.fixture
+def still(tmp_path: Path) -> str:
+    path = tmp_path / "still.png"
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(path)
+    return str(path)
+
+
+def interpolate(run: Path, first: str, last: str, **options: Any) -> Path:
+    settings = {"out": str(run.parent / "out.mp4"), "frames": 3, "lora_scale": 1.0, "fps": 7.0, "motion": 127.0}
+    return interpolate_stills(str(run), first, last, **(settings | {"steps": 1, "base": None} | options))
+
+
+def test_stills_that_do_not_fit_are_refused(trained: Path, still: str, tmp_path: Path) -> None:
+    """Two sizes, no picture, not there."""
+    other = tmp_path / "wide.png"
+    Image.fromarray(np.zeros((32, 64, 3), np.uint8)).save(other)
+    with pytest.raises(UserError, match="different sizes, 32x32 and 64x32"):
+        interpolate(trained, still, str(other))
+    other.write_text("no picture")
+    for last in (str(other), str(tmp_path / "nowhere.png")):
+        with pytest.raises(UserError, match=f"cannot read {last} as a picture"):
+            interpolate(trained, still, last)
+
+
+def test_frames_and_ending_are_refused_before_any_work(
+    trained: Path, still: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--frames 4 and --out x.avi: told before the base is loaded and anything is sampled."""
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("loaded the base first")
+
+    monkeypatch.setattr("toolkit.run.inference.load_base", never)
+    with pytest.raises(UserError, match="frames is 4: .*3, 5, 9, 17"):
+        interpolate(trained, still, still, frames=4)
+    with pytest.raises(UserError, match=r"x\.avi: the ending must be \.mp4 or \.gif, or none for a folder"):
+        interpolate(trained, still, still, out=str(tmp_path / "x.avi"))
+
+
+def test_adapter_of_another_base_is_refused(trained: Path, still: str, tiny_base: Path) -> None:
+    """The fingerprint of the weights tells, whatever the folder is called; both are named."""
+    with pytest.raises(
+        UserError, match=r"was trained on .* \([0-9a-f]{16}\), not on the base given here \([0-9a-f]{16}\)"
+    ):
+        interpolate(trained, still, still, base=str(tiny_base))
+
+
+def test_run_without_checkpoint_is_refused(still: str, tmp_path: Path) -> None:
+    """A folder that is no run."""
+    with pytest.raises(UserError, match="is not a run folder"):
+        interpolate(tmp_path, still, still)
+
+
+@pytest.mark.launch
+def test_commands_end_with_one_sentence(trained: Path, still: str, tmp_path: Path) -> None:
+    """Exit code 2 and a sentence, no traceback: the real commands."""
+    python, videos = sys.executable, str(tmp_path / "videos")
+    Path(videos).mkdir()
+    stills = ["--run", str(trained), "--first", still, "--last", still, "--out", str(tmp_path / "ab.mp4")]
+    commands = {
+        "no videos in": [python, "shards/pack.py", videos, str(tmp_path / "shards")],
+        "unknown flag --lora_scal; did you mean --lora_scale?": [
+            python, "launch/interpolate.py", *stills, "--lora_scal", "0.5",
+        ],
+        "unknown key lora.rnk; did you mean lora.rank?": [
+            python, "launch/train.py", "--config", str(RECIPE), "--lora.rnk", "8",
+        ],
+        "cannot read the recipe nowhere.yaml": [python, "launch/train.py", "--config", "nowhere.yaml"],
+    }  # fmt: skip
+    for message, command in commands.items():
+        assert message in one_sentence(run(command, timeout_s=60)), message
+    assert not (tmp_path / "ab.mp4").exists() and not (tmp_path / "shards").exists()
+
+
+@pytest.mark.launch
+def test_every_rank_ends_when_one_refuses(mine: dict[str, Any]) -> None:
+    """Two plain ranks by torchrun: each says why, none hangs, and our part of the output has no traceback."""
+    done = launch("torchrun", 2, mine, timeout_s=90)
+    assert done.returncode != 0 and "engine.kind plain runs one process, not 2" in done.stderr
+    assert 'File "toolkit/' not in done.stderr and "/toolkit/run/" not in done.stderr
+    assert not Path(mine["runs_dir"]).exists()
