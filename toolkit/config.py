@@ -193,6 +193,8 @@ def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
         raise UserError(f"cannot read engine.deepspeed {path}: {error.strerror}; see ds_configs") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds no JSON object; see ds_configs/zero2.json")
     foreign = sorted(set(settings) - DEEPSPEED_KEYS)
     if foreign:
         raise UserError(

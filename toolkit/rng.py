@@ -41,5 +41,6 @@ def permutation(n: int, seed: int, purpose: str, counter: int = 0) -> np.ndarray
 
 def normal_like(batch: Tensor, seed: int, purpose: str, positions: Sequence[int]) -> Tensor:
     """Draw N(0, 1) fp32 shaped like `batch`, row b from the key (seed, purpose, positions[b]), on batch's device."""
+    assert len(positions) == len(batch), (len(positions), len(batch))
     rows = [torch.randn(batch.shape[1:], generator=rng(seed, purpose, k)) for k in positions]
     return torch.stack(rows).to(batch.device)

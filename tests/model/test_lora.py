@@ -193,7 +193,14 @@ def test_disabled_adapter_is_the_base(saved: Path) -> None:
         assert torch.equal(forward(unet, make_inputs()), base_output())
         enable_adapter(unet, True)
         assert torch.equal(forward(unet, make_inputs()), tuned)
-    assert not any(p.requires_grad for p in unet.parameters())
+
+
+def test_an_adapter_of_another_kind_is_refused(saved: Path) -> None:
+    """An adapter with rsLoRA would load with a wrong scale; it is refused by name."""
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+    with pytest.raises(UserError, match="use_rslora"):
+        load_adapter(make_unet(), saved, FINGERPRINT)
 
 
 def test_adapter_of_another_base_is_refused(saved: Path, unet: FramerUNet) -> None:

@@ -20,7 +20,7 @@ def build_input(x_BTCHW: Tensor, ends_B2CHW: Tensor, mask_token_11C11: Tensor, l
     returns           (B, T, 9, H, W)
     """
     B, T, C, H, W = x_BTCHW.shape
-    known_T = layout.known_T.to(x_BTCHW.device)
+    known_T = layout.known_T  # on the CPU: a mask on the GPU would make the host wait for it
     if layout.name == "spec_middle":
         cond_BTCHW = ends_B2CHW.mean(1, keepdim=True)
     else:

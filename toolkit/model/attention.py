@@ -63,18 +63,24 @@ def choose_attention(choice: str, device: torch.device) -> str:
 
     raises  UserError where xformers is asked for and cannot run
     """
+    if choice == "sdpa":
+        return choice
+    why_not = "it has no kernel for the CPU" if device.type != "cuda" else _find_xformers_fault()
+    if why_not is None:
+        return "xformers"
+    if choice == "xformers":
+        raise UserError(f"model.attention is xformers, but {why_not}; use auto, which takes sdpa there")
+    return "sdpa"
+
+
+def _find_xformers_fault() -> str | None:
     try:
         import xformers.ops  # noqa: F401
-
-        installed = True
     except ImportError:
-        installed = False
-    if choice == "xformers" and not (installed and device.type == "cuda"):
-        why = "it has no kernel for the CPU" if installed else "it is not installed (pip install .[gpu])"
-        raise UserError(f"model.attention is xformers, but {why}; use auto, which takes sdpa there")
-    if choice == "auto":
-        return "xformers" if installed and device.type == "cuda" else "sdpa"
-    return choice
+        return "it is not installed (pip install .[gpu])"
+    except (OSError, RuntimeError) as error:
+        return f"it does not load ({error})"
+    return None
 
 
 def set_attention(unet: nn.Module, kind: str) -> None:

@@ -20,9 +20,10 @@ def encode_frames(vae: Any, frames_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
 
     returns  mean_BTCHW, std_BTCHW: fp32, unscaled (not multiplied by the VAE's scaling factor)
     """
-    B, T = frames_BTCHW.shape[:2]
-    posterior = vae.encode(frames_BTCHW.flatten(0, 1).to(vae.dtype)).latent_dist
-    return posterior.mean.float().unflatten(0, (B, T)), posterior.std.float().unflatten(0, (B, T))
+    # one frame of every clip at a time: the encoder mixes no frames, and five at once would take five times the memory
+    posteriors = [vae.encode(frame_BCHW.to(vae.dtype)).latent_dist for frame_BCHW in frames_BTCHW.unbind(1)]
+    means, stds = ([getattr(p, part).float() for p in posteriors] for part in ("mean", "std"))
+    return torch.stack(means, dim=1), torch.stack(stds, dim=1)
 
 
 @torch.no_grad()

@@ -101,6 +101,11 @@ def load_adapter(unet: Any, folder: Path, fingerprint: str, scale: float = 1.0) 
             f"the adapter in {folder} was trained on {metadata.get('base')} ({metadata['base_fingerprint']}), "
             f"not on the base given here ({fingerprint}); give its own base with --base"
         )
+    foreign = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if saved.get(name)]
+    if foreign:
+        raise UserError(
+            f"the adapter in {folder} uses {', '.join(foreign)}, which is not supported; only plain LoRA is"
+        )
     try:
         config = LoraConfig(r=saved["r"], lora_alpha=saved["lora_alpha"], target_modules=saved["target_modules"])
         inject_adapter_in_model(config, unet)
@@ -128,7 +133,6 @@ def enable_adapter(unet: Any, enabled: bool) -> None:
     for module in unet.modules():
         if hasattr(module, "enable_adapters"):
             module.enable_adapters(enabled)
-    unet.requires_grad_(False)  # switching on makes PEFT's layers trainable again
 
 
 def _initialise(parameters: dict[str, nn.Parameter], seed: int) -> dict[str, nn.Parameter]:

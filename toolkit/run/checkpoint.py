@@ -52,10 +52,7 @@ def save_checkpoint(run: Path, step: int, tensors: State, unet: nn.Module, state
     shutil.rmtree(folder, ignore_errors=True)  # a bad one of the same step, left by an earlier attempt
     os.replace(aside, folder)
     _sync(folder.parent)
-    pointer = run / "LATEST.tmp"
-    pointer.write_text(folder.name + "\n")
-    _sync(pointer)
-    os.replace(pointer, run / "LATEST")
+    replace_text(run / "LATEST", folder.name + "\n")
     for old in list_checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return folder
@@ -73,7 +70,8 @@ def checkpoint_step(folder: Path) -> int:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """List published checkpoints, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("step_*") if p.is_dir() and not p.suffix)
+    published = (p for p in (run / "checkpoints").glob("step_*") if p.is_dir() and not p.suffix)
+    return sorted(published, key=checkpoint_step)  # by number: as text, step_1000000 comes before step_999999
 
 
 def find_fault(folder: Path) -> str | None:
@@ -88,20 +86,23 @@ def find_fault(folder: Path) -> str | None:
     return None
 
 
-def newest_good(run: Path) -> Path | None:
-    """Find the newest checkpoint that verifies; bad ones are set aside under .bad with a warning.
+def newest_good(run: Path, set_aside: bool) -> Path | None:
+    """Find the newest checkpoint that verifies, warning of bad ones.
 
-    returns  None when the run has no checkpoint yet
-    raises   UserError when there are some and none verifies: starting over silently would lose a run
+    set_aside  rename bad ones to .bad; for the run itself only: a reader could meet one that is just being pruned
+    returns    None when the run has no checkpoint yet
+    raises     UserError when there are some and none verifies: starting over silently would lose a run
     """
     found = list_checkpoints(run)
     for folder in reversed(found):
         fault = find_fault(folder)
         if fault is None:
             return folder
-        shutil.rmtree(folder.with_suffix(".bad"), ignore_errors=True)
-        os.replace(folder, folder.with_suffix(".bad"))
-        print(f"{folder} is damaged: {fault}; set aside as {folder.name}.bad", file=sys.stderr)
+        print(f"{folder} is damaged: {fault}; taking an older one", file=sys.stderr)
+        if set_aside:
+            shutil.rmtree(folder.with_suffix(".bad"), ignore_errors=True)
+            os.replace(folder, folder.with_suffix(".bad"))
+            print(f"set aside as {folder.name}.bad", file=sys.stderr)
     if found:
         raise UserError(f"none of the {len(found)} checkpoints in {run}/checkpoints verifies; --fresh starts anew")
     return None
@@ -116,6 +117,14 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], State]:
         name, key = full_name.rsplit("/", 1)
         tensors.setdefault(name, {})[key] = tensor
     return json.loads((folder / "state.json").read_text()), tensors
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a crash leaves the old text or the new one, never half of it."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
+    _sync(aside)
+    os.replace(aside, path)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

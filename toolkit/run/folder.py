@@ -20,7 +20,14 @@ from toolkit.config import RunConfig, diff_configs, dump_config, load_config
 from toolkit.engine.plain import State
 from toolkit.engine.world import World
 from toolkit.errors import UserError
-from toolkit.run.checkpoint import checkpoint_folder, checkpoint_step, list_checkpoints, load_checkpoint, newest_good
+from toolkit.run.checkpoint import (
+    checkpoint_folder,
+    checkpoint_step,
+    list_checkpoints,
+    load_checkpoint,
+    newest_good,
+    replace_text,
+)
 
 # Fields that may change between the start of a run and its resumption: they do not change what is computed.
 FREE_FIELDS = ("runs_dir", "log_every_steps", "checkpoint.", "validation.", "data.workers", "data.max_bad_fraction",
@@ -53,8 +60,8 @@ def prepare_folder(config: RunConfig, fresh: bool) -> None:
         raise UserError(f"{folder} holds files but no run; choose another --name or --runs_dir")
     for part in ("checkpoints", "samples", "tb"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_config(config))
-    (folder / "env.json").write_text(json.dumps(describe_host(), indent=2) + "\n")
+    replace_text(folder / "config.yaml", dump_config(config))
+    replace_text(folder / "env.json", json.dumps(describe_host(), indent=2) + "\n")
 
 
 def find_resume(config: RunConfig, identity: dict[str, Any], world: World) -> Resume:
@@ -63,7 +70,7 @@ def find_resume(config: RunConfig, identity: dict[str, Any], world: World) -> Re
     identity  what must not have changed: the data set's, the base's and the code's fingerprints
     raises    UserError naming what changed
     """
-    newest = newest_good(config.folder) if world.is_main else None
+    newest = newest_good(config.folder, set_aside=True) if world.is_main else None
     step = world.broadcast_int(checkpoint_step(newest) if newest else 0)
     if step == 0:
         return Resume(0, None)
@@ -82,7 +89,7 @@ def newest_adapter(run: Path) -> Path:
     """Find a run's newest good checkpoint, for inference. Raises UserError when there is none."""
     if not (run / "config.yaml").exists():
         raise UserError(f"{run} is not a run folder (no config.yaml); give a folder such as runs/NAME")
-    folder = newest_good(run)
+    folder = newest_good(run, set_aside=False)
     if folder is None:
         raise UserError(f"{run} has no checkpoint yet; train it first: launch/train.py --config {run}/config.yaml")
     return folder

@@ -123,7 +123,6 @@ def prepare_unet(base: Base, config: RunConfig, attention: str) -> dict[str, tor
     set_attention(base.unet, attention)
     if config.model.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
-    base.unet.train()  # dropout is 0; diffusers checkpoints in training mode only
     return parameters
 
 
