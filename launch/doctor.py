@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from pydantic import PositiveInt
+
 from toolkit.cli import main
 
 
-def doctor(config: str, json: bool = False, ranks: int = 1, **overrides: Any) -> None:
+def doctor(config: str, json: bool = False, ranks: PositiveInt = 1, **overrides: Any) -> None:
     """Resolve a recipe and count what it trains, without weights and without data where they are missing.
 
     json       print one JSON object and nothing else

@@ -1,14 +1,18 @@
 """Score a run on its held-out clips: launch/evaluate.py --run runs/NAME."""
 
+from pydantic import PositiveInt
+
 from toolkit.cli import main
 
 
-def evaluate(run: str, clips: int | None = None, steps: int | None = None, base: str | None = None) -> None:
+def evaluate(
+    run: str, clips: PositiveInt | None = None, steps: PositiveInt | None = None, base: str | None = None
+) -> None:
     """Compare the generated middle frame with the true one, beside linear blending and the untuned base.
 
     clips  held-out clips; default the recipe's
     steps  sampler steps; default the recipe's
-    base   another place of the run's base
+    base   another folder of the run's base, UNet included
     """
     from toolkit.run.inference import evaluate_run
 

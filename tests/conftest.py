@@ -71,9 +71,3 @@ def reference_run(tiny_run: dict[str, Any]) -> Path:
     done = launch("deepspeed", 2, tiny_run | {"name": "reference"})
     assert done.returncode == 0, done.stderr
     return Path(tiny_run["runs_dir"]) / "reference"
-
-
-@pytest.fixture
-def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training in this process takes one thread, as each rank of two does: bits follow the number of threads."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import psutil
 import torch.distributed as dist
@@ -34,12 +35,18 @@ TINY: dict[str, Any] = {
 
 
 def train_here(overrides: Mapping[str, Any], fresh: bool = False) -> Path:
-    """Train the tiny recipe in this process; returns the run folder."""
-    try:
-        return train(load_config(RECIPE, dict(overrides)), fresh)
-    finally:
-        if dist.is_initialized():  # a run that was refused or stopped leaves that to the end of its process
-            dist.destroy_process_group()
+    """Train the tiny recipe in this process, on one thread as each rank of two does; returns the run folder.
+
+    The last bits follow the number of threads. What the run leaves in its process is taken away again.
+    """
+    with mock.patch.dict(os.environ), mock.patch("os.sched_getaffinity", lambda pid: {0}):
+        for name in ("OMP_NUM_THREADS", *PLACE):
+            os.environ.pop(name, None)
+        try:
+            return train(load_config(RECIPE, dict(overrides)), fresh)
+        finally:
+            if dist.is_initialized():  # a run that was refused or stopped leaves its group to the end of the process
+                dist.destroy_process_group()
 
 
 def train_command(launcher: Launcher, ranks: int, overrides: Mapping[str, Any], fresh: bool = False) -> list[str]:

@@ -6,25 +6,44 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import fire
+from pydantic import ConfigDict, ValidationError, validate_call
 
 from toolkit.errors import UserError
 
 
 def main(function: Callable[..., Any]) -> None:
-    """Run a function on the command line's arguments; a UserError ends it with one line on stderr and exit code 2."""
+    """Run a function on the command line's arguments; a user's mistake ends it with one line on stderr and exit code 2.
+
+    function  its annotations are enforced: a flag of the wrong type or out of range is refused before it is called
+    """
+    checked = validate_call(config=ConfigDict(coerce_numbers_to_str=True))(function)
     try:
         refuse_unknown_flags(function, sys.argv[1:])
-        fire.Fire(function)
+        fire.Fire(checked)
+    except ValidationError as error:
+        names = list(inspect.signature(function).parameters)  # Fire passes arguments by position
+        where = [names[e["loc"][0]] if isinstance(e["loc"][0], int) else e["loc"][0] for e in error.errors()]
+        _end(
+            "; ".join(f"--{name} is {e['input']!r}: {e['msg']}" for name, e in zip(where, error.errors(), strict=True))
+        )
     except UserError as error:
-        rank = os.environ.get("RANK")
-        print(f"{sys.argv[0]}{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _end(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         print(f"{sys.argv[0]}: stopped; what was published so far is whole", file=sys.stderr)
         sys.exit(130)
+
+
+def _end(message: str) -> NoReturn:
+    rank = os.environ.get("RANK")
+    print(f"{sys.argv[0]}{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def refuse_unknown_flags(function: Callable[..., Any], arguments: list[str]) -> None:

@@ -17,17 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from toolkit.errors import UserError
 
 # What a DeepSpeed JSON may hold; every other number belongs to the recipe.
-DEEPSPEED_KEYS = {
-    "zero_optimization",
-    "zero_allow_untested_optimizer",
-    "communication_data_type",
-    "wall_clock_breakdown",
-}
+DEEPSPEED_KEYS = {"zero_optimization", "zero_allow_untested_optimizer"}
 
 
 class Section(BaseModel):
     # coerce: a command line turns a run name such as 007 into a number
-    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -150,8 +145,8 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
     """
     try:
         tree = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the recipe {path}: {error.strerror}; recipes are in launch/recipes") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the recipe {path}: {error}; recipes are in launch/recipes") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -201,6 +196,11 @@ def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
             f"{path} sets {', '.join(foreign)}, but batch, accumulation, clipping, precision and learning rate come from "
             f"the recipe; take {'it' if len(foreign) == 1 else 'them'} out "
             f"(allowed here: {', '.join(sorted(DEEPSPEED_KEYS))})"
+        )
+    zero = settings.get("zero_optimization", {})
+    if zero.get("stage") not in (1, 2) or any("offload" in key for key in zero):
+        raise UserError(
+            f"{path}: zero_optimization needs stage 1 or 2 and no offload, which is all that is supported yet"
         )
     return settings
 

@@ -52,14 +52,12 @@ def test_two_ranks_agree_on_an_older_checkpoint(
 def finished_run(tiny_run: dict[str, Any]) -> dict[str, Any]:
     """Overrides of a finished run of six steps, made in this process, with checkpoints at 2, 4 and 6; read only."""
     overrides = tiny_run | {"name": "finished", "engine.kind": "plain", "engine.micro_batch": 4, "schedule.steps": 6}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.sched_getaffinity", lambda pid: {0})
-        train_here(overrides)
+    train_here(overrides)
     return overrides
 
 
 @pytest.fixture
-def copied(finished_run: dict[str, Any], tmp_path: Path, one_core: None) -> tuple[dict[str, Any], Path]:
+def copied(finished_run: dict[str, Any], tmp_path: Path) -> tuple[dict[str, Any], Path]:
     """A copy of the finished run to do harm to: overrides, run folder."""
     folder = shutil.copytree(Path(finished_run["runs_dir"]) / "finished", tmp_path / "finished")
     return finished_run | {"runs_dir": str(tmp_path)}, Path(folder)

@@ -78,6 +78,6 @@ def test_chunks_change_nothing(max_grid: int) -> None:
 def test_choice_on_the_cpu() -> None:
     """auto and sdpa are SDPA on a CPU; xformers is refused there with what to do."""
     cpu = torch.device("cpu")
-    assert choose_attention("auto", cpu) == choose_attention("sdpa", cpu) == "sdpa"
+    assert choose_attention("auto", cpu, torch.float32) == choose_attention("sdpa", cpu, torch.float32) == "sdpa"
     with pytest.raises(UserError, match="model.attention is xformers, but .*use auto"):
-        choose_attention("xformers", cpu)
+        choose_attention("xformers", cpu, torch.float32)

@@ -23,8 +23,6 @@ from toolkit.errors import UserError
 from toolkit.run.inference import interpolate_stills
 from toolkit.run.trainer import build_job
 
-pytestmark = pytest.mark.usefixtures("one_core")
-
 
 def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
     """The line on stderr with which a refused command ends; the library's warnings before it do not count."""
@@ -131,10 +129,8 @@ def test_packing_nothing_is_refused(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def trained(tiny_run: dict[str, Any]) -> Path:
     """The run folder of two steps; read only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.sched_getaffinity", lambda pid: {0})
-        settings = {"name": "bad_input", "engine.kind": "plain", "engine.micro_batch": 4, "schedule.steps": 2}
-        return train_here(tiny_run | settings)
+    settings = {"name": "bad_input", "engine.kind": "plain", "engine.micro_batch": 4, "schedule.steps": 2}
+    return train_here(tiny_run | settings)
 
 
 def test_folder_of_another_recipe_is_refused(trained: Path, tiny_run: dict[str, Any], tmp_path: Path) -> None:

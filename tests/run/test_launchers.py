@@ -52,7 +52,6 @@ def test_tensorboard_shows_what_the_log_holds(reference_run: Path) -> None:
         assert [value for _, value in points] == pytest.approx([value for _, value in logged], rel=1e-6)
 
 
-@pytest.mark.usefixtures("one_core")
 def test_no_step_twice_after_a_resume(tiny_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after step 5, resumed after step 4: neither the log nor TensorBoard shows step 5 twice."""
     overrides = tiny_run | {"name": "stopped", "engine.kind": "plain", "engine.micro_batch": 4, "schedule.steps": 6}

@@ -52,7 +52,7 @@ def test_loss_falls_on_real_videos_across_a_kill(signed_run: tuple[Path, str]) -
 
 
 @pytest.mark.launch
-def test_real_stills_become_a_video(signed_run: tuple[Path, str], tmp_path: Path, one_core: None) -> None:
+def test_real_stills_become_a_video(signed_run: tuple[Path, str], tmp_path: Path) -> None:
     """Five frames of the recipe's size as .mp4, .gif and PNG folder; the first picture is the first still."""
     run, _ = signed_run
     stills = []
@@ -73,7 +73,7 @@ def test_real_stills_become_a_video(signed_run: tuple[Path, str], tmp_path: Path
 
 
 @pytest.mark.launch
-def test_evaluation_scores_real_videos(signed_run: tuple[Path, str], one_core: None) -> None:
+def test_evaluation_scores_real_videos(signed_run: tuple[Path, str]) -> None:
     """evaluation.json holds finite scores of blend, base and tuned; the strip of pictures is there."""
     run, _ = signed_run
     report = evaluate_run(str(run))

@@ -5,13 +5,13 @@ Test: pytest tests/data/test_format.py
 Nothing is ever extracted: a member is read by offset and length, and its crc32 is checked before anything parses it.
 """
 
+import errno
 import hashlib
 import json
 import os
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
@@ -82,8 +82,8 @@ def index_path(tar: Path) -> Path:
 
 
 def fingerprint(indexes: Iterable[ShardIndex]) -> str:
-    """Hash the content of a dataset: sha256 over the sorted sha256 of its shards, whatever their names."""
-    return hashlib.sha256("\n".join(sorted(index.tar_sha256 for index in indexes)).encode()).hexdigest()
+    """Hash the content of a dataset: sha256 over those of its shards in the order of their names, as a run follows it."""
+    return hashlib.sha256("\n".join(index.tar_sha256 for index in indexes).encode()).hexdigest()
 
 
 def load_index(tar: Path) -> ShardIndex:
@@ -91,8 +91,11 @@ def load_index(tar: Path) -> ShardIndex:
     path = index_path(tar)
     if not path.exists():
         index = build_index(tar)
-        with suppress(PermissionError):  # shards on a read-only disk are indexed anew by each run
+        try:
             write_index(tar, index)
+        except OSError as error:  # shards on a read-only disk are indexed anew by each run
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
         return index
     remedy = f"delete {path} and it is built anew"
     try:

@@ -1,6 +1,6 @@
 """The process's place among the ranks, and the few collectives that a run needs. The environment is read here only.
 
-Test: pytest tests/engine. Started by `deepspeed`, `torchrun`, `srun` or plain `python`; CPU ranks talk through gloo.
+Test: pytest tests/engine. Started by `deepspeed`, `torchrun` or plain `python`; CPU ranks talk through gloo.
 """
 
 import os
@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from toolkit.errors import UserError
+
 
 @dataclass(frozen=True)
 class World:
     rank: int
     size: int
-    local_rank: int
     device: torch.device
 
     @property
@@ -24,7 +25,7 @@ class World:
         return self.rank == 0
 
     def all_reduce_sum(self, values: Tensor) -> list[float]:
-        """Sum a small tensor over the ranks and bring it to the host; the one wait for the device in a step."""
+        """Sum a small tensor over the ranks and bring it to the host."""
         if self.size > 1:
             dist.all_reduce(values)
         return values.tolist()
@@ -55,22 +56,27 @@ def init_world(join: bool = True) -> World:
     """
     rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _PLACE)
     on_gpu = torch.cuda.is_available()
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        raise UserError("srun started several tasks without ranks; start one task per node, and torchrun in it")
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise UserError(f"local rank {local_rank} has no GPU, there are {torch.cuda.device_count()}; start fewer ranks")
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would probe for others
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     if join:
         # alone, without a launcher's address: a store in memory serves DeepSpeed, which insists on a group
-        store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
+        store = None if "RANK" in os.environ else dist.HashStore()
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30), store=store, rank=rank, world_size=size
         )
         for name, value in zip((name for name, _ in _PLACE), (rank, size, local_rank), strict=True):
             os.environ.setdefault(name, str(value))
-    return World(rank, size, local_rank, device)
+    return World(rank, size, device)
 
 
 _PLACE = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))

@@ -58,14 +58,14 @@ class AttentionProcessor:
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
 
-def choose_attention(choice: str, device: torch.device) -> str:
-    """Resolve "auto": "xformers" on CUDA where it is installed, else "sdpa".
+def choose_attention(choice: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Resolve "auto": "xformers" on CUDA where it runs forward and backward in this dtype, else "sdpa".
 
     raises  UserError where xformers is asked for and cannot run
     """
     if choice == "sdpa":
         return choice
-    why_not = "it has no kernel for the CPU" if device.type != "cuda" else _find_xformers_fault()
+    why_not = "it has no kernel for the CPU" if device.type != "cuda" else _find_xformers_fault(device, dtype)
     if why_not is None:
         return "xformers"
     if choice == "xformers":
@@ -73,13 +73,15 @@ def choose_attention(choice: str, device: torch.device) -> str:
     return "sdpa"
 
 
-def _find_xformers_fault() -> str | None:
+def _find_xformers_fault(device: torch.device, dtype: torch.dtype) -> str | None:
+    # a call rather than an import: a card may be too old or too new for the kernels of an installed build
+    q_BNHD = torch.zeros(1, 16, 1, 64, device=device, dtype=dtype, requires_grad=True)
     try:
-        import xformers.ops  # noqa: F401
+        attend_xformers(q_BNHD, q_BNHD, q_BNHD).sum().backward()
     except ImportError:
         return "it is not installed (pip install .[gpu])"
-    except (OSError, RuntimeError) as error:
-        return f"it does not load ({error})"
+    except (OSError, RuntimeError, NotImplementedError) as error:
+        return f"it does not run here ({str(error).splitlines()[0]})"
     return None
 
 

@@ -16,6 +16,7 @@ import torch
 from toolkit.errors import UserError
 from toolkit.model.unet import PUBLISHED_CONFIGS, FramerUNet, widen_conv_in
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PARTS = ("unet", "vae", "image_encoder", "scheduler")
 
 
@@ -50,7 +51,7 @@ def load_base(base: str, unet: str | None, revision: str | None, device: torch.d
     transformers_logging.disable_progress_bar()
     folder = fetch(base, revision, PARTS if unet is None else PARTS[1:])
     unet_folder = folder if unet is None else fetch(unet, None, ("unet",))
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = PRECISIONS[precision]
     scheduler = read_scheduler(folder)
     vae = load_part(AutoencoderKLTemporalDecoder, folder / "vae")
     vae.to(device, torch.float32 if vae.config.force_upcast else dtype)

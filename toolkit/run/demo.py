@@ -105,10 +105,10 @@ def _interpolate() -> float:
 
 
 def _ranks() -> list[str]:
-    """On a machine without GPUs, two CPU ranks: DeepSpeed's launcher would start one."""
+    """Two ranks where there is room: on a CPU, DeepSpeed's launcher would start one."""
     import torch
 
-    return [] if torch.cuda.is_available() else ["--num_gpus", "2"]
+    return ["--num_gpus", str(min(2, torch.cuda.device_count() or 2))]
 
 
 def _run(what: str, command: list[str]) -> float:

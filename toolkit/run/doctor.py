@@ -5,18 +5,17 @@ Test: pytest tests/run/test_doctor.py. The UNet is built on meta tensors: shapes
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from toolkit.config import RunConfig, load_deepspeed_json
+from toolkit.config import RunConfig
 from toolkit.data.index import open_shards
-from toolkit.data.order import accumulation
-from toolkit.errors import UserError
 from toolkit.model.base import build_unet_on_meta
 from toolkit.model.lora import inject_lora
 from toolkit.model.tiny import build_unet
-from toolkit.run.trainer import total_steps
+from toolkit.run.trainer import check_clips, check_engine, total_steps
 
 
 def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
@@ -24,10 +23,9 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
 
     returns  {base_params, lora_modules, lora_params, adapter_mb_fp32, accumulation, clips, optimizer_steps, notes};
              clips and optimizer_steps are None where the shards are not on this machine
-    raises   UserError for what the run itself would refuse
+    raises   UserError for what a run of so many ranks would refuse about its engine, batch and data
     """
-    if config.engine.kind == "zero2":
-        load_deepspeed_json(config.engine.deepspeed)
+    per_rank, _ = check_engine(config, ranks)
     if config.model.base == "tiny":
         with torch.device("meta"):
             unet = build_unet().to("meta")
@@ -44,16 +42,18 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
         "lora_params": lora_params,
         "adapter_mb_fp32": round(lora_params * 4 / 1e6, 1),
         "ranks": ranks,
-        "accumulation": accumulation(config.engine.global_batch, config.engine.micro_batch, ranks),
+        "accumulation": per_rank,
         "clips": None,
         "optimizer_steps": config.schedule.steps,
         "notes": [],
     }
-    try:
-        report["clips"] = len(open_shards(config.data.shards, "train"))
-        report["optimizer_steps"] = total_steps(config, report["clips"])
-    except UserError as error:
-        report["notes"].append(str(error))
+    if Path(config.data.shards).exists():
+        index = open_shards(config.data.shards, "train")
+        check_clips(config, index)
+        report["clips"] = len(index)
+        report["optimizer_steps"] = total_steps(config, len(index))
+    else:
+        report["notes"].append(f"{config.data.shards} is not on this machine, so clips and steps are not counted")
     report["notes"] += list_doubts(config, report["optimizer_steps"])
     return report
 

@@ -5,6 +5,7 @@ Test: pytest tests/run. The same command again resumes; a folder made by another
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from toolkit.config import RunConfig, diff_configs, dump_config, load_config
 from toolkit.engine.plain import State
@@ -32,6 +33,7 @@ from toolkit.run.checkpoint import (
 # Fields that may change between the start of a run and its resumption: they do not change what is computed.
 FREE_FIELDS = ("runs_dir", "log_every_steps", "checkpoint.", "validation.", "data.workers", "data.max_bad_fraction",
                "engine.kind", "engine.deepspeed", "model.attention", "model.gradient_checkpointing")  # fmt: skip
+_OWN_FIRST_FILES = ("lock", "config.yaml.tmp")  # what a kill at the very start can leave
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "webdataset", "av", "numpy")
 
 
@@ -43,25 +45,35 @@ class Resume:
     tensors: State | None
 
 
-def prepare_folder(config: RunConfig, fresh: bool) -> None:
-    """Make the run folder, or check that the one there belongs to this recipe. For the main rank.
+def check_folder(config: RunConfig) -> None:
+    """Refuse a run folder that does not belong to this recipe, naming the fields that differ."""
+    folder = config.folder
+    if (folder / "config.yaml").exists():
+        _check_same_recipe(folder, config)
+    elif folder.exists() and any(p.name not in _OWN_FIRST_FILES for p in folder.iterdir()):
+        raise UserError(f"{folder} holds files but no run; choose another --name or --runs_dir")
 
-    fresh   move an existing folder aside (NAME.1, NAME.2, ...) and start anew
-    raises  UserError naming the fields that differ
+
+def prepare_folder(config: RunConfig, fresh: bool) -> IO[str]:
+    """Make the run folder and lock it, so that no second job writes into it. For the main rank.
+
+    fresh    move an existing folder aside (NAME.1, NAME.2, ...) and start anew
+    returns  the lock: it holds while this file is open, and the kernel drops it however the process ends
+    raises   UserError when another job holds it
     """
     folder = config.folder
     if fresh and folder.exists():
+        _lock(folder).close()  # not while another job writes there
         aside = next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.{i}")).exists())
         os.replace(folder, aside)
         print(f"the old run is kept in {aside}")
-    if (folder / "config.yaml").exists():
-        _check_same_recipe(folder, config)
-    elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} holds files but no run; choose another --name or --runs_dir")
-    for part in ("checkpoints", "samples", "tb"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
     replace_text(folder / "config.yaml", dump_config(config))
+    for part in ("checkpoints", "samples", "tb"):
+        (folder / part).mkdir(exist_ok=True)
     replace_text(folder / "env.json", json.dumps(describe_host(), indent=2) + "\n")
+    return lock
 
 
 def find_resume(config: RunConfig, identity: dict[str, Any], world: World) -> Resume:
@@ -112,6 +124,15 @@ def describe_host() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _lock(folder: Path) -> IO[str]:
+    lock = (folder / "lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another job is writing to {folder}; wait for it, or choose another --name") from None
+    return lock
 
 
 def _check_same_recipe(folder: Path, config: RunConfig) -> None:

@@ -53,7 +53,7 @@ class Framer:
 
         returns  loss_B, zero_B: (B,) fp32, the loss and what a prediction of zero scores on the same noise
         """
-        frames_BTCHW = to_signed(batch.frames_BTHWC).to(self.device)
+        frames_BTCHW = to_signed(batch.frames_BTHWC.to(self.device))
         z_BTCHW, means_B2CHW = self._encode_window(frames_BTCHW, batch.positions)
         condition = self.condition(frames_BTCHW[:, [0, -1]], batch.fps_B, batch.motion_B, batch.positions, means_B2CHW)
         sigma_B = self._draw_sigma(batch.positions)

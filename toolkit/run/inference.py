@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from toolkit import metrics
@@ -24,7 +24,7 @@ from toolkit.data.video import write_video
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
 from toolkit.model.attention import choose_attention, set_attention
-from toolkit.model.base import load_base
+from toolkit.model.base import PRECISIONS, load_base
 from toolkit.model.lora import enable_adapter, load_adapter
 from toolkit.run.folder import newest_adapter
 from toolkit.run.framer import Framer, to_signed, to_uint8
@@ -42,12 +42,13 @@ def load_framer(checkpoint: Path, config: RunConfig, lora_scale: float = 1.0, ba
     """Load a recipe's base with an adapter in it.
 
     lora_scale  multiplies alpha / rank
-    base        another place of the same base, when the recipe's is not on this machine
+    base        another folder of the same base, UNet included, when the recipe's is not on this machine
     """
     world = init_world(join=False)
-    folder = find_base(base or config.model.base, world)
-    loaded = load_base(folder, config.model.unet, config.model.revision, world.device, config.engine.precision)
-    set_attention(loaded.unet, choose_attention(config.model.attention, world.device))
+    folder, unet = find_base(base or config.model.base, world), None if base else config.model.unet
+    loaded = load_base(folder, unet, config.model.revision, world.device, config.engine.precision)
+    dtype = PRECISIONS[config.engine.precision]
+    set_attention(loaded.unet, choose_attention(config.model.attention, world.device, dtype))
     load_adapter(loaded.unet, checkpoint, loaded.fingerprint, lora_scale)
     return Framer(loaded, config)
 
@@ -65,6 +66,11 @@ def interpolate_stills(
     refuse_frames(frames, config)
     refuse_ending(Path(out))
     framer = load_framer(checkpoint, config, lora_scale, base)
+    if stills[0].shape[:2] != (config.data.height, config.data.width):
+        print(
+            f"the stills are scaled and cropped from {stills[0].shape[1]}x{stills[0].shape[0]} "
+            f"to {config.data.width}x{config.data.height}, the size the run was trained at"
+        )
     cut = resize_cover(np.stack(stills), config.data.height, config.data.width)
     first_CHW, last_CHW = to_signed(torch.from_numpy(cut))
     steps = steps or config.validation.sampler_steps
@@ -81,6 +87,8 @@ def refuse_frames(frames: int, config: RunConfig) -> None:
 
 def refuse_ending(out: Path) -> None:
     """Refuse a file that could not be written at the end of the work."""
+    if out.is_dir() if out.suffix else out.is_file():
+        raise UserError(f"{out} is there already, as a {'folder' if out.suffix else 'file'}; choose another --out")
     if out.suffix not in (".mp4", ".gif", ""):
         raise UserError(f"cannot write {out}: the ending must be .mp4 or .gif, or none for a folder of PNG")
 
@@ -88,8 +96,8 @@ def refuse_ending(out: Path) -> None:
 def read_still(path: str) -> np.ndarray:
     """Read a picture as uint8 (H, W, 3)."""
     try:
-        return np.asarray(Image.open(path).convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
+        return np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))  # phones store pictures turned
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read {path} as a picture: {error}") from None
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -28,11 +28,11 @@ from toolkit.engine.world import World, init_world
 from toolkit.engine.zero2 import Zero2Engine
 from toolkit.errors import UserError
 from toolkit.model.attention import choose_attention, set_attention
-from toolkit.model.base import Base, load_base
+from toolkit.model.base import PRECISIONS, Base, load_base
 from toolkit.model.lora import inject_lora
 from toolkit.rng import RNG_VERSION
 from toolkit.run.checkpoint import save_checkpoint
-from toolkit.run.folder import find_resume, prepare_folder
+from toolkit.run.folder import check_folder, find_resume, prepare_folder
 from toolkit.run.framer import Framer
 from toolkit.run.monitor import Monitor
 from toolkit.run.pretrain import find_base
@@ -49,6 +49,7 @@ class Job:
     accumulation: int
     start: int
     total: int
+    lock: IO[str] | None  # the run folder's, held by the main rank as long as the job lives
 
 
 def train(config: RunConfig, fresh: bool = False) -> Path:
@@ -81,29 +82,22 @@ def train(config: RunConfig, fresh: bool = False) -> Path:
 
 def build_job(config: RunConfig, world: World, fresh: bool) -> Job:
     """Build every part; all that can be wrong with the user's input is found here, before any long work."""
-    per_rank = accumulation(config.engine.global_batch, config.engine.micro_batch, world.size)
-    deepspeed_settings = load_deepspeed_json(config.engine.deepspeed) if config.engine.kind == "zero2" else {}
-    if config.engine.kind == "plain" and world.size > 1:
-        raise UserError(f"engine.kind plain runs one process, not {world.size}; use zero2, or start one process")
-    attention = choose_attention(config.model.attention, world.device)
+    per_rank, deepspeed_settings = check_engine(config, world.size)
+    attention = choose_attention(config.model.attention, world.device, PRECISIONS[config.engine.precision])
     index = open_shards(config.data.shards, "train")
-    if len(index) < config.engine.global_batch:
-        raise UserError(
-            f"{config.data.shards} holds {len(index)} training clips, fewer than one batch (engine.global_batch "
-            f"{config.engine.global_batch}); pack more videos or lower engine.global_batch"
-        )
+    check_clips(config, index)
     total = total_steps(config, len(index))
-    if world.is_main:
-        prepare_folder(config, fresh)
+    if not fresh:
+        check_folder(config)
     folder = find_base(config.model.base, world)
     base = load_base(folder, config.model.unet, config.model.revision, world.device, config.engine.precision)
     identity = {
         "base": base.name, "base_fingerprint": base.fingerprint, "data_fingerprint": index.fingerprint,
         "order_version": ORDER_VERSION, "rng_version": RNG_VERSION,
     }  # fmt: skip
-    world.barrier()
-    resume = find_resume(config, identity, world)
     parameters = prepare_unet(base, config, attention)
+    lock = prepare_folder(config, fresh) if world.is_main else None  # last: nothing is moved aside for a faulty recipe
+    resume = find_resume(config, identity, world)
     adam = AdamSettings(**config.optimizer.model_dump(exclude={"lr"}))
     engine: PlainEngine | Zero2Engine
     if config.engine.kind == "plain":
@@ -114,7 +108,35 @@ def build_job(config: RunConfig, world: World, fresh: bool) -> Job:
         engine.scatter(resume.tensors, resume.step)
     if world.is_main:
         announce(config, index, attention, sum(p.numel() for p in parameters.values()), resume.step, total, world.size)
-    return Job(Framer(base, config), engine, index, identity, per_rank, resume.step, total)
+    return Job(Framer(base, config), engine, index, identity, per_rank, resume.step, total, lock)
+
+
+def check_engine(config: RunConfig, ranks: int) -> tuple[int, dict[str, Any]]:
+    """Refuse an engine that cannot run on so many ranks; returns micro-batches per rank and step, and DeepSpeed's JSON."""
+    per_rank = accumulation(config.engine.global_batch, config.engine.micro_batch, ranks)
+    if config.engine.kind == "zero2":
+        return per_rank, load_deepspeed_json(config.engine.deepspeed)
+    if ranks > 1:
+        raise UserError(f"engine.kind plain runs one process, not {ranks}; use zero2, or start one process")
+    return per_rank, {}
+
+
+def check_clips(config: RunConfig, index: DatasetIndex) -> None:
+    """Refuse data that cannot fill a batch, or of which too much is too short for the window."""
+    span = (config.data.frames - 1) * config.data.stride + 1
+    usable = sum(row.clip.frames >= span for row in index.rows)
+    if usable < config.engine.global_batch:
+        raise UserError(
+            f"{config.data.shards} holds {usable} training clips of {span} frames or more, fewer than one batch "
+            f"(engine.global_batch {config.engine.global_batch}); pack more videos, or lower engine.global_batch, "
+            "data.frames or data.stride"
+        )
+    if len(index) - usable > max(1, config.data.max_bad_fraction * len(index)):
+        raise UserError(
+            f"{len(index) - usable} of {len(index)} training clips have fewer than the {span} frames that data.frames "
+            f"{config.data.frames} at data.stride {config.data.stride} need; lower one of them, or raise "
+            "data.max_bad_fraction to train on the others"
+        )
 
 
 def prepare_unet(base: Base, config: RunConfig, attention: str) -> dict[str, torch.nn.Parameter]:
