@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.launching import TINY, launch
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is compared bit by bit here is the CPU; benchmarks are for the GPU
+
+from tests.launching import TINY, launch  # noqa: E402
 
 
 @pytest.fixture(scope="session")

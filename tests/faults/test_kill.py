@@ -92,7 +92,7 @@ def test_damaged_newest_checkpoint_gives_way_to_the_one_before(
     train_here(overrides)
     stdout, stderr = capfd.readouterr()
     assert "resuming after step 4" in stdout
-    assert f"step_000006 is damaged: {name} differs from what was written; set aside as step_000006.bad" in stderr
+    assert f"step_000006 is damaged: {name}" in stderr
     assert (folder / "checkpoints/step_000006.bad").is_dir()
     whole = Path(finished_run["runs_dir"]) / "finished"
     assert adapter_bytes(folder, 6) == adapter_bytes(whole, 6) and read_numbers(folder) == read_numbers(whole)

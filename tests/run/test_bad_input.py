@@ -56,7 +56,7 @@ def refused(overrides: dict[str, Any], match: str) -> None:
         ("model.attention", "flash", r"model\.attention is 'flash': .*'auto', 'xformers' or 'sdpa'"),
         ("model.attention", "xformers", r"model\.attention is xformers, but .*; use auto, which takes sdpa"),
         ("data.shards", "no/such/folder", r"there is no folder no/such/folder; pack videos into it"),
-        ("engine.global_batch", 64, r"holds \d+ training clips, fewer than one batch \(engine\.global_batch 64\)"),
+        ("engine.global_batch", 64, r"holds \d+ training clips.*, fewer than one batch \(engine\.global_batch 64\)"),
         ("name", "a/b", r"name is 'a/b': .*pattern"),
     ],
 )
@@ -98,7 +98,7 @@ def test_ranks_must_fit_engine_and_batch(mine: dict[str, Any]) -> None:
     """The plain engine on two ranks, and a batch that three ranks cannot share."""
     for ranks, message in ((2, "engine.kind plain runs one process, not 2"), (3, "global batch of 4 .* 3 ranks")):
         with pytest.raises(UserError, match=message):
-            build_job(load_config(RECIPE, mine), World(0, ranks, 0, torch.device("cpu")), fresh=False)
+            build_job(load_config(RECIPE, mine), World(rank=0, size=ranks, device=torch.device("cpu")), fresh=False)
     assert not Path(mine["runs_dir"]).exists()
 
 

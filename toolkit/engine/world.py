@@ -70,7 +70,7 @@ def init_world(join: bool = True) -> World:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     if join:
         # alone, without a launcher's address: a store in memory serves DeepSpeed, which insists on a group
-        store = None if "RANK" in os.environ else dist.HashStore()
+        store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30), store=store, rank=rank, world_size=size
         )

@@ -24,6 +24,7 @@ TARGETS = {
     "temporal": rf".*\.temporal_transformer_blocks\.\d+\.attn[12]\.{_QKVO}",
     "all": rf".*\.attn[12]\.{_QKVO}",
 }
+METADATA_KEY = "framer_toolkit"  # of the safetensors header: base, base_fingerprint, step, as JSON
 _PREFIX = "base_model.model."  # what PeftModel puts before every module name in its files
 
 
@@ -73,10 +74,12 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], unet: Any, metadata: 
     config.base_model_name_or_path = metadata["base"]
     config.save_pretrained(folder)
     named = {peft_name(name): tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(named, folder / "adapter_model.safetensors", metadata={k: str(v) for k, v in metadata.items()})
+    # one header key: safetensors writes several in random order, and the same adapter should be the same file
+    header = {METADATA_KEY: json.dumps(metadata, sort_keys=True)}
+    save_file(named, folder / "adapter_model.safetensors", metadata=header)
 
 
-def load_adapter(unet: Any, folder: Path, fingerprint: str, scale: float = 1.0) -> dict[str, str]:
+def load_adapter(unet: Any, folder: Path, fingerprint: str, scale: float = 1.0) -> dict[str, Any]:
     """Inject a saved adapter into the base it was trained on.
 
     fingerprint  of the loaded base; an adapter of another base is refused
@@ -89,7 +92,7 @@ def load_adapter(unet: Any, folder: Path, fingerprint: str, scale: float = 1.0) 
 
     try:
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         saved = json.loads((folder / "adapter_config.json").read_text())
     except (OSError, SafetensorError, json.JSONDecodeError) as error:

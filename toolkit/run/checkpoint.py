@@ -103,8 +103,9 @@ def newest_good(run: Path, set_aside: bool) -> Path | None:
             shutil.rmtree(folder.with_suffix(".bad"), ignore_errors=True)
             os.replace(folder, folder.with_suffix(".bad"))
             print(f"set aside as {folder.name}.bad", file=sys.stderr)
-    if found:
-        raise UserError(f"none of the {len(found)} checkpoints in {run}/checkpoints verifies; --fresh starts anew")
+    bad = found or list((run / "checkpoints").glob("step_*.bad"))  # set aside by an earlier attempt
+    if bad:
+        raise UserError(f"none of the {len(bad)} checkpoints in {run}/checkpoints verifies; --fresh starts anew")
     return None
 
 

@@ -24,7 +24,6 @@ from toolkit.errors import UserError
 from toolkit.run.checkpoint import (
     checkpoint_folder,
     checkpoint_step,
-    list_checkpoints,
     load_checkpoint,
     newest_good,
     replace_text,
@@ -138,7 +137,7 @@ def _lock(folder: Path) -> IO[str]:
 def _check_same_recipe(folder: Path, config: RunConfig) -> None:
     saved = load_config(folder / "config.yaml")
     changed = {name: values for name, values in diff_configs(saved, config).items() if not name.startswith(FREE_FIELDS)}
-    if changed and list_checkpoints(folder):
+    if changed and any((folder / "checkpoints").glob("step_*")):
         rows = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
         raise UserError(
             f"{folder} was made by another recipe ({rows}); choose another --name, or start anew with --fresh"
