@@ -137,7 +137,8 @@ def _lock(folder: Path) -> IO[str]:
 def _check_same_recipe(folder: Path, config: RunConfig) -> None:
     saved = load_config(folder / "config.yaml")
     changed = {name: values for name, values in diff_configs(saved, config).items() if not name.startswith(FREE_FIELDS)}
-    if changed and any((folder / "checkpoints").glob("step_*")):
+    trained = any(p.suffix != ".tmp" for p in (folder / "checkpoints").glob("step_*"))
+    if changed and trained:
         rows = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
         raise UserError(
             f"{folder} was made by another recipe ({rows}); choose another --name, or start anew with --fresh"
