@@ -1,6 +1,6 @@
 """Is every byte of a folder of shards still what was packed, and does every clip decode as its index says?
 
-Test: pytest tests/data/test_check.py
+Test: pytest tests/data/test_pack.py
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """A folder of shards as one list of samples, read by offset.
 
-Test: pytest tests/data/test_index.py
+Test: pytest tests/data/test_format.py
 
 The split is in the shards' names: `val` reads val-*.tar, `train` every other tar of the folder.
 """

@@ -1,6 +1,6 @@
 """Checkpoints: written aside, hashed, renamed, then pointed to; loading takes the newest that verifies.
 
-Test: pytest tests/run/test_checkpoint.py. One folder per checkpoint, no pickle in it:
+Test: pytest tests/faults/test_kill.py. One folder per checkpoint, no pickle in it:
     adapter_model.safetensors, adapter_config.json   PEFT's files, fp32
     optimizer.safetensors                            fp32 masters and moments by parameter name, whole tensors
     state.json                                       optimizer step, fingerprints, versions
