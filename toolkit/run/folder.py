@@ -110,19 +110,25 @@ def describe_host() -> dict[str, Any]:
     """Versions, code and machine of this process."""
     import torch
 
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
-        "code": git.stdout.strip() or version("framer-toolkit"),
+        "code": describe_code(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in _PACKAGES},
         "host": platform.node(),
         "cpus": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def describe_code() -> str:
+    """The commit of the toolkit, with a mark where files differ from it; without git, its version."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return version("framer-toolkit")
 
 
 def _lock(folder: Path) -> IO[str]:
