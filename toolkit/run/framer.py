@@ -101,15 +101,14 @@ class Framer:
             )[0]
 
     @torch.no_grad()
-    def sample(self, condition: Condition, size: tuple[int, int], steps: int, positions: Sequence[int]) -> Tensor:
-        """Generate the window's frames from noise.
+    def sample(self, condition: Condition, steps: int, positions: Sequence[int]) -> Tensor:
+        """Generate the window's frames from noise, at the size of the condition's latents.
 
-        size     (H, W) of the latents
         returns  frames_BTCHW fp32 in [-1, 1]: the frames that the layout generates or repeats
         """
         scheduler = self.base.scheduler
         sigmas = karras_sigmas(steps, scheduler["sigma_min"], scheduler["sigma_max"])
-        blank = torch.zeros(len(positions), self.layout.frames, 4, *size, device=self.device)
+        blank = torch.zeros(len(positions), self.layout.frames, 4, *condition.ends_B2CHW.shape[-2:], device=self.device)
         noise_BTCHW = normal_like(blank, self.seed, "sample", positions)
 
         def denoise(noisy_BTCHW: Tensor, sigma_B: Tensor) -> Tensor:
@@ -124,8 +123,7 @@ class Framer:
         """Generate the middle frame of a window between two stills, (B, 3, H, W) in pixels."""
         stills_B2CHW = stills_B2CHW.to(self.device)
         condition = self.condition(stills_B2CHW, fps_B, motion_B, positions)
-        height, width = condition.ends_B2CHW.shape[-2:]
-        return self.sample(condition, (height, width), steps, positions)[:, self.layout.frames // 2]
+        return self.sample(condition, steps, positions)[:, self.layout.frames // 2]
 
     def interpolate(
         self, first_CHW: Tensor, last_CHW: Tensor, frames: int, fps: float, motion: float, steps: int
@@ -141,8 +139,7 @@ class Framer:
         if self.layout.frames > 1 and frames == self.layout.window:
             stills_B2CHW = torch.stack([first_CHW, last_CHW])[None].to(self.device)
             condition = self.condition(stills_B2CHW, torch.tensor([fps]), motion_B, [0])
-            height, width = condition.ends_B2CHW.shape[-2:]
-            middle = self.sample(condition, (height, width), steps, [0])[0, 1:-1].cpu()
+            middle = self.sample(condition, steps, [0])[0, 1:-1].cpu()
             return torch.cat([first_CHW[None], middle, last_CHW[None]])
 
         def midpoint(left_CHW: Tensor, right_CHW: Tensor, halvings: int) -> Tensor:

@@ -146,7 +146,7 @@ def evaluate_run(
     for metric, score in (("psnr", metrics.psnr_db), ("ssim", metrics.ssim)):
         report |= {f"{metric}_{name}": round(score(made[name], true_BCHW).mean().item(), 4) for name in made}
     columns = {"first": stills_B2CHW[:, 0], "generated": made["tuned"], "true": true_BCHW, "last": stills_B2CHW[:, 1]}
-    report["strip"] = str(draw_strip(Path(run) / "samples/strip.png", columns, [c.key for c in held_out]))
+    report["strip"] = str(draw_strip(Path(run) / "samples/strip.png", columns))
     (Path(run) / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
@@ -169,15 +169,14 @@ def load_held_out(config: RunConfig, clips: int) -> list[Clip]:
     return loaded
 
 
-def draw_strip(path: Path, columns: dict[str, Tensor], names: list[str]) -> Path:
+def draw_strip(path: Path, columns: dict[str, Tensor]) -> Path:
     """Draw labelled columns of pictures, a row per clip.
 
     columns  {label: (B, 3, H, W) in [-1, 1]}
     """
     heading_px, gap_px = 20, 4
-    height_px, width_px = next(iter(columns.values())).shape[-2:]
+    rows, _, height_px, width_px = next(iter(columns.values())).shape
     tile_width_px = round(TILE_PX * width_px / height_px)
-    rows = len(names)
     sheet = Image.new("RGB", (len(columns) * (tile_width_px + gap_px), heading_px + rows * (TILE_PX + gap_px)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (label, images_BCHW) in enumerate(columns.items()):

@@ -1,0 +1,51 @@
+"""One job per run folder, and no good run moved for a faulty recipe. Run: pytest tests/run/test_folder.py"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.launching import RECIPE, train_here
+from toolkit.config import load_config
+from toolkit.data.index import open_shards
+from toolkit.errors import UserError
+from toolkit.run.folder import check_folder, prepare_folder
+from toolkit.run.trainer import check_clips
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_second_job_is_refused_while_the_first_lives(tmp_path: Path, fresh: bool) -> None:
+    """The lock holds as long as the first job's file is open, also against --fresh, and goes with it."""
+    config = load_config(RECIPE, {"runs_dir": str(tmp_path)})
+    lock = prepare_folder(config, fresh=False)
+    with pytest.raises(UserError, match="another job is writing"):
+        prepare_folder(config, fresh)
+    lock.close()
+    prepare_folder(config, fresh).close()
+
+
+def test_a_kill_at_the_very_start_leaves_a_usable_folder(tmp_path: Path) -> None:
+    """A lock and half a config.yaml are no foreign files."""
+    config = load_config(RECIPE, {"runs_dir": str(tmp_path)})
+    config.folder.mkdir()
+    for name in ("lock", "config.yaml.tmp"):
+        (config.folder / name).touch()
+    check_folder(config)
+    (config.folder / "thesis.docx").touch()
+    with pytest.raises(UserError, match="holds files but no run"):
+        check_folder(config)
+
+
+def test_fresh_with_a_faulty_recipe_moves_nothing(tiny_run, tmp_path: Path) -> None:
+    """--fresh with a target that matches nothing is refused while the old run still stands in its place."""
+    config = load_config(RECIPE, tiny_run | {"runs_dir": str(tmp_path), "name": "old"})
+    prepare_folder(config, fresh=False).close()
+    with pytest.raises(UserError, match="matches no linear layer"):
+        train_here(tiny_run | {"runs_dir": str(tmp_path), "name": "old", "lora.targets": "nothing"}, fresh=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_clips_too_short_for_the_window_are_refused_at_the_start(tiny_shards: Path) -> None:
+    """Twelve clips of 15 frames cannot give windows of 5 frames at stride 4: said before anything is loaded."""
+    config = load_config(RECIPE, {"data.shards": str(tiny_shards)})
+    with pytest.raises(UserError, match="holds 0 training clips of 17 frames or more"):
+        check_clips(config, open_shards(tiny_shards, "train"))

@@ -1,0 +1,45 @@
+"""Flags are checked before any work. Run: pytest tests/test_cli.py"""
+
+import sys
+
+import pytest
+from pydantic import PositiveInt
+
+from toolkit.cli import main
+
+CALLS: list[tuple] = []
+
+
+def work(folder: str, steps: PositiveInt = 5, fresh: bool = False) -> None:
+    """Stands for a long job."""
+    CALLS.append((folder, steps, fresh))
+
+
+def start(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    CALLS.clear()
+    monkeypatch.setattr(sys, "argv", ["job.py", *arguments])
+    main(work)
+
+
+def test_values_arrive_in_their_types(monkeypatch):
+    """A folder named 7 stays text, a number is a number, and --fresh false is not fresh."""
+    start(monkeypatch, "7", "--steps", "3", "--fresh", "false")
+    assert CALLS == [("7", 3, False)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("x", "--stepz", "3"), "did you mean --steps"),
+        (("x", "--steps", "-3"), "--steps is -3"),
+        (("x", "--steps", "abc"), "--steps is 'abc'"),
+        (("x", "--fresh", "maybe"), "--fresh is 'maybe'"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_no_work(monkeypatch, capsys, arguments, words):
+    """An unknown flag, a wrong type or a value out of range ends with exit code 2 before the job begins."""
+    with pytest.raises(SystemExit) as ended:
+        start(monkeypatch, *arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and CALLS == []
+    assert words in error and error.count("\n") == 1
