@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from toolkit.diffusion.conditioning import build_input, build_time_ids, build_tokens
+from toolkit.diffusion.conditioning import (
+    build_input,
+    build_time_ids,
+    build_tokens,
+    drop_conditioning,
+    guidance_T,
+    guide,
+    make_unconditional,
+)
 from toolkit.diffusion.layout import make_layout
 
 MASK_TOKEN = torch.tensor([0.1, 0.2, 0.3, 0.4]).view(1, 1, 4, 1, 1)
@@ -81,14 +89,26 @@ def test_input_keeps_the_noisy_latents_dtype_and_its_arguments(name: str) -> Non
     assert all(torch.equal(a, b) for a, b in zip(given, (x, ends, MASK_TOKEN), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mask_token_can_be_trained(dtype: torch.dtype) -> None:
+    """Its gradient is the sum over the frames and places it stands in, in its own dtype; the known frames send none."""
+    x, ends = draw(5)
+    token = MASK_TOKEN.to(dtype, copy=True).requires_grad_()
+    built = build_input(x, ends, token, make_layout("middle_in_clip", 5))
+    weight_T = torch.tensor([100.0, 1.0, 2.0, 4.0, 100.0]).view(5, 1, 1, 1)
+    (built * weight_T).sum().backward()
+    assert token.grad.dtype == dtype and (token.grad == 2 * 5 * 6 * 7).all()  # clips x height x width x (1 + 2 + 4)
+
+
 def test_tokens() -> None:
-    """first_last gives both embeddings in that order, mean their average as one token; others are refused."""
+    """first_last gives both embeddings in that order, first one, mean their average as one; others are refused."""
     embeds = torch.randn(2, 2, 7, generator=torch.Generator().manual_seed(0))
     assert torch.equal(build_tokens(embeds, "first_last"), embeds)
     mean = build_tokens(embeds, "mean")
     assert mean.shape == (2, 1, 7) and torch.allclose(mean[:, 0], (embeds[:, 0] + embeds[:, 1]) / 2)
-    with pytest.raises(ValueError, match="'first'.*first_last or mean"):
-        build_tokens(embeds, "first")
+    assert torch.equal(build_tokens(embeds, "first"), embeds[:, :1])
+    with pytest.raises(ValueError, match="'last'.*first_last, first or mean"):
+        build_tokens(embeds, "last")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.float64])
@@ -96,3 +116,50 @@ def test_time_ids(dtype: torch.dtype) -> None:
     """[fps - 1, motion bucket, noise augmentation] for each clip, fp32, also from whole numbers."""
     ids = build_time_ids(torch.tensor([7, 30], dtype=dtype), torch.tensor([127, 3], dtype=dtype), 0.25)
     assert ids.dtype == torch.float32 and ids.tolist() == [[6, 127, 0.25], [29, 3, 0.25]]
+
+
+def test_conditioning_is_dropped_by_thirds() -> None:
+    """r < p loses the tokens, r < 2p both, r < 3p the ends; the other clips keep all."""
+    ends, tokens = torch.ones(8, 2, 4, 5, 6), torch.ones(8, 2, 7)
+    r_B = torch.tensor([0.0, 0.124, 0.125, 0.249, 0.25, 0.374, 0.375, 0.999])
+    kept_ends, kept_tokens = drop_conditioning(ends, tokens, r_B, 0.125)
+    assert [bool(clip.any()) for clip in kept_tokens] == [False] * 4 + [True] * 4
+    assert [bool(clip.any()) for clip in kept_ends] == [True] * 2 + [False] * 4 + [True] * 2
+    assert set(kept_ends.unique().tolist()) == set(kept_tokens.unique().tolist()) == {0.0, 1.0}
+    assert ends.all() and tokens.all()  # what came in is as it was
+
+
+def test_conditioning_is_dropped_at_its_rate() -> None:
+    """Over many clips tokens and ends are each lost in 2p of them, both in p; at rate 0 nothing ever is."""
+    r_B = (torch.arange(1000) + 0.5) / 1000
+    ends, tokens = drop_conditioning(torch.ones(1000, 2, 1, 1, 1), torch.ones(1000, 1, 1), r_B, 0.1)
+    no_ends, no_tokens = ends[:, 0, 0, 0, 0] == 0, tokens[:, 0, 0] == 0
+    assert (no_ends.sum(), no_tokens.sum(), (no_ends & no_tokens).sum()) == (200, 200, 100)
+    ends, tokens = drop_conditioning(torch.ones(1000, 2, 1, 1, 1), torch.ones(1000, 1, 1), r_B, 0.0)
+    assert ends.all() and tokens.all()
+
+
+def test_unconditional_branch_keeps_mask_and_mask_token() -> None:
+    """Zeros for tokens and ends, which then stand in the input beside mask and mask token as in Framer's pipeline."""
+    x, ends = draw(5)
+    layout = make_layout("framer_clip", 5)
+    no_ends, no_tokens = make_unconditional(ends, torch.ones(2, 2, 7))
+    assert no_tokens.shape == (2, 2, 7) and not no_tokens.any()
+    built, given = (build_input(x, e, MASK_TOKEN, layout) for e in (no_ends, ends))
+    assert not built[:, [0, -1], 4:8].any()
+    assert torch.equal(built[:, 1:-1], given[:, 1:-1]) and torch.equal(built[:, :, 8], given[:, :, 8])
+
+
+def test_guidance_rises_over_the_window() -> None:
+    """Framer's linspace(1, 3) by frame; a layout of the middle frame alone gets the middle's."""
+    assert guidance_T(1.0, 3.0, make_layout("framer_clip", 5)).tolist() == [1.0, 1.5, 2.0, 2.5, 3.0]
+    assert guidance_T(1.0, 3.0, make_layout("spec_middle", 5)).tolist() == [2.0]
+
+
+def test_guide_weighs_each_frame_by_its_scale() -> None:
+    """Scale 0 is the unconditional answer, 1 the conditional, 2 as far beyond it; equal answers stay as they are."""
+    conditional, unconditional = torch.randn(2, 2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    guided = guide(conditional, unconditional, torch.tensor([0.0, 1.0, 2.0]))
+    wanted = [unconditional[:, 0], conditional[:, 1], 2 * conditional[:, 2] - unconditional[:, 2]]
+    assert torch.allclose(guided, torch.stack(wanted, dim=1), rtol=0, atol=1e-5)
+    assert torch.equal(guide(conditional, conditional, torch.tensor([0.0, 1.0, 7.5])), conditional)

@@ -1,36 +1,68 @@
-"""From noise to latents: Euler's method on the probability-flow equation.
+"""From noise to latents: Euler's method on the probability-flow equation, or a few steps of a consistency model.
 
-Test: pytest tests/diffusion (against diffusers' EulerDiscreteScheduler).
+Test: pytest tests/diffusion (against diffusers' Euler, DDIM, consistency and LCM schedulers).
+Both samplers take `denoise`: (noisy_BTCHW, sigma_B) -> denoised latents D, and `on_step`: (i, latents_BTCHW) ->
+latents_BTCHW, which sees what step i left and may change it.
 """
 
 from collections.abc import Callable
 
 from torch import Tensor
 
+Denoise = Callable[[Tensor, Tensor], Tensor]
+OnStep = Callable[[int, Tensor], Tensor]
 
-def sample_euler(denoise: Callable[[Tensor, Tensor], Tensor], noise_BTCHW: Tensor, sigmas: Tensor) -> Tensor:
+
+def sample_euler(denoise: Denoise, noise_BTCHW: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
     """Walk from noise down the sigmas.
 
-    denoise  (noisy_BTCHW, sigma_B) -> denoised latents D
-    noise    N(0, 1); it is scaled here by sqrt(sigma_max^2 + 1), as SVD's scheduler does with "leading" spacing
+    noise    N(0, 1); it is scaled here to sqrt(sigma_max^2 + 1), as SVD's scheduler does, and DDIM in its own units
     sigmas   (steps + 1,) falling, the last one 0
     returns  (B, T, C, H, W) clean scaled latents
     source   EDM (Karras et al. 2022) algorithm 1 without churn and second-order correction
     """
     latents_BTCHW = noise_BTCHW * (sigmas[0] ** 2 + 1).sqrt()
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
-        sigma_B = sigma.expand(len(latents_BTCHW)).to(latents_BTCHW.device)
-        denoised_BTCHW = denoise(latents_BTCHW, sigma_B)
-        slope_BTCHW = (latents_BTCHW - denoised_BTCHW) / sigma
+    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        slope_BTCHW = (latents_BTCHW - _denoise_all(denoise, latents_BTCHW, sigma)) / sigma
         latents_BTCHW = latents_BTCHW + slope_BTCHW * (sigma_next - sigma)
+        latents_BTCHW = on_step(i, latents_BTCHW) if on_step else latents_BTCHW
     return latents_BTCHW
 
 
-def bisect(frames: int, midpoint: Callable[[Tensor, Tensor, int], Tensor], first: Tensor, last: Tensor) -> list[Tensor]:
+def sample_lcm(
+    denoise: Denoise,
+    noise_BTCHW: Tensor,
+    sigmas: Tensor,
+    renoise: Callable[[int], Tensor],
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Jump to the denoised latents and noise them again, for bases distilled to a few steps: latents <- D + s z.
+
+    noise    N(0, 1); it is scaled here as in sample_euler, which is AnimateLCM-SVD's start too
+    sigmas   (steps + 1,) falling; s = sqrt(sigma_next^2 - sigmas[-1]^2), so the last one is the noise that D itself still
+             holds: 0 for AnimateLCM-SVD and LCM, sigma_min for a consistency model. The network is not asked there
+    renoise  i -> z ~ N(0, 1) for step i; not called for the last step, which returns D
+    source   Consistency models (Song et al. 2023) algorithm 1; openhe-hub/UniSignMimicTurbo,
+             FramerTurbo/models_diffusers/lcm_scheduler.py
+    """
+    latents_BTCHW = noise_BTCHW * (sigmas[0] ** 2 + 1).sqrt()
+    last = len(sigmas) - 2
+    for i, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        latents_BTCHW = _denoise_all(denoise, latents_BTCHW, sigma)
+        if i < last:
+            latents_BTCHW = latents_BTCHW + (sigma_next**2 - sigmas[-1] ** 2).sqrt() * renoise(i)
+        latents_BTCHW = on_step(i, latents_BTCHW) if on_step else latents_BTCHW
+    return latents_BTCHW
+
+
+def bisect(
+    frames: int, midpoint: Callable[[Tensor, Tensor, int, int], Tensor], first: Tensor, last: Tensor
+) -> list[Tensor]:
     """Fill a gap by halving: the middle of the ends first, then the middle of each half.
 
     frames    first and last included, 2^n + 1
-    midpoint  (left, right, halvings) -> the frame between them, which lies 2^halvings steps from each in the result
+    midpoint  (left, right, place, halvings) -> the frame between them, number `place` of the result, which lies
+              2^halvings steps from each
     returns   the frames in order, the ends as given
     raises    ValueError when frames is not 2^n + 1
     """
@@ -41,6 +73,11 @@ def bisect(frames: int, midpoint: Callable[[Tensor, Tensor, int], Tensor], first
     while gap > 1:
         half = gap // 2
         for left in range(0, frames - 1, gap):
-            filled[left + half] = midpoint(filled[left], filled[left + gap], half.bit_length() - 1)
+            place, right = left + half, left + gap
+            filled[place] = midpoint(filled[left], filled[right], place, half.bit_length() - 1)
         gap = half
     return [filled[i] for i in range(frames)]
+
+
+def _denoise_all(denoise: Denoise, latents_BTCHW: Tensor, sigma: Tensor) -> Tensor:
+    return denoise(latents_BTCHW, sigma.expand(len(latents_BTCHW)).to(latents_BTCHW.device))

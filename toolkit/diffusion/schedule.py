@@ -7,6 +7,8 @@ cumulative product, and alpha_bar = 1 / (1 + sigma^2) joins them. Draws come in 
 import torch
 from torch import Tensor
 
+LCM_LEVELS = 40  # noise levels that AnimateLCM-SVD was distilled on
+
 
 def make_alpha_bar(beta_start: float, beta_end: float, steps: int) -> Tensor:
     """Cumulative product of 1 - beta for the "scaled_linear" betas of Stable Diffusion.
@@ -51,3 +53,33 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return torch.cat([(high + ramp * (low - high)) ** rho, ramp.new_zeros(1)]).float()
+
+
+def trailing_sigmas(steps: int, alpha_bar: Tensor) -> Tensor:
+    """Sigmas of whole timesteps spaced evenly down from the last, t_i = round(N - i N / steps) - 1, then 0.
+
+    alpha_bar  (N,) the DDPM table
+    returns    (steps + 1,) fp32
+    raises     ValueError when there are more steps than timesteps
+    source     Lin et al. 2023 (arXiv 2305.08891) table 2, "trailing": unlike "leading", the first t is the noisiest
+    """
+    N = len(alpha_bar)
+    if not 1 <= steps <= N:
+        raise ValueError(f"{steps} steps: a table of {N} timesteps allows 1 to {N}")
+    t = (N - torch.arange(steps, dtype=torch.float64) * (N / steps)).round().long() - 1
+    return torch.cat([sigma_from_alpha_bar(alpha_bar[t]), alpha_bar.new_zeros(1)])
+
+
+def lcm_sigmas(steps: int, sigma_min: float, sigma_max: float) -> Tensor:
+    """Sigmas at which AnimateLCM-SVD is asked: every (40 // steps)-th of 40 Karras sigmas from sigma_max, then 0.
+
+    karras_sigmas would end at sigma_min, where there is no noise left to take away, and so waste one of a few steps.
+
+    returns  (steps + 1,) fp32
+    raises   ValueError when there are more steps than the 40 of its distillation
+    source   openhe-hub/UniSignMimicTurbo, FramerTurbo/models_diffusers/lcm_scheduler.py
+    """
+    if not 1 <= steps <= LCM_LEVELS:
+        raise ValueError(f"{steps} steps: a base distilled on {LCM_LEVELS} noise levels allows 1 to {LCM_LEVELS}")
+    sigmas = karras_sigmas(LCM_LEVELS, sigma_min, sigma_max)
+    return torch.cat([sigmas[torch.arange(steps) * (LCM_LEVELS // steps)], sigmas[-1:]])
