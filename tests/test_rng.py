@@ -75,6 +75,13 @@ def test_row_depends_on_its_position_only() -> None:
     assert not torch.equal(rows[0], rows[1])
 
 
+def test_generator_stands_on_the_device_asked_for() -> None:
+    """The CPU unless another is named, so that most draws agree between devices."""
+    assert rng(5, "noise").device.type == "cpu" == rng(5, "noise", 0, "cpu").device.type
+    with pytest.raises(RuntimeError, match="meta"):
+        rng(5, "noise", 0, "meta")
+
+
 def test_draws_are_standard_normal() -> None:
     """200 rows of 500 draws: mean 0 and variance 1 within five standard errors, rows uncorrelated."""
     rows = normal_like(torch.zeros(200, 500), 0, "noise", range(200))

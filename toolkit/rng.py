@@ -24,9 +24,12 @@ def derive_seed(seed: int, purpose: str, counter: int = 0) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def rng(seed: int, purpose: str, counter: int = 0) -> torch.Generator:
-    """Make a CPU generator that depends on the key alone; draws move to the device afterwards, so devices agree."""
-    return torch.Generator().manual_seed(derive_seed(seed, purpose, counter))
+def rng(seed: int, purpose: str, counter: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+    """Make a generator that depends on the key alone.
+
+    device  the CPU, so that devices agree, for all draws but those too large to be moved: CUDA draws other numbers
+    """
+    return torch.Generator(device).manual_seed(derive_seed(seed, purpose, counter))
 
 
 def permutation(n: int, seed: int, purpose: str, counter: int = 0) -> np.ndarray:

@@ -1,274 +1,547 @@
-"""The adapter: what it touches, what it leaves, and its file. Run: pytest tests/model/test_lora.py"""
+"""The adapter: what it touches, what it leaves, how it is scaled and merged. Run: pytest tests/model/test_lora.py"""
 
-import copy
-import json
-import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import CheckpointError
 
+from tests.model.adapters import ABOUT, KINDS, SIGNATURE, make_trained, output, settings, train_in_appearance
 from tests.model.conftest import forward, make_inputs, make_unet, wake
 from toolkit.errors import UserError
+from toolkit.model.dropout import KeyedDropout, adapter_dropout
+from toolkit.model.formats import linear_layers
 from toolkit.model.lora import (
-    METADATA_KEY,
+    TARGETS,
+    dead_targets,
     enable_adapter,
     inject_lora,
     load_adapter,
     lora_parameters,
-    peft_name,
+    match_targets,
+    merge_adapters,
+    remove_adapters,
     save_adapter,
+    set_adapters,
+    start_from,
 )
-from toolkit.model.unet import FramerUNet
+from toolkit.model.unet import SVD_CONFIG, FramerUNet
+from toolkit.rng import rng
 
-ABOUT = {"base": "somewhere/base", "base_fingerprint": "0123456789abcdef", "step": 7}
-FINGERPRINT = ABOUT["base_fingerprint"]
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """An adapter of rank 4 and alpha 6, trained in appearance, saved."""
-    unet = make_unet()
-    parameters = inject_lora(unet, 4, 6.0, "spatial", 0)
-    wake(parameters)
-    save_adapter(tmp_path, dict(parameters), unet, ABOUT)
-    return tmp_path
+SUFFIXES = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+EXTRAS = ["conv_in.bias", "conv_in.weight", "mask_token"]
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
+KIND = pytest.mark.parametrize("kind", KINDS)
 
 
-@torch.no_grad()
-def tuned_output(folder: Path, scale: float = 1.0) -> torch.Tensor:
-    unet = make_unet()
-    load_adapter(unet, folder, FINGERPRINT, scale)
-    return forward(unet, make_inputs())
+@pytest.fixture(scope="session")
+def full_size() -> FramerUNet:
+    """Framer's UNet in its published size, without weights."""
+    with torch.device("meta"):
+        return FramerUNet.from_config({**SVD_CONFIG, "in_channels": 9}).to("meta")
 
 
-@torch.no_grad()
+@pytest.fixture(scope="session")
 def base_output() -> torch.Tensor:
-    return forward(make_unet(), make_inputs())
+    return output(make_unet())
 
 
-@pytest.mark.parametrize("targets", ["spatial", "temporal", "all"])
-def test_fresh_adapter_leaves_the_output_unchanged(unet: FramerUNet, targets: str) -> None:
-    """B starts at zero, so the adapted network is the base to rounding; with B awake it is not."""
-    parameters = inject_lora(unet, 4, 4, targets, 0)
-    with torch.no_grad():
-        assert (forward(unet, make_inputs()) - base_output()).abs().max() < 1e-6
-        wake(parameters)
-        assert (forward(unet, make_inputs()) - base_output()).abs().max() > 1e-3
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One saved adapter of every kind; read only."""
+    folders = {}
+    for kind, changes in KINDS.items():
+        unet, parameters = make_trained(**changes)
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        save_adapter(folders[kind], dict(parameters), unet, ABOUT)
+    return folders
 
 
-def test_adapter_adds_alpha_over_rank_b_a(unet: FramerUNet) -> None:
-    """y = W x + b + alpha / rank B A x on one layer, computed by hand."""
-    parameters = inject_lora(unet, 4, 6.0, "spatial", 0)
-    wake(parameters)
-    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
-    layer, x = unet.get_submodule(name), torch.randn(2, 5, 32)
-    a, b = (parameters[f"{name}.lora_{m}.default.weight"] for m in "AB")
-    by_hand = x @ layer.base_layer.weight.T + layer.base_layer.bias + 6 / 4 * (x @ a.T) @ b.T
-    assert torch.allclose(layer(x), by_hand, atol=1e-5)
+def snapshot(unet: FramerUNet) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in unet.state_dict().items()}
 
 
-def test_start_depends_on_the_seed_alone() -> None:
-    """The A matrices come from the seed, not from the global generator, and are bounded as PEFT's default is."""
-    first = inject_lora(make_unet(), 4, 4, "spatial", 3)
-    torch.manual_seed(1234)
-    again, other = inject_lora(make_unet(), 4, 4, "spatial", 3), inject_lora(make_unet(), 4, 4, "spatial", 4)
-    for name, parameter in first.items():
-        assert torch.equal(parameter, again[name])
-        if ".lora_A." in name:
-            assert not torch.equal(parameter, other[name])
-            bound = parameter.shape[1] ** -0.5  # kaiming_uniform with a = sqrt(5)
-            assert 0.8 * bound < parameter.abs().max() <= bound
-        else:
-            assert not parameter.any()
+def same_weights(unet: FramerUNet, other: dict[str, torch.Tensor]) -> bool:
+    own = unet.state_dict()
+    return own.keys() == other.keys() and all(
+        torch.equal(own[n], t) and own[n].dtype == t.dtype for n, t in other.items()
+    )
 
 
-@pytest.mark.parametrize("targets", ["to_q", r".*\.attn9\..*", r"conv_in"])
-def test_expression_without_a_match_is_refused(unet: FramerUNet, targets: str) -> None:
-    """A part of a name, a wrong name and a layer that is not linear match nothing, and the error repeats them."""
-    with pytest.raises(UserError, match="matches no linear layer"):
-        inject_lora(unet, 4, 4, targets, 0)
-    assert not lora_parameters(unet)
+# choosing layers
 
 
-def test_invalid_expression_is_refused(unet: FramerUNet) -> None:
-    """A broken regular expression is a sentence."""
-    with pytest.raises(UserError, match="'\\(to_q' is not a regular expression"):
-        inject_lora(unet, 4, 4, "(to_q", 0)
+@pytest.mark.parametrize(
+    ("targets", "modules", "parameters"),
+    [
+        ("spatial", 128, 13_279_232),
+        ("temporal", 128, 13_279_232),
+        ("all", 256, 26_558_464),
+        ("self", 128, 12_779_520),
+        ("cross", 128, 13_778_944),
+        (SUFFIXES, 352, 52_117_504),
+    ],
+    ids=str,
+)
+def test_counts_at_full_size(full_size: FramerUNet, targets: Any, modules: int, parameters: int) -> None:
+    """Every preset, and the list of endings of the existing trainer, at rank 64 on the published configuration."""
+    assert len(match_targets(full_size, targets)) == modules
+    adapter = inject_lora(full_size, settings(rank=64, targets=targets), 0)
+    remove_adapters(full_size)
+    assert len(adapter) == 2 * modules and sum(p.numel() for p in adapter.values()) == parameters
+    assert {p.dtype for p in adapter.values()} == {torch.float32} and list(adapter) == sorted(adapter)
+
+
+@pytest.mark.parametrize("targets", [SUFFIXES, [LAYER], ["0.attn1.to_q"]], ids=str)
+def test_endings_choose_what_peft_chooses(targets: list[str]) -> None:
+    """A list of name endings adapts the layers that PEFT adapts for the same list."""
+    theirs = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=targets), make_unet())
+    adapted = {n.split(".lora_A.")[0] for n, _ in theirs.named_parameters() if ".lora_A." in n}
+    assert match_targets(make_unet(), targets) == sorted(adapted)
 
 
 def test_expression_selects_what_it_matches(unet: FramerUNet) -> None:
     """A regular expression over whole names adapts those layers and no other of the same ending."""
     chosen = r"(down_blocks|mid_block)\..*\.transformer_blocks\.0\.attn2\.to_v"
-    parameters = inject_lora(unet, 2, 2, chosen, 0)
-    modules = {name.split(".lora_")[0] for name in parameters}
-    assert modules == {
+    assert match_targets(unet, chosen) == [
         "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v",
         "mid_block.attentions.0.transformer_blocks.0.attn2.to_v",
-    }
+    ]
 
 
-def test_masters_are_fp32_on_a_bf16_base() -> None:
-    """The base keeps bf16, the adapter is fp32, and the two run together under autocast."""
+@pytest.mark.parametrize(
+    ("targets", "named"),
+    [
+        ("to_q", "'to_q' matches no"),  # a part of a name is no whole name
+        (r".*\.attn9\..*", "attn9.* matches no"),
+        ("conv_in", "'conv_in' matches no"),  # not linear
+        (["to_q", "attn9.to_q"], "'attn9.to_q' matches no"),
+        (["o_q"], "'o_q' matches no"),
+        ([], "matches no"),
+        ("(to_q", "'\\(to_q' is not a regular expression"),
+    ],
+    ids=str,
+)
+def test_targets_without_a_match_are_refused(unet: FramerUNet, targets: Any, named: str) -> None:
+    """What matches nothing, a member of a list too, is named before anything is injected."""
+    with pytest.raises(UserError, match=named):
+        inject_lora(unet, settings(targets=targets), 0)
+    assert not lora_parameters(unet)
+
+
+def test_rank_pattern_chooses_as_peft_does(unet: FramerUNet) -> None:
+    """The first pattern that matches the end of a name gives its rank, as in PEFT; the others keep lora.rank."""
+    pattern = {r"attn2\.to_q": 3, "to_q": 2, r".*mid_block.*\.to_v": 5}
+    inject_lora(unet, settings(rank_pattern=pattern), 0)
+    modules = match_targets(make_unet(), "all")
+    config = peft.LoraConfig(r=4, lora_alpha=6, rank_pattern=pattern, target_modules=modules)
+    theirs = peft.inject_adapter_in_model(config, make_unet())
+    ranks = {name: (unet.get_submodule(name).r, unet.get_submodule(name).scaling) for name in modules}
+    assert ranks == {name: (theirs.get_submodule(name).r, theirs.get_submodule(name).scaling) for name in modules}
+    assert {rank["default"] for rank, _ in ranks.values()} == {2, 3, 4, 5}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "named"),
+    [("attn7", "'attn7' matches none of the 32"), ("attn2.to", "'attn2.to' matches none"), ("(", "'\\(' is not a reg")],
+)
+def test_idle_rank_pattern_is_refused(unet: FramerUNet, pattern: str, named: str) -> None:
+    """A pattern that no chosen layer matches, and a broken one, are named."""
+    with pytest.raises(UserError, match=named):
+        inject_lora(unet, settings(targets="spatial", rank_pattern={pattern: 2}), 0)
+
+
+@pytest.mark.parametrize(("frames", "tokens"), [(1, 1), (3, 1), (1, 2), (3, 2)])
+def test_dead_targets_get_no_gradient(unet: FramerUNet, frames: int, tokens: int) -> None:
+    """Over one key a softmax is constant: exactly the named layers get gradients of rounding size, all others live."""
+    modules = match_targets(unet, SUFFIXES)
+    parameters = inject_lora(unet, settings(targets=SUFFIXES), 0)
+    wake(parameters)
+    inputs = make_inputs()
+    inputs["sample"] = inputs["sample"][:, :frames]
+    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :tokens]
+    forward(unet, inputs).square().mean().backward()
+    largest = {m: max(parameters[f"{m}.lora_{x}.default.weight"].grad.abs().max() for x in "AB") for m in modules}
+    silent = [m for m, g in largest.items() if g < 1e-4 * torch.stack([*largest.values()]).median()]
+    assert dead_targets(modules, frames, tokens) == silent
+    assert len(silent) == {(1, 1): 24, (3, 1): 16, (1, 2): 8, (3, 2): 0}[frames, tokens]
+
+
+# the start of training
+
+
+@KIND
+def test_fresh_adapter_leaves_the_output_unchanged(unet: FramerUNet, base_output: torch.Tensor, kind: str) -> None:
+    """B starts at zero and DoRA at the base's norms: the network is the base to rounding, and trained it is not."""
+    parameters = inject_lora(unet, settings(**KINDS[kind]), 0)
+    assert (output(unet) - base_output).abs().max() < 1e-6
+    train_in_appearance(parameters)
+    assert (output(unet) - base_output).abs().max() > 1e-3
+
+
+def test_fresh_dora_on_a_bf16_base_is_the_base() -> None:
+    """The magnitudes are fp32 norms of the bf16 weights, and the forward pass divides by the same: nothing is rescaled."""
+    unet, inputs = make_unet(dtype=torch.bfloat16), make_inputs(dtype=torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = forward(unet, inputs)
+        parameters = inject_lora(unet, settings(dora=True), 0)
+        assert torch.equal(forward(unet, inputs), before)
+    magnitude = parameters[f"{LAYER}.lora_magnitude_vector.default.weight"]
+    weight = unet.get_submodule(LAYER).base_layer.weight
+    assert torch.allclose(magnitude, weight.double().square().sum(1).sqrt().float(), rtol=1e-6)
+
+
+@KIND
+def test_equation_by_hand(kind: str) -> None:
+    """One layer: W x + b + s B A x, s alpha / rank or alpha / sqrt(rank); DoRA divides W + s B A by its rows' norms."""
+    unet, parameters = make_trained(**KINDS[kind])
+    layer, x = unet.get_submodule(LAYER), torch.randn(2, 5, 32)
+    a, b = (parameters[f"{LAYER}.lora_{m}.default.weight"] for m in "AB")
+    weight = layer.base_layer.weight + 6 / (2 if KINDS[kind].get("rslora") else 4) * b @ a
+    if KINDS[kind].get("dora"):
+        weight = (
+            parameters[f"{LAYER}.lora_magnitude_vector.default.weight"][:, None] * weight / weight.norm(dim=1)[:, None]
+        )
+    assert torch.allclose(layer(x), x @ weight.T + layer.base_layer.bias, atol=1e-5)
+
+
+def test_start_depends_on_the_seed_alone() -> None:
+    """The A matrices come from the seed and their place, not from the global generator, bounded as PEFT's default is."""
+    first = inject_lora(make_unet(), settings(targets="spatial"), 3)
+    torch.manual_seed(1234)
+    again, other = (inject_lora(make_unet(), settings(targets="spatial"), seed) for seed in (3, 4))
+    for i, (name, parameter) in enumerate(first.items()):
+        assert torch.equal(parameter, again[name])
+        if ".lora_A." in name:
+            assert not torch.equal(parameter, other[name])
+            bound = parameter.shape[1] ** -0.5  # kaiming_uniform with a = sqrt(5)
+            assert 0.8 * bound < parameter.abs().max() <= bound
+            by_hand = torch.empty(parameter.shape).uniform_(-bound, bound, generator=rng(3, "lora_init", i))
+            assert torch.allclose(parameter, by_hand, rtol=1e-6)
+        else:
+            assert not parameter.any()
+
+
+def test_dora_starts_where_lora_does() -> None:
+    """Magnitudes and extras beside them change no draw of A."""
+    plain = inject_lora(make_unet(), settings(), 3)
+    other = inject_lora(make_unet(), settings(dora=True, extra_trainable=["conv_in"]), 3)
+    assert plain.keys() < other.keys() and all(torch.equal(plain[name], other[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("extras", "names"),
+    [([], []), (["conv_in"], EXTRAS[:2]), (["mask_token"], EXTRAS[2:]), (["mask_token", "conv_in"], EXTRAS)],
+)
+def test_extras_train_when_asked(unet: FramerUNet, extras: list[str], names: list[str]) -> None:
+    """conv_in and mask_token are among the parameters only when the recipe says so; the base trains nothing else."""
+    parameters = inject_lora(unet, settings(extra_trainable=extras), 0)
+    assert [name for name in parameters if ".lora_" not in name] == names and list(parameters) == sorted(parameters)
+    assert {name for name, p in unet.named_parameters() if p.requires_grad} == set(parameters)
+    assert all(parameters[name] is dict(unet.named_parameters())[name] for name in parameters)
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora", "extras"])
+def test_masters_are_fp32_on_a_bf16_base(kind: str) -> None:
+    """The base keeps bf16, what trains is fp32, and the two run together under autocast."""
     unet = make_unet(dtype=torch.bfloat16)
-    parameters = inject_lora(unet, 4, 4, "all", 0)
+    parameters = inject_lora(unet, settings(**KINDS[kind]), 0)
     assert {p.dtype for p in parameters.values()} == {torch.float32}
     assert {p.dtype for n, p in unet.named_parameters() if n not in parameters} == {torch.bfloat16}
-    assert unet.dtype == torch.bfloat16
     wake(parameters)
+    inputs = make_inputs(dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        forward(unet, make_inputs(dtype=torch.bfloat16)).float().square().mean().backward()
+        (forward(unet, inputs).float().square().mean() + unet.mask_token.square().sum()).backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in parameters.values())
 
 
-def test_gradient_flows_to_the_adapter_only(unet: FramerUNet) -> None:
+@pytest.mark.parametrize("kind", ["plain", "dora", "extras"])
+def test_gradient_flows_to_the_adapter_only(unet: FramerUNet, kind: str) -> None:
     """Every adapter matrix gets a gradient, no weight of the base does; checkpointing changes no gradient."""
-    parameters = inject_lora(unet, 4, 4, "all", 0)
+    parameters = inject_lora(unet, settings(**KINDS[kind]), 0)
     wake(parameters)
-    assert {n for n, p in unet.named_parameters() if p.requires_grad} == set(parameters)
     unet.train()
     grads = []
     for checkpointing in (False, True):
         if checkpointing:
             unet.enable_gradient_checkpointing()
         unet.zero_grad()
-        forward(unet, make_inputs()).square().mean().backward()
+        (forward(unet, make_inputs()).square().mean() + unet.mask_token.square().sum()).backward()
         assert {n for n, p in unet.named_parameters() if p.grad is not None} == set(parameters)
         grads.append({name: p.grad.clone() for name, p in parameters.items()})
     assert all(g.abs().max() > 1e-8 for g in grads[0].values())
     assert all(torch.allclose(grads[0][n], grads[1][n], rtol=1e-5, atol=1e-9) for n in parameters)
 
 
-def test_saved_and_loaded_adapter_is_the_same(saved: Path, tmp_path: Path) -> None:
-    """Saving, loading and saving again gives the same tensors and the same output, and the metadata comes back."""
-    unet = make_unet()
-    parameters = inject_lora(unet, 4, 6.0, "spatial", 0)
-    wake(parameters)
+# dropout
+
+
+def test_mask_depends_on_the_sample_alone() -> None:
+    """Two samples together or one by one get the same masks; another sample, seed or layer gets another mask."""
+    dropout, x = KeyedDropout(0.3, "here"), torch.ones(6, 5, 7)  # two samples of three rows
+
+    def draw(layer: KeyedDropout, seed: int, positions: list[int], x: torch.Tensor) -> torch.Tensor:
+        with adapter_dropout(layer, seed, positions):
+            return layer(x)
+
+    together = draw(dropout, 0, [8, 31], x)
+    apart = torch.cat([draw(dropout, 0, [8], x[:3]), draw(dropout, 0, [31], x[3:])])
+    assert torch.equal(together, apart) and torch.equal(together, draw(dropout, 0, [8, 31], x))
+    assert not torch.equal(together[:3], together[3:])
+    assert not torch.equal(together, draw(dropout, 1, [8, 31], x))
+    assert not torch.equal(together, draw(KeyedDropout(0.3, "there"), 0, [8, 31], x))
+    assert torch.equal(dropout(x), x)  # outside: the identity
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_keeps_the_mean(p: float) -> None:
+    """A share of 1 - p is kept, within five standard errors, and scaled by 1 / (1 - p)."""
+    dropout, n = KeyedDropout(p, "layer"), 100_000
+    with adapter_dropout(dropout, 0, range(4)):
+        y = dropout(torch.ones(4, n // 4))
+    assert torch.allclose(y[y != 0], torch.tensor(1 / (1 - p)))
+    assert abs((y != 0).float().mean() - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_gradient_ignores_grouping_and_recomputation(checkpointing: bool) -> None:
+    """Gradients of two clips at once, without checkpointing, equal those of one clip after the other, with or without."""
+
+    def gradients(groups: list[slice], checkpointing: bool, dropout: bool = True) -> dict[str, torch.Tensor]:
+        unet = make_unet()
+        parameters = inject_lora(unet, settings(dropout=0.4), 0)
+        wake(parameters)
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        for group in groups:
+            inputs = {name: tensor[group] for name, tensor in make_inputs().items()}
+            positions = [5, 9][group]
+            with adapter_dropout(unet, 7, positions) if dropout else nullcontext():
+                forward(unet, inputs).square().sum().backward()
+        return {name: p.grad for name, p in parameters.items()}
+
+    wanted = gradients([slice(0, 2)], False)
+    found = gradients([slice(0, 1), slice(1, 2)], checkpointing)
+    assert all(torch.allclose(wanted[n], found[n], rtol=1e-3, atol=1e-4 * wanted[n].abs().max()) for n in wanted)
+    without = gradients([slice(0, 2)], False, dropout=False)
+    assert any((wanted[n] - without[n]).abs().max() > 0.1 * wanted[n].abs().max() for n in wanted)
+
+
+def test_backward_outside_of_the_dropout_is_an_error(unet: FramerUNet) -> None:
+    """Recomputed without its masks, a step would train on wrong gradients; torch notices."""
+    wake(inject_lora(unet, settings(dropout=0.4), 0))
+    unet.enable_gradient_checkpointing()
+    with adapter_dropout(unet, 7, [5, 9]):
+        loss = forward(unet, make_inputs()).square().sum()
+    with pytest.raises(CheckpointError):
+        loss.backward()
+
+
+def test_dropout_is_off_at_inference(base_output: torch.Tensor) -> None:
+    """Outside of training an adapter with dropout is the adapter without, in train mode too."""
+    with_dropout, without = make_trained(dropout=0.4)[0].train(), make_trained()[0]
+    assert torch.equal(output(with_dropout), output(without))
+
+
+# adapters in use
+
+
+@KIND
+def test_saved_and_loaded_adapter_is_the_same(saved: dict[str, Path], kind: str) -> None:
+    """Loading gives the same tensors, the same output and the metadata back, and nothing to train."""
+    unet, parameters = make_trained(**KINDS[kind])
     loaded = make_unet()
-    about = load_adapter(loaded, saved, FINGERPRINT)
-    assert about == ABOUT
-    with torch.no_grad():
-        assert torch.equal(forward(loaded, make_inputs()), forward(unet, make_inputs()))
-    again = lora_parameters(loaded)
-    assert again.keys() == parameters.keys() and all(torch.equal(again[n], parameters[n]) for n in again)
+    assert load_adapter(loaded, saved[kind], SIGNATURE) == ABOUT
+    assert torch.equal(output(loaded), output(unet))
+    again = dict(loaded.named_parameters())
+    assert all(torch.equal(again[name], parameters[name]) for name in parameters)
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
-def test_peft_reads_the_adapter(saved: Path) -> None:
-    """PeftModel.from_pretrained on a plain UNet gives the same output: the files are PEFT's own."""
-    model = PeftModel.from_pretrained(make_unet(), saved)
-    with torch.no_grad():
-        theirs = model.base_model.model(**make_inputs(), return_dict=False)[0]
-    assert torch.allclose(theirs, tuned_output(saved), atol=1e-6)
-    assert (theirs - base_output()).abs().max() > 1e-3
-    config = json.loads((saved / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 6.0, "somewhere/base")
-
-
-def test_peft_finds_every_tensor(saved: Path) -> None:
-    """The names in the file are those PEFT writes itself."""
-    from peft import get_peft_model_state_dict
-
-    model = PeftModel.from_pretrained(make_unet(), saved)
-    theirs, mine = (
-        get_peft_model_state_dict(model, save_embedding_layers=False),
-        load_file(saved / "adapter_model.safetensors"),
-    )
-    assert theirs.keys() == mine.keys() and all(torch.equal(theirs[n], mine[n]) for n in mine)
-
-
-def test_scale_multiplies_alpha_over_rank(saved: Path) -> None:
-    """lora_scale 0 is the base, 1 the adapter as trained, and 0.5 the adapter with half its alpha."""
-    assert torch.allclose(tuned_output(saved, 0.0), base_output(), atol=1e-6)
-    half = saved / "half"
-    half.mkdir()
-    shutil.copy(saved / "adapter_model.safetensors", half)
-    config = json.loads((saved / "adapter_config.json").read_text())
-    (half / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3.0}))
-    assert torch.allclose(tuned_output(saved, 0.5), tuned_output(half), atol=1e-6)
-    assert (tuned_output(saved, 0.5) - tuned_output(saved)).abs().max() > 1e-3
-
-
-def test_disabled_adapter_is_the_base(saved: Path) -> None:
-    """Off is the base bit for bit, on again the adapter bit for bit."""
+@KIND
+def test_scale_zero_and_off_are_the_base(saved: dict[str, Path], base_output: torch.Tensor, kind: str) -> None:
+    """Scaled by zero, or switched off, every weight acts as the base's, bit for bit; on again, as the adapter's."""
     unet = make_unet()
-    load_adapter(unet, saved, FINGERPRINT)
-    with torch.no_grad():
-        tuned = forward(unet, make_inputs())
-        enable_adapter(unet, False)
-        assert torch.equal(forward(unet, make_inputs()), base_output())
-        enable_adapter(unet, True)
-        assert torch.equal(forward(unet, make_inputs()), tuned)
+    base = {name: unet.get_parameter(name).clone() for name in EXTRAS}
+    load_adapter(unet, saved[kind], SIGNATURE)
+    tuned, values = output(unet), {name: unet.get_parameter(name).clone() for name in EXTRAS}
+    for switch_off, switch_on in (
+        (lambda: enable_adapter(unet, False), lambda: enable_adapter(unet, True)),
+        (lambda: set_adapters(unet, {"default": 0}), lambda: set_adapters(unet, {"default": 1})),
+        (lambda: set_adapters(unet, {}), lambda: set_adapters(unet, {"default": 1})),
+        (lambda: enable_adapter(unet, False), lambda: set_adapters(unet, {"default": 1})),
+    ):
+        switch_off()
+        assert torch.equal(output(unet), base_output)
+        assert all(torch.equal(unet.get_parameter(name), base[name]) for name in EXTRAS)
+        switch_on()
+        assert torch.equal(output(unet), tuned)
+        assert all(torch.equal(unet.get_parameter(name), values[name]) for name in EXTRAS)
+        assert not any(p.requires_grad for p in unet.parameters())
 
 
-def test_an_adapter_of_another_kind_is_refused(saved: Path) -> None:
-    """An adapter with rsLoRA would load with a wrong scale; it is refused by name."""
-    config = json.loads((saved / "adapter_config.json").read_text())
-    (saved / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
-    with pytest.raises(UserError, match="use_rslora"):
-        load_adapter(make_unet(), saved, FINGERPRINT)
+def test_switching_off_in_training_keeps_what_was_learned() -> None:
+    """Off and on between two steps, as for a comparison with the base, moves no value, no storage and no flag."""
+    unet, parameters = make_trained(extra_trainable=["conv_in", "mask_token"])
+    before = {name: (p.data_ptr(), p.detach().clone()) for name, p in parameters.items()}
+    enable_adapter(unet, False)
+    assert torch.equal(unet.conv_in.weight, make_unet().conv_in.weight)
+    enable_adapter(unet, True)
+    for name, parameter in parameters.items():
+        assert parameter.requires_grad and parameter.data_ptr() == before[name][0]
+        assert torch.equal(parameter, before[name][1])
 
 
-def test_adapter_of_another_base_is_refused(saved: Path, unet: FramerUNet) -> None:
-    """The error names the base it was trained on and both fingerprints; the UNet is left as it was."""
-    with pytest.raises(UserError, match=f"somewhere/base .{FINGERPRINT}.*ffff.*--base"):
-        load_adapter(unet, saved, "ffff")
-    assert not lora_parameters(unet)
+@pytest.mark.parametrize("kind", ["plain", "rslora", "rank_pattern", "extras"])
+def test_scale_multiplies_what_was_trained(saved: dict[str, Path], kind: str) -> None:
+    """Scale 0.3 is the base plus 0.3 of every change: of s B A, and of tensors trained whole."""
+    changes, unet, (trained, parameters) = KINDS[kind], make_unet(), make_trained(**KINDS[kind])
+    load_adapter(unet, saved[kind], SIGNATURE, "other", scale=0.3)
+    stock = make_unet()
+    for name in (n for n in parameters if ".lora_B." in n):
+        module = name.split(".lora_B.")[0]
+        a, b = parameters[name.replace("_B.", "_A.")], parameters[name]
+        stock.get_submodule(module).weight.data += 0.3 * 6 / len(a) ** (0.5 if "rslora" in changes else 1) * b @ a
+    for name in EXTRAS:
+        base = stock.get_parameter(name)
+        base.data += 0.3 * (trained.get_parameter(name) - base).detach()
+        assert torch.allclose(unet.get_parameter(name), base, atol=1e-6)
+    assert torch.allclose(output(unet), output(stock), atol=1e-5)
 
 
-def test_missing_adapter_is_refused(tmp_path: Path, unet: FramerUNet) -> None:
-    """An empty folder is a sentence that says what should be in it."""
-    with pytest.raises(UserError, match="no readable adapter in .*adapter_model.safetensors"):
-        load_adapter(unet, tmp_path, FINGERPRINT)
+def test_adapters_add_up(saved: dict[str, Path], base_output: torch.Tensor) -> None:
+    """Two adapters at once change each layer by the sum of what each does; one of them alone is that one."""
+    unet, layer_alone = make_unet(), {}
+    x = torch.randn(2, 5, 32)
+    for name, kind in (("a", "extras"), ("b", "rslora")):
+        alone = make_unet()
+        load_adapter(alone, saved[kind], SIGNATURE)
+        layer_alone[name] = alone.get_submodule(LAYER)(x) - linear_layers(alone)[LAYER](x)
+        load_adapter(unet, saved[kind], SIGNATURE, name)
+    tuned_conv = unet.tuned["a"]["conv_in.weight"]
+    layer, plain = unet.get_submodule(LAYER), linear_layers(unet)[LAYER](x)
+    assert torch.allclose(layer(x), plain + layer_alone["a"] + layer_alone["b"], atol=1e-5)  # both active once loaded
+    set_adapters(unet, {"a": 0.5, "b": -2})
+    assert torch.allclose(layer(x), plain + 0.5 * layer_alone["a"] - 2 * layer_alone["b"], atol=1e-5)
+    base = make_unet().conv_in.weight
+    assert torch.allclose(unet.conv_in.weight, base + 0.5 * (tuned_conv - base), atol=1e-6)
+    set_adapters(unet, {"b": 1})
+    assert torch.equal(layer(x), plain + layer_alone["b"]) or torch.allclose(
+        layer(x), plain + layer_alone["b"], atol=1e-6
+    )
+    assert torch.equal(unet.conv_in.weight, base)
+    with pytest.raises(UserError, match="no adapter named c is loaded; loaded are a, b"):
+        set_adapters(unet, {"a": 1, "c": 1})
+    with pytest.raises(UserError, match="named a is loaded already"):
+        load_adapter(unet, saved["plain"], SIGNATURE, "a")
 
 
-@pytest.mark.parametrize("damage", ["cut", "header", "empty", "config"])
-def test_damaged_adapter_is_refused(saved: Path, unet: FramerUNet, damage: str) -> None:
-    """A file cut short, with a broken header, empty, or beside a broken configuration is a sentence."""
-    weights, config = saved / "adapter_model.safetensors", saved / "adapter_config.json"
-    content = weights.read_bytes()
-    if damage == "config":
-        config.write_text(config.read_text()[:-20])
-    else:
-        weights.write_bytes({"cut": content[:-9], "header": b"\xff" * 64 + content[64:], "empty": b""}[damage])
-    with pytest.raises(UserError, match="no readable adapter"):
-        load_adapter(unet, saved, FINGERPRINT)
+@KIND
+def test_removed_adapters_leave_the_stock_network(saved: dict[str, Path], kind: str) -> None:
+    """Whatever was loaded, the tree of modules, every weight and every attribute are the untouched UNet's again."""
+    unet, stock = make_unet(), make_unet()
+    load_adapter(unet, saved[kind], SIGNATURE, "a")
+    load_adapter(unet, saved["everything"], SIGNATURE, "b", 0.7)
+    remove_adapters(unet)
+    assert same_weights(unet, snapshot(stock)) and vars(unet).keys() == vars(stock).keys()
+    assert [(n, type(m)) for n, m in unet.named_modules()] == [(n, type(m)) for n, m in stock.named_modules()]
+    load_adapter(unet, saved[kind], SIGNATURE, "a")  # and it can be used again
 
 
-@pytest.mark.parametrize("damage", ["missing", "extra", "shape", "rank"])
-def test_adapter_that_does_not_fit_is_refused(saved: Path, unet: FramerUNet, damage: str) -> None:
-    """A tensor too few, one too many, one of another shape, or a configuration of another rank is a sentence."""
-    weights, config = saved / "adapter_model.safetensors", saved / "adapter_config.json"
-    tensors = load_file(weights)
-    name = sorted(tensors)[0]
-    if damage == "missing":
-        del tensors[name]
-    elif damage == "extra":
-        tensors[name.replace("attn1", "attn7")] = tensors[name].clone()
-    elif damage == "shape":
-        tensors[name] = torch.zeros(3, 3)
-    else:
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 5}))
-    save_file(tensors, weights, metadata={METADATA_KEY: json.dumps({"base_fingerprint": FINGERPRINT})})
-    with pytest.raises(UserError, match="does not fit this UNet"):
-        load_adapter(unet, saved, FINGERPRINT)
+@KIND
+def test_merged_network_is_the_adapted_one(saved: dict[str, Path], kind: str) -> None:
+    """Folded in, two scaled adapters give the same output from plain modules."""
+    unet = make_unet()
+    load_adapter(unet, saved[kind], SIGNATURE, "a", 0.8)
+    load_adapter(unet, saved["dora"], SIGNATURE, "b", 0.5)
+    adapted = output(unet)
+    merge_adapters(unet)
+    assert torch.allclose(output(unet), adapted, atol=1e-5)
+    assert [(n, type(m)) for n, m in unet.named_modules()] == [(n, type(m)) for n, m in make_unet().named_modules()]
+    assert vars(unet).keys() == vars(make_unet()).keys() and not any(".lora_" in n for n in unet.state_dict())
 
 
-def test_names_in_the_file(unet: FramerUNet) -> None:
-    """base_model.model. before, and no adapter name inside."""
-    parameters = inject_lora(unet, 2, 2, "spatial", 0)
-    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.default.weight"
-    assert name in parameters
-    assert peft_name(name) == "base_model.model." + name.replace(".default", "")
+@pytest.mark.parametrize("kind", ["plain", "rslora", "dora", "rank_pattern"])
+def test_merging_agrees_with_peft(saved: dict[str, Path], kind: str) -> None:
+    """The weights are those of PEFT's merge_and_unload."""
+    unet = make_unet()
+    load_adapter(unet, saved[kind], SIGNATURE)
+    merge_adapters(unet)
+    theirs = peft.PeftModel.from_pretrained(make_unet(), saved[kind]).merge_and_unload().state_dict()
+    assert all(torch.allclose(tensor, theirs[name], atol=1e-6) for name, tensor in unet.state_dict().items())
 
 
-def test_saving_does_not_move_the_training_tensors(unet: FramerUNet, tmp_path: Path) -> None:
+def test_merging_rounds_once(saved: dict[str, Path]) -> None:
+    """On a bf16 base the sum is taken in fp32 and rounded at the end, of tensors trained whole too."""
+    unet, base = make_unet(dtype=torch.bfloat16), make_unet(dtype=torch.bfloat16)
+    load_adapter(unet, saved["extras"], SIGNATURE)
+    _, parameters = make_trained(**KINDS["extras"])
+    merge_adapters(unet)
+    a, b = (parameters[f"{LAYER}.lora_{m}.default.weight"] for m in "AB")
+    wanted = (base.get_submodule(LAYER).weight.float() + 1.5 * b @ a).to(torch.bfloat16)
+    assert torch.equal(unet.get_submodule(LAYER).weight, wanted)
+    assert torch.equal(unet.conv_in.weight, parameters["conv_in.weight"].to(torch.bfloat16))
+    assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}
+
+
+def test_saving_does_not_move_the_training_tensors(tmp_path: Path) -> None:
     """The parameters, their storage and their gradients' flag are what they were before a save."""
-    parameters = inject_lora(unet, 2, 2, "spatial", 0)
-    before = {name: (p.data_ptr(), copy.deepcopy(p.data)) for name, p in parameters.items()}
+    unet, parameters = make_trained(**KINDS["everything"])
+    before = {name: (p.data_ptr(), p.detach().clone()) for name, p in parameters.items()}
     save_adapter(tmp_path, dict(parameters), unet, ABOUT)
     for name, parameter in parameters.items():
         assert parameter.requires_grad and parameter.data_ptr() == before[name][0]
         assert torch.equal(parameter, before[name][1])
+
+
+def test_adapter_of_another_base_is_refused(saved: dict[str, Path], unet: FramerUNet) -> None:
+    """The error names the base it was trained on; the UNet is left as it was."""
+    with pytest.raises(UserError, match=r"trained on somewhere/base, .*--base"):
+        load_adapter(unet, saved["plain"], [0.5, 0.25, 0.125])
+    assert not lora_parameters(unet)
+
+
+# starting from an adapter
+
+
+@KIND
+def test_training_starts_from_an_adapter(saved: dict[str, Path], kind: str) -> None:
+    """init_from gives the parameters that were saved, in their place, still to be trained."""
+    unet = make_unet()
+    parameters = inject_lora(unet, settings(**KINDS[kind]), 5)
+    pointers = {name: p.data_ptr() for name, p in parameters.items()}
+    start_from(unet, parameters, saved[kind])
+    _, wanted = make_trained(**KINDS[kind])
+    assert parameters.keys() == wanted.keys() and all(torch.equal(parameters[n], wanted[n]) for n in wanted)
+    assert all(p.requires_grad and p.data_ptr() == pointers[n] for n, p in parameters.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"targets": "spatial"}, "differs in modules: it has .*temporal.* and 31 more"),
+        ({"targets": ["to_q", "to_k", "to_v", "to_out.0", "proj_in"]}, "modules: this recipe has .*proj_in and"),
+        ({"rank": 8}, "differs in rank: it has .* 4 and .*this recipe has .* 8"),
+        ({"rank_pattern": {"to_q": 2}}, "differs in rank"),
+        ({"dora": True}, "differs in lora.dora: it has False, this recipe has True"),
+        ({"alpha": 12}, "differs in alpha / rank: it has .* 1.5 and .*this recipe has .* 3.0"),
+        ({"rslora": True}, "differs in alpha / rank"),
+        ({"extra_trainable": ["mask_token"]}, "differs in lora.extra_trainable: this recipe has mask_token"),
+    ],
+    ids=str,
+)
+def test_start_that_differs_is_refused(saved: dict[str, Path], unet: FramerUNet, changes: Any, said: str) -> None:
+    """Modules, ranks, kind, scaling and extras must be the recipe's; the first that differs is named with both values."""
+    parameters = inject_lora(unet, settings(**changes), 5)
+    with pytest.raises(UserError, match=said):
+        start_from(unet, parameters, saved["plain"])
+
+
+def test_presets_cover_each_other(unet: FramerUNet) -> None:
+    """spatial and temporal, or self and cross, part the attention layers in two."""
+    chosen = {name: set(match_targets(unet, name)) for name in TARGETS}
+    for one, other in (("spatial", "temporal"), ("self", "cross")):
+        assert chosen[one] | chosen[other] == chosen["all"] and not chosen[one] & chosen[other]

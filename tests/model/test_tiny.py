@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
 from transformers import CLIPVisionModelWithProjection
 
+from toolkit.config import ModelConfig
 from toolkit.data.format import file_sha256
 from toolkit.metrics import psnr_db
 from toolkit.model.base import PARTS, Base, load_base
@@ -17,7 +18,7 @@ from toolkit.model.tiny import SCALING, make_tiny_base
 
 @pytest.fixture(scope="module")
 def base(tiny_base: Path) -> Base:
-    return load_base(str(tiny_base), None, None, torch.device("cpu"), "fp32")
+    return load_base(ModelConfig(base=str(tiny_base)), torch.device("cpu"), "fp32")
 
 
 def smooth_frames(frames: int = 3, size_px: int = 64) -> torch.Tensor:

@@ -27,14 +27,19 @@ def encode_frames(vae: Any, frames_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def decode_latents(vae: Any, latents_BTCHW: Tensor) -> Tensor:
-    """Decode unscaled latents; all frames of a clip at once, because the decoder mixes them in time.
+def decode_latents(vae: Any, latents_BTCHW: Tensor, chunk_frames: int | None = None) -> Tensor:
+    """Decode unscaled latents, clip by clip: frames of two clips must not be mixed in time.
 
-    returns  frames_BTCHW fp32, clamped to [-1, 1]
+    chunk_frames  frames decoded at once; default a whole clip, because the decoder mixes its frames in time
+    returns       frames_BTCHW fp32, clamped to [-1, 1]
+    source        diffusers, StableVideoDiffusionPipeline.decode_latents
     """
-    B, T = latents_BTCHW.shape[:2]
-    frames = vae.decode(latents_BTCHW.flatten(0, 1).to(vae.dtype), num_frames=T).sample
-    return frames.float().clamp(-1, 1).unflatten(0, (B, T))
+    T = latents_BTCHW.shape[1]
+    clips = [
+        torch.cat([vae.decode(c, num_frames=len(c)).sample.float() for c in clip.split(chunk_frames or T)])
+        for clip in latents_BTCHW.to(vae.dtype)
+    ]
+    return torch.stack(clips).clamp(-1, 1)
 
 
 @torch.no_grad()

@@ -1,157 +1,379 @@
-"""LoRA on the attention projections: PEFT injects, this module names, counts, saves and loads.
+"""LoRA on the UNet's linear layers: PEFT injects; this module chooses, draws, scales, merges, saves and loads.
 
-Test: pytest tests/model. Files are PEFT's own: adapter_model.safetensors + adapter_config.json.
+Test: pytest tests/model/test_lora.py. The files are formats.py's; those of a checkpoint are PEFT's own.
+
+Some tensors may be trained whole beside the adapters (`extra_trainable`), so an adapted UNet carries `untuned` {tensor name:
+the base's value}, `tuned` {adapter name: {tensor name: its value}}, `weights` {adapter name: scale} of the active ones, and,
+while the adapters are off, `set_aside` {tensor name: the value to come back}.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from toolkit.config import LoraConfig
 from toolkit.errors import UserError
+from toolkit.model.base import same_base
+from toolkit.model.dropout import KeyedDropout
+from toolkit.model.dropout import adapter_dropout as adapter_dropout
+from toolkit.model.formats import (
+    EXTRA_TENSORS,
+    AdapterFile,
+    LoraKind,
+    linear_layers,
+    read_adapter,
+    refuse_misfit,
+    write_peft,
+)
 from toolkit.rng import rng
 
 _QKVO = r"(to_q|to_k|to_v|to_out\.0)"
-# PEFT matches a string target against the whole module name; the dot before transformer_blocks keeps out temporal_.
+# matched against whole module names; the dot before transformer_blocks keeps out temporal_transformer_blocks
 TARGETS = {
     "spatial": rf".*\.transformer_blocks\.\d+\.attn[12]\.{_QKVO}",
     "temporal": rf".*\.temporal_transformer_blocks\.\d+\.attn[12]\.{_QKVO}",
+    "cross": rf".*\.attn2\.{_QKVO}",
+    "self": rf".*\.attn1\.{_QKVO}",
     "all": rf".*\.attn[12]\.{_QKVO}",
 }
-METADATA_KEY = "framer_toolkit"  # of the safetensors header: base, base_fingerprint, step, as JSON
-_PREFIX = "base_model.model."  # what PeftModel puts before every module name in its files
+_PARTS = re.compile(r"\.lora_(A|B|magnitude_vector)\.")
 
 
-def inject_lora(unet: Any, rank: int, alpha: float, targets: str, seed: int) -> dict[str, nn.Parameter]:
-    """Put trainable adapters into a frozen UNet; the output is unchanged until they are trained.
+def match_targets(unet: nn.Module, targets: str | list[str]) -> list[str]:
+    """Name the linear layers that a recipe's lora.targets chooses, sorted.
 
-    targets  "spatial", "temporal", "all", or a regular expression matched against whole module names
-    seed     of the A matrices (uniform, PEFT's default); the B matrices are zero
-    returns  {parameter name: fp32 parameter}, in a fixed order
-    raises   UserError where the expression is invalid or matches nothing
+    targets  spatial, temporal, cross, self, all; a regular expression over whole names; or a list of name endings,
+             matched as huggingface/peft does: the whole name, or what follows a dot
+    raises   UserError where an expression is invalid, or it or a member of the list matches nothing
     """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    pattern = TARGETS.get(targets, targets)
-    try:
-        matches = [n for n, m in unet.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(pattern, n)]
-    except re.error as error:
-        raise UserError(f"lora.targets {targets!r} is not a regular expression: {error}") from None
-    if not matches:
+    names = sorted(linear_layers(unet))
+    if isinstance(targets, str):
+        pattern = _compile(TARGETS.get(targets, targets), f"lora.targets {targets!r}")
+        chosen = [name for name in names if pattern.fullmatch(name)]
+        idle = [] if chosen else [targets]
+    else:
+        ends = {target: [n for n in names if n == target or n.endswith(f".{target}")] for target in targets}
+        chosen = sorted(set().union(*ends.values()))
+        idle = [target for target, found in ends.items() if not found] or ([] if chosen else [""])
+    if idle:
         raise UserError(
-            f"lora.targets {targets!r} matches no linear layer; use spatial, temporal or all, or see doctor"
+            f"lora.targets {idle[0]!r} matches no linear layer; use {', '.join(TARGETS)}, a regular expression over whole "
+            "names, or a list of name endings such as to_q"
         )
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=matches), unet)
-    _disable_input_cast(unet)
-    return _initialise(lora_parameters(unet), seed)
+    return chosen
 
 
-def lora_parameters(unet: Any) -> dict[str, nn.Parameter]:
-    """Name the adapter's parameters as the UNet does, sorted."""
-    return {name: p for name, p in sorted(unet.named_parameters()) if ".lora_A." in name or ".lora_B." in name}
+def dead_targets(modules: list[str], frames: int, tokens: int) -> list[str]:
+    """Name the modules whose LoRA cannot learn, because their softmax runs over one key and is always 1.
 
-
-def peft_name(parameter_name: str) -> str:
-    """Name of a parameter in adapter_model.safetensors."""
-    return _PREFIX + parameter_name.replace(".default.", ".")
-
-
-def save_adapter(folder: Path, tensors: dict[str, Tensor], unet: Any, metadata: dict[str, Any]) -> None:
-    """Write adapter_model.safetensors and adapter_config.json as PEFT reads them.
-
-    tensors   {parameter name: fp32 tensor}
-    metadata  kept in the safetensors header: base, fingerprint, step
+    tokens  N, the context tokens of cross-attention; frames  T, what temporal self-attention attends over
     """
-    from safetensors.torch import save_file
-
-    config = unet.peft_config["default"]
-    config.base_model_name_or_path = metadata["base"]
-    config.save_pretrained(folder)
-    named = {peft_name(name): tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
-    # one header key: safetensors writes several in random order, and the same adapter should be the same file
-    header = {METADATA_KEY: json.dumps(metadata, sort_keys=True)}
-    save_file(named, folder / "adapter_model.safetensors", metadata=header)
+    return [
+        name
+        for name in modules
+        if name.endswith((".to_q", ".to_k"))
+        and ((tokens == 1 and ".attn2." in name) or (frames == 1 and ".temporal_" in name and ".attn1." in name))
+    ]
 
 
-def load_adapter(unet: Any, folder: Path, fingerprint: str, scale: float = 1.0) -> dict[str, Any]:
-    """Inject a saved adapter into the base it was trained on.
+def inject_lora(unet: Any, settings: LoraConfig, seed: int) -> dict[str, nn.Parameter]:
+    """Make the trainable parameters of a recipe in a frozen UNet; its output is unchanged until they are trained.
 
-    fingerprint  of the loaded base; an adapter of another base is refused
-    scale        multiplies alpha / rank, it does not replace it
-    returns      the adapter's metadata
-    raises       UserError where the files are missing, belong to another base, or do not fit
+    seed     of the A matrices (uniform, PEFT's default); B is zero, DoRA's magnitudes are the norms of the base's weights
+    returns  {parameter name: fp32 parameter}, sorted; extra_trainable's tensors under their own names
+    raises   UserError where targets or rank_pattern match nothing
     """
-    from peft import LoraConfig, inject_adapter_in_model
-    from safetensors import SafetensorError, safe_open
+    modules = match_targets(unet, settings.targets)
+    kind = LoraKind(
+        _choose_ranks(modules, settings), dict.fromkeys(modules, settings.alpha), settings.rslora, settings.dora
+    )
+    _inject(unet, kind, "default")
+    if settings.dropout:
+        for name, layer in _adapted(unet).items():
+            layer.lora_dropout["default"] = KeyedDropout(settings.dropout, name)
+    adapter = lora_parameters(unet)
+    _draw_start(adapter, seed)
+    return dict(sorted((adapter | _free_extras(unet, settings.extra_trainable)).items()))
 
-    try:
-        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        saved = json.loads((folder / "adapter_config.json").read_text())
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+
+def lora_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
+    """Name the adapters' parameters as the UNet does, sorted."""
+    return {name: p for name, p in sorted(unet.named_parameters()) if _PARTS.search(name)}
+
+
+def save_adapter(folder: Path, tensors: dict[str, Tensor], unet: nn.Module, metadata: dict[str, Any]) -> None:
+    """Write the adapter in training as adapter_model.safetensors and adapter_config.json, as PEFT reads them.
+
+    tensors   {parameter name: tensor}, those of inject_lora
+    metadata  kept in the safetensors header as JSON
+    """
+    extras = {name for names in EXTRA_TENSORS.values() for name in names}
+    write_peft(
+        folder,
+        AdapterFile(
+            _find_kind(unet, "default"),
+            {_file_name(name): tensor for name, tensor in tensors.items() if name not in extras},
+            {name: tensor for name, tensor in tensors.items() if name in extras},
+            metadata,
+        ),
+    )
+
+
+def load_adapter(
+    unet: Any, source: Path, signature: list[float], name: str = "default", scale: float = 1.0
+) -> dict[str, Any]:
+    """Read an adapter of any format into the base it was trained on, beside those that are loaded already.
+
+    signature  of the loaded base; an adapter that names another one is refused
+    name       of the adapter, for set_adapters
+    scale      multiplies alpha / rank, it does not replace it; zero is the base bit for bit
+    returns    the adapter's metadata, empty for adapters of other programs
+    raises     UserError where it is no adapter, belongs to another base, or does not fit
+    """
+    adapter = read_adapter(source, unet)
+    saved = adapter.metadata.get("base_signature")
+    if saved is not None and not same_base(saved, signature):
         raise UserError(
-            f"no readable adapter in {folder}: {error}; it holds adapter_model.safetensors and adapter_config.json"
-        ) from None
-    if metadata.get("base_fingerprint", fingerprint) != fingerprint:
-        raise UserError(
-            f"the adapter in {folder} was trained on {metadata.get('base')} ({metadata['base_fingerprint']}), "
-            f"not on the base given here ({fingerprint}); give its own base with --base"
+            f"the adapter in {source} was trained on {adapter.metadata.get('base')}, and the weights of the base given "
+            "here are others; give its own base with --base"
         )
-    foreign = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if saved.get(name)]
-    if foreign:
-        raise UserError(
-            f"the adapter in {folder} uses {', '.join(foreign)}, which is not supported; only plain LoRA is"
-        )
-    try:
-        config = LoraConfig(r=saved["r"], lora_alpha=saved["lora_alpha"], target_modules=saved["target_modules"])
-        inject_adapter_in_model(config, unet)
-    except (KeyError, ValueError) as error:
-        raise UserError(f"the adapter in {folder} does not fit this UNet: {error}") from None
-    _disable_input_cast(unet)
-    parameters = lora_parameters(unet)
-    wanted = {peft_name(name): parameter for name, parameter in parameters.items()}
-    if wanted.keys() != tensors.keys() or any(wanted[n].shape != t.shape for n, t in tensors.items()):
-        raise UserError(
-            f"the adapter in {folder} does not fit this UNet: {len(wanted.keys() ^ tensors.keys())} names differ"
-        )
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.data = tensors[name].to(parameter.device, torch.float32)
-    for module in unet.modules():
-        if hasattr(module, "set_scale"):
-            module.set_scale("default", scale)
+    refuse_misfit(adapter, unet, source)
+    if name in getattr(unet, "peft_config", {}):
+        raise UserError(f"an adapter named {name} is loaded already; give {source} another name")
+    _inject(unet, adapter.kind, name)
+    for full_name, parameter in _parameters_of(unet, name).items():
+        parameter.data.copy_(adapter.tensors[_file_name(full_name, name)])
+    _remember(unet, adapter.extras)
+    unet.tuned[name] = adapter.extras
+    set_adapters(unet, {**unet.weights, name: scale})
     unet.requires_grad_(False)
-    return metadata
+    return adapter.metadata
+
+
+def set_adapters(unet: Any, weights: dict[str, float]) -> None:
+    """Activate exactly these loaded adapters, for inference.
+
+    weights  {adapter name: scale}. Tensors trained whole become base + sum of scale * (tuned - base). With DoRA the scale
+             goes to B A alone, as in PEFT: the magnitudes stay, unless the scale is zero.
+    raises   UserError for a name that is not loaded
+    """
+    if unknown := weights.keys() - getattr(unet, "peft_config", {}).keys():
+        raise UserError(f"no adapter named {min(unknown)} is loaded; loaded are {', '.join(unet.peft_config)}")
+    # an adapter scaled by zero is left out altogether: the base bit for bit, whatever its kind
+    active = {name: weight for name, weight in weights.items() if weight}
+    for layer in _adapted(unet).values():
+        layer.enable_adapters(True)
+        layer.set_adapter(list(active), inference_mode=True)
+        for name, weight in active.items():
+            layer.set_scale(name, weight)
+    _remember(unet)
+    unet.weights = active
+    for name, base in unet.untuned.items():
+        unet.get_parameter(name).data.copy_(_mix(base, [(w, unet.tuned[a].get(name, base)) for a, w in active.items()]))
+    unet.set_aside = {}
 
 
 def enable_adapter(unet: Any, enabled: bool) -> None:
-    """Switch the adapter on or off; off, the UNet is the untuned base."""
-    for module in unet.modules():
-        if hasattr(module, "enable_adapters"):
-            module.enable_adapters(enabled)
+    """Switch all adapters off, which gives the untuned base bit for bit, or on again as they were."""
+    trainable = {name: p.requires_grad for name, p in lora_parameters(unet).items()}
+    for layer in _adapted(unet).values():
+        layer.enable_adapters(enabled)
+    for name, parameter in lora_parameters(unet).items():
+        parameter.requires_grad_(trainable[name])  # PEFT's switch freezes them when off, and frees them when on
+    _remember(unet)
+    if not enabled and not unet.set_aside:
+        unet.set_aside = {name: unet.get_parameter(name).detach().clone() for name in unet.untuned}
+        _fill(unet, unet.untuned)
+    elif enabled:
+        _fill(unet, unet.set_aside)
+        unet.set_aside = {}
 
 
-def _initialise(parameters: dict[str, nn.Parameter], seed: int) -> dict[str, nn.Parameter]:
-    for i, (name, parameter) in enumerate(parameters.items()):
+def remove_adapters(unet: Any) -> None:
+    """Take every adapter out: the stock UNet again, the base bit for bit."""
+    for name, base in getattr(unet, "untuned", {}).items():
+        unet.get_parameter(name).data = base
+    _unwrap(unet)
+
+
+@torch.no_grad()
+def merge_adapters(unet: Any) -> None:
+    """Fold the active adapters, as they are scaled, into the base's weights, which leaves the stock UNet's plain modules.
+
+    Computed in fp32, then cast to the weight's dtype. Equations: y = (W + s B A) x, and with DoRA m (W + s B A) x, each row
+    divided by its norm before (arXiv 2402.09353, eq. 5).
+    """
+    for layer in _adapted(unet).values():
+        base = layer.get_base_layer().weight
+        merged = base.data.float()
+        for name in layer.active_adapters:
+            if name not in layer.lora_A:
+                continue
+            update = layer.scaling[name] * (layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float())
+            merged = merged + update
+            if name in layer.lora_magnitude_vector:
+                norm = torch.linalg.norm(base.data.float() + update, dim=1)
+                merged = merged * (layer.lora_magnitude_vector[name].weight.float() / norm)[:, None]
+        base.data = merged.to(base.dtype)
+    for name, value in getattr(unet, "untuned", {}).items():
+        parameter = unet.get_parameter(name)
+        parameter.data = parameter.data.to(value.dtype)
+    _unwrap(unet)
+
+
+def start_from(unet: nn.Module, parameters: dict[str, nn.Parameter], source: Path) -> None:
+    """Copy an adapter's values, of any format, into freshly injected parameters of the same modules, ranks and scaling.
+
+    parameters  those of inject_lora
+    raises      UserError naming what differs
+    """
+    adapter = read_adapter(source, unet)
+    refuse_misfit(adapter, unet, source)
+    kind, wanted = adapter.kind, _find_kind(unet, "default")
+    extras = {name for names in EXTRA_TENSORS.values() for name in names} & parameters.keys()
+    for what, theirs, ours in (
+        ("modules", set(kind.ranks), set(wanted.ranks)),
+        ("rank", set(kind.ranks.items()), set(wanted.ranks.items())),
+        ("lora.dora", {kind.dora}, {wanted.dora}),
+        ("alpha / rank", _scalings(kind), _scalings(wanted)),
+        ("lora.extra_trainable", set(adapter.extras), extras),
+    ):
+        if theirs != ours:
+            own = (("it has", theirs - ours), ("this recipe has", ours - theirs))
+            only = ", ".join(f"{whose} {_first(differing)}" for whose, differing in own if differing)
+            raise UserError(
+                f"lora.init_from {source} differs in {what}: {only}; give the lora section it was trained with"
+            )
+    values = adapter.tensors | adapter.extras
+    for name, parameter in parameters.items():
+        parameter.data.copy_(values[_file_name(name)])
+
+
+def _compile(expression: str, what: str) -> re.Pattern[str]:
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise UserError(f"{what} is not a regular expression: {error}") from None
+
+
+def _choose_ranks(modules: list[str], settings: LoraConfig) -> dict[str, int]:
+    """PEFT's rule for rank_pattern: the first pattern that matches the whole name or what follows a dot."""
+    patterns = {
+        key: _compile(rf"(.*\.)?({key})", f"lora.rank_pattern {key!r}").fullmatch for key in settings.rank_pattern
+    }
+    for key, matches in patterns.items():
+        if not any(matches(name) for name in modules):
+            raise UserError(f"lora.rank_pattern {key!r} matches none of the {len(modules)} modules of lora.targets")
+    return {
+        name: next((settings.rank_pattern[key] for key, matches in patterns.items() if matches(name)), settings.rank)
+        for name in modules
+    }
+
+
+def _inject(unet: Any, kind: LoraKind, name: str) -> None:
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+        peft.inject_adapter_in_model(peft.LoraConfig(**kind.to_peft()), unet, name)
+    for layer in _adapted(unet).values():
+        # PEFT casts each layer's input to the adapter's fp32; under autocast that only costs memory and a cast back. DoRA
+        # needs it: the cast decides in which precision the norms are taken that the fp32 magnitudes are divided by.
+        layer.cast_input_dtype_enabled = bool(layer.lora_magnitude_vector)
+        if name in layer.lora_magnitude_vector:
+            norm = torch.linalg.norm(layer.get_base_layer().weight.detach().float(), dim=1)
+            layer.lora_magnitude_vector[name].weight.data = norm
+    for parameter in _parameters_of(unet, name).values():
         # masters in fp32 whatever the base's dtype: a bf16 weight loses updates below 2^-9 of its size
         parameter.data = parameter.data.float()
+    _remember(unet)
+
+
+def _draw_start(adapter: dict[str, nn.Parameter], seed: int) -> None:
+    # counted over A and B alone, so that a DoRA starts where the LoRA of the same seed does
+    for i, (name, parameter) in enumerate(p for p in adapter.items() if ".lora_magnitude_vector." not in p[0]):
         if ".lora_A." in name and not parameter.is_meta:
-            value = nn.init.kaiming_uniform_(
-                torch.empty(parameter.shape), math.sqrt(5), generator=rng(seed, "lora_init", i)
-            )
-            parameter.data.copy_(value)
-    return parameters
+            start = torch.empty(parameter.shape)
+            parameter.data.copy_(nn.init.kaiming_uniform_(start, math.sqrt(5), generator=rng(seed, "lora_init", i)))
 
 
-def _disable_input_cast(unet: Any) -> None:
-    # PEFT casts each layer's input to the adapter's fp32; under autocast that only costs memory and a cast back
-    for module in unet.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False
+def _free_extras(unet: Any, extras: list[Any]) -> dict[str, nn.Parameter]:
+    names = [name for extra in extras for name in EXTRA_TENSORS[extra]]
+    _remember(unet, names)
+    freed = {name: unet.get_parameter(name) for name in names}
+    for parameter in freed.values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return freed
+
+
+def _remember(unet: Any, names: Iterable[str] = ()) -> None:
+    """Keep the base's values of tensors that are about to change; makes the attributes of the module docstring."""
+    if not hasattr(unet, "untuned"):
+        unet.untuned, unet.tuned, unet.weights, unet.set_aside = {}, {}, {}, {}
+    for name in names:
+        unet.untuned.setdefault(name, unet.get_parameter(name).detach().clone())
+
+
+def _mix(base: Tensor, tuned: list[tuple[float, Tensor]]) -> Tensor:
+    moved = [(weight, value.to(base.device)) for weight, value in tuned if value is not base]
+    if len(moved) == 1 and moved[0][0] == 1:
+        return moved[0][1]  # base + (tuned - base) would round
+    return base.float() + sum(weight * (value.float() - base.float()) for weight, value in moved)
+
+
+def _fill(unet: nn.Module, values: dict[str, Tensor]) -> None:
+    # in place: an optimizer may hold the storage
+    for name, value in values.items():
+        unet.get_parameter(name).data.copy_(value)
+
+
+def _unwrap(unet: Any) -> None:
+    for name, layer in _adapted(unet).items():
+        parent, _, child = name.rpartition(".")
+        setattr(unet.get_submodule(parent), child, layer.get_base_layer())
+    for attribute in ("peft_config", "untuned", "tuned", "weights", "set_aside"):
+        unet.__dict__.pop(attribute, None)
+
+
+def _adapted(unet: nn.Module) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in unet.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _find_kind(unet: nn.Module, adapter: str) -> LoraKind:
+    layers = {name: layer for name, layer in sorted(_adapted(unet).items()) if adapter in layer.lora_A}
+    return LoraKind(
+        {name: layer.r[adapter] for name, layer in layers.items()},
+        {name: layer.lora_alpha[adapter] for name, layer in layers.items()},
+        any(layer.use_rslora[adapter] for layer in layers.values()),
+        any(layer.use_dora[adapter] for layer in layers.values()),
+    )
+
+
+def _parameters_of(unet: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in lora_parameters(unet).items() if name.endswith(f".{adapter}.weight")}
+
+
+def _file_name(parameter: str, adapter: str = "default") -> str:
+    """Name of a parameter in an AdapterFile: without the adapter's name."""
+    return re.sub(rf"\.{adapter}\.weight$", ".weight", parameter)
+
+
+def _scalings(kind: LoraKind) -> set[tuple[str, float]]:
+    return {(module, round(kind.scaling(module), 6)) for module in kind.ranks}
+
+
+def _first(differing: set[Any]) -> str:
+    example = min(differing, key=str)
+    text = f"{example[0]} {example[1]}" if isinstance(example, tuple) else str(example)
+    return text + (f" and {len(differing) - 1} more" if len(differing) > 1 else "")
