@@ -1,27 +1,66 @@
 """Fill the gap between two stills: launch/interpolate.py --run R --first a.png --last b.png --frames 5 --out ab.mp4."""
 
-from pydantic import FiniteFloat, NonNegativeFloat, PositiveFloat, PositiveInt
+from typing import Annotated, Literal
+
+from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from toolkit.cli import main
 
+Guidance = Annotated[float, Field(ge=1, le=30)]
+
 
 def interpolate(
-    run: str, first: str, last: str, out: str, frames: int = 5, lora_scale: FiniteFloat = 1.0,
-    fps: PositiveFloat = 7.0, motion: NonNegativeFloat = 127.0, steps: PositiveInt | None = None, base: str | None = None,
+    out: str, run: str | None = None, adapter: str | None = None, first: str | None = None, last: str | None = None,
+    stills: str | None = None, frames: int = 5, lora_scale: FiniteFloat = 1.0,
+    weights: FiniteFloat | tuple[FiniteFloat, ...] = (), fps: PositiveFloat | None = None,
+    motion: NonNegativeFloat | None = None, steps: PositiveInt | None = None, sampler: Literal["euler", "lcm"] | None = None,
+    min_guidance: Guidance = 1.0, max_guidance: Guidance = 1.0, seed: NonNegativeInt | tuple[NonNegativeInt, ...] = (),
+    trajectories: str | None = None, controlnet: str | None = None, control_scale: NonNegativeFloat | None = None,
+    chunk_frames: PositiveInt | None = None, config: str | None = None, base: str | None = None, unet: str | None = None,
 ) -> None:  # fmt: skip
-    """Interpolate with a run's newest adapter.
+    """Interpolate with a run's newest adapter, or with exported adapters.
 
-    out         .mp4, .gif, or a folder for PNG
-    frames      first and last included: 3, 5, 9, 17, ...
-    lora_scale  multiplies alpha / rank: 0 is the untuned base
-    fps         frame rate of the result, which the network is told
-    motion      motion bucket that the network is told
-    steps       sampler steps; default the recipe's
-    base        another folder of the run's base, UNet included
+    out           .mp4, .gif, or a folder for PNG
+    run           a run folder
+    adapter       instead of run: an exported folder or file of any format, or several with commas between
+    stills        instead of first and last: two pictures or more with commas between, a video through all of them
+    frames        of each gap, its two stills included: 3, 5, 9, 17, ..., or the window of the recipe
+    lora_scale    multiplies alpha / rank: 0 is the untuned base
+    weights       one per adapter, with commas between
+    fps, motion   frame rate of the result and motion bucket, which the network is told; default those of the training clips
+    steps         sampler steps; default the recipe's
+    sampler       default the recipe's; lcm takes few steps, on bases distilled to it
+    min_guidance, max_guidance  classifier-free guidance, rising over the gap; 1 and 1 is none
+    seed          one for all gaps, or one per gap with commas between; default the recipe's
+    trajectories  a JSON of points, or auto to match features of the stills; needs a ControlNet
+    control_scale of the ControlNet; default 1 for drawn trajectories, 0.5 for found ones
+    chunk_frames  frames decoded at once; fewer need less memory
+    config        a recipe, for an adapter that holds none
+    base          another folder of the recipe's base, UNet included
+    unet          another UNet: a merged export, which needs no run or adapter
     """
-    from toolkit.run.inference import interpolate_stills
+    from toolkit.run.framer import Sampling
+    from toolkit.run.inference import read_source
+    from toolkit.run.interpolate import interpolate_stills
 
-    print(f"wrote {interpolate_stills(run, first, last, out, frames, lora_scale, fps, motion, steps, base)}")
+    source = read_source(run, split(adapter), split(weights), lora_scale, config, unet)
+    source = source.with_model(base=base, unet=unet, controlnet=controlnet)
+    validation = source.config.validation
+    sampling = Sampling(
+        steps or validation.sampler_steps, sampler or validation.sampler, min_guidance, max_guidance, chunk_frames
+    )
+    paths = split(stills) or [path for path in (first, last) if path]
+    written = interpolate_stills(
+        source, paths, out, frames, fps, motion, sampling, split(seed), trajectories, control_scale
+    )
+    print(f"wrote {written}")
+
+
+def split(value: object) -> list:
+    """A flag's value as a list: "a,b" => [a, b], (1, 2) => [1, 2], 1 => [1], None => []."""
+    if isinstance(value, str):
+        return value.split(",")
+    return list(value) if isinstance(value, tuple) else [] if value is None else [value]
 
 
 if __name__ == "__main__":

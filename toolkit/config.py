@@ -6,13 +6,14 @@ Each number has one owner: a DeepSpeed JSON holds stage, buckets, overlap and of
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from toolkit.errors import UserError
 
@@ -26,9 +27,14 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    base: str = "tiny"  # folder or hub id in SVD layout (unet, vae, image_encoder, scheduler), or "tiny": made locally
-    unet: str | None = None  # folder or hub id whose unet/ replaces the base's (Framer publishes only that part)
+    base: str = (
+        "tiny"  # framer | svd | svd-xt | tiny, or a folder or hub id in SVD layout: unet, vae, image_encoder, scheduler
+    )
+    unet: str | None = None  # folder, hub id or .safetensors file that replaces the base's UNet
     revision: str | None = None  # hub commit of base
+    unet_revision: str | None = None  # hub commit of unet
+    variant: Literal["fp16"] | None = None  # read the *.fp16.safetensors files: half the download
+    controlnet: str | None = None  # folder, hub id or .safetensors file of Framer's trajectory ControlNet; frozen
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     gradient_checkpointing: bool = True
 
@@ -36,7 +42,33 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     rank: int = Field(64, ge=1, le=1024)
     alpha: float = Field(64, gt=0)
-    targets: str = "spatial"  # spatial | temporal | all, or a regular expression over module names
+    # spatial | temporal | cross | self | all; or a regular expression over whole module names; or a list of their endings
+    targets: str | list[str] = "spatial"
+    rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
+    dora: bool = False  # train the weights' magnitudes beside their directions
+    dropout: float = Field(0.0, ge=0, lt=1)  # of what enters the adapter, while training
+    rank_pattern: dict[
+        str, Annotated[int, Field(ge=1, le=1024)]
+    ] = {}  # another rank for module names that match: PEFT's
+    init_from: str | None = None  # start from this adapter: a run, a checkpoint or an exported file of any format
+    extra_trainable: list[Literal["conv_in", "mask_token"]] = []  # trained whole, and saved with the adapter
+
+    @field_validator("targets", "extra_trainable", mode="before")
+    @classmethod
+    def read_list(cls, value: Any) -> Any:
+        """Fire reads [to_q,to_k] as a list, but leaves [to_q,to_out.0] as it stands."""
+        if isinstance(value, str) and value.startswith("["):
+            with contextlib.suppress(yaml.YAMLError):  # else an expression such as [a-z].*
+                return yaml.safe_load(value)
+        return value
+
+    @model_validator(mode="after")
+    def check_kinds(self) -> LoraConfig:
+        if self.dora and self.dropout:
+            raise ValueError(
+                "dora and dropout do not go together: dora's magnitudes are of the undropped weights; set one"
+            )
+        return self
 
 
 class DataConfig(Section):
@@ -62,13 +94,18 @@ class DataConfig(Section):
 
 class DiffusionConfig(Section):
     layout: Literal["spec_middle", "framer_clip", "middle_in_clip"] = "middle_in_clip"
-    clip_tokens: Literal["first_last", "mean"] = "first_last"
+    clip_tokens: Literal["first_last", "first", "mean"] = "first_last"
     scale_conditioning: bool = False  # True: conditioning latents x the VAE's scaling factor, as the spec has it
+    # what the raw output means; auto reads it from the base's scheduler, and a value that disagrees with it is refused
+    parameterization: Literal["auto", "v", "epsilon"] = "auto"
     noise_sampler: Literal["uniform_t", "lognormal"] = "uniform_t"
     lognormal_mean: float = 0.7
     lognormal_std: float = Field(1.6, gt=0)
-    loss_space: Literal["epsilon", "v"] = "epsilon"
+    loss_space: Literal["epsilon", "v", "edm"] = "epsilon"
     noise_augmentation: float = Field(0.0, ge=0, le=1)  # std of pixel noise on the two stills; also the third time id
+    # p: tokens zeroed in 2p of the clips, end latents in 2p, both in p of them; guidance at inference wants 0.1
+    conditioning_dropout: float = Field(0.0, ge=0, le=1 / 3)
+    control: bool = False  # train with model.controlnet steering, on trajectories found between the two stills
 
 
 class OptimizerConfig(Section):
@@ -103,6 +140,7 @@ class EngineConfig(Section):
 
 class ValidationConfig(Section):
     clips: int = Field(8, ge=1)  # held-out clips that launch/evaluate.py scores
+    sampler: Literal["euler", "lcm"] = "euler"  # lcm: a few steps, for bases distilled to it
     sampler_steps: int = Field(25, ge=1, le=1000)
 
 
@@ -134,6 +172,8 @@ class RunConfig(Section):
     def check_length(self) -> RunConfig:
         if self.schedule.steps is None and self.schedule.epochs is None:
             raise ValueError("schedule gives neither epochs nor steps; give one")
+        if self.diffusion.control and self.model.controlnet is None:
+            raise ValueError("diffusion.control is on, but model.controlnet names none; give one, or switch it off")
         return self
 
 
@@ -153,10 +193,15 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
         raise UserError(f"{path} is not a recipe: it must hold `section: {{key: value}}`, see launch/recipes")
     for name, value in (overrides or {}).items():
         _set_dotted(tree, name, value)
+    return parse_config(tree, path)
+
+
+def parse_config(tree: Any, source: str | Path) -> RunConfig:
+    """Check a tree of sections; source is where it came from, for the error. Raises UserError as load_config does."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: {'; '.join(_explain(e) for e in error.errors())}") from None
+        raise UserError(f"{source}: {'; '.join(_explain(e) for e in error.errors())}") from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -176,7 +221,7 @@ def field_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[st
 
 def diff_configs(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """List the fields in which two runs differ: {dotted name: (old, new)}."""
-    flat_old, flat_new = _flatten(old.model_dump()), _flatten(new.model_dump())
+    flat_old, flat_new = _flatten(old), _flatten(new)
     return {name: (flat_old[name], flat_new[name]) for name in flat_new if flat_old[name] != flat_new[name]}
 
 
@@ -216,10 +261,10 @@ def _set_dotted(tree: dict[str, Any], name: str, value: Any) -> None:
     tree[key] = value
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        flat.update(_flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+def _flatten(section: Section, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in section:
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
     return flat
 
 

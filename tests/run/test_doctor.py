@@ -12,14 +12,28 @@ from toolkit.run.doctor import examine
 
 
 @pytest.mark.launch
-def test_doctor_counts_the_specs_adapter() -> None:
-    """128 modules, 13,279,232 parameters, 53.1 MB on a base of 1.52 billion; stdout is JSON and nothing else."""
-    done = run([sys.executable, "launch/doctor.py", "--config", "launch/recipes/sign_576.yaml", "--json"])
+@pytest.mark.parametrize(
+    ("flags", "modules", "parameters", "dead", "megabytes"),
+    [
+        ((), 128, 13_279_232, 32, 53.1),
+        (("--lora.targets", "all"), 256, 26_558_464, 96, 106.2),
+        (
+            ("--lora.targets", "[to_q,to_k,to_v,to_out.0,ff.net.0.proj,ff.net.2,proj_in,proj_out]",
+             "--diffusion.layout", "middle_in_clip", "--diffusion.clip_tokens", "first_last"),
+            352, 52_117_504, 0, 208.5,
+        ),
+    ],
+)  # fmt: skip
+def test_doctor_counts_the_specs_adapter(
+    flags: tuple[str, ...], modules: int, parameters: int, dead: int, megabytes: float
+) -> None:
+    """The published counts on a base of 1.52 billion, and how many modules cannot learn; stdout is JSON and nothing else."""
+    done = run([sys.executable, "launch/doctor.py", "--config", "launch/recipes/sign_576.yaml", *flags, "--json"])
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert (report["lora_modules"], report["lora_params"]) == (128, 13_279_232)
-    assert (report["base_params"], report["adapter_mb_fp32"]) == (1_524_625_966, 53.1)
-    assert report["accumulation"] == 8
+    assert (report["lora_modules"], report["lora_params"]) == (modules, parameters)
+    assert (report["base_params"], report["adapter_mb_fp32"]) == (1_524_625_966, megabytes)
+    assert (report["dead_modules"], report["accumulation"]) == (dead, 8)
 
 
 def test_doctor_refuses_what_the_run_would_refuse() -> None:
@@ -31,13 +45,18 @@ def test_doctor_refuses_what_the_run_would_refuse() -> None:
 
 
 def test_doctor_notes_what_is_probably_not_meant() -> None:
-    """A warmup that outlasts the run, one token, and temporal layers on one frame."""
-    report = examine(
-        load_config(
-            RECIPE, {"schedule.steps": 5, "schedule.warmup_steps": 5, "diffusion.clip_tokens": "mean", "lora.targets": "all"}
-        ),
-        ranks=2,
-    )  # fmt: skip
+    """A warmup that outlasts the run, or most of it; one token; temporal layers on one frame; a mask token unseen."""
+    changes = {
+        "schedule.steps": 5, "schedule.warmup_steps": 5, "diffusion.clip_tokens": "first", "lora.targets": "all",
+        "lora.extra_trainable": ["conv_in", "mask_token"],
+    }  # fmt: skip
+    report = examine(load_config(RECIPE, changes), ranks=2)
     notes = " ".join(report["notes"])
-    assert "never reaches its peak" in notes and "cross-attention Q and K cannot learn" in notes
-    assert "temporal self-attention Q and K cannot learn" in notes
+    assert "never reaches its peak" in notes and "mask_token cannot learn" in notes
+    assert "cross-attention Q and K such as" in notes and "clip_tokens is first, one token" in notes
+    assert "temporal self-attention Q and K such as" in notes and "spec_middle, one frame" in notes
+    assert report["extra_params"] == 9 * 96 * 9 + 96 + 4  # conv_in of 96 channels, and the mask token
+    late = examine(load_config(RECIPE, {"schedule.steps": 10, "schedule.warmup_steps": 4}), ranks=2)
+    assert any("4 of 10 steps" in note for note in late["notes"])
+    fine = examine(load_config(RECIPE, {"schedule.steps": 100, "diffusion.layout": "middle_in_clip"}), ranks=2)
+    assert fine["dead_modules"] == 0 and all("is not on this machine" in note for note in fine["notes"])

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from launch.interpolate import interpolate
 from tests.launching import kill_when, launch, read_numbers, start, train_command
 from toolkit.data.pack import pack
 from toolkit.data.video import read_frames
-from toolkit.run.inference import evaluate_run, interpolate_stills
+from toolkit.run.evaluate import evaluate_run
 
 STEPS, SIZE_PX = 60, 32
 
@@ -60,10 +61,7 @@ def test_real_stills_become_a_video(signed_run: tuple[Path, str], tmp_path: Path
         stills.append(str(tmp_path / f"{name}.png"))
         Image.fromarray(np.full((SIZE_PX, SIZE_PX, 3), value, np.uint8)).save(stills[-1])
     for out in ("ab.mp4", "ab.gif", "ab"):
-        path = interpolate_stills(
-            str(run), *stills, str(tmp_path / out), frames=5, lora_scale=1, fps=7, motion=127, steps=2, base=None
-        )
-        assert path == tmp_path / out
+        interpolate(str(tmp_path / out), str(run), first=stills[0], last=stills[1], frames=5, steps=2)
     assert read_frames((tmp_path / "ab.mp4").read_bytes()).shape == (5, SIZE_PX, SIZE_PX, 3)
     with Image.open(tmp_path / "ab.gif") as gif:
         assert (gif.n_frames, gif.size) == (5, (SIZE_PX, SIZE_PX))

@@ -26,11 +26,14 @@ from toolkit.model.lora import save_adapter
 FORMAT_VERSION = 1
 
 
-def save_checkpoint(run: Path, step: int, tensors: State, unet: nn.Module, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    run: Path, step: int, tensors: State, unet: nn.Module, state: dict[str, Any], about: dict[str, Any], keep: int
+) -> Path:
     """Publish checkpoints/step_NNNNNN and point LATEST to it; a crash at any moment leaves the older ones whole.
 
     tensors  what the engine gathered: {parameter name: {master, exp_avg, exp_avg_sq}}
     state    what goes into state.json beside the step
+    about    what goes into the adapter's header beside the step
     keep     newest checkpoints to keep
     """
     from safetensors.torch import save_file
@@ -40,8 +43,7 @@ def save_checkpoint(run: Path, step: int, tensors: State, unet: nn.Module, state
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     masters = {name: saved["master"] for name, saved in tensors.items()}
-    about = {key: state[key] for key in ("base", "base_fingerprint")} | {"step": step}
-    save_adapter(aside, masters, unet, about)
+    save_adapter(aside, masters, unet, about | {"step": step})
     flat = {f"{name}/{key}": saved[key].contiguous() for name, saved in tensors.items() for key in STATE_KEYS}
     save_file(flat, aside / "optimizer.safetensors")
     _write_json(aside / "state.json", {"step": step, "format_version": FORMAT_VERSION, **state})

@@ -17,8 +17,8 @@ from PIL import Image
 
 from toolkit.config import load_config
 from toolkit.errors import UserError
+from toolkit.run.evaluate import load_held_out
 from toolkit.run.folder import newest_adapter
-from toolkit.run.inference import load_held_out
 from toolkit.run.monitor import read_log
 
 RECIPE = "launch/recipes/tiny_cpu.yaml"

@@ -12,8 +12,9 @@ import torch
 
 from toolkit.config import RunConfig
 from toolkit.data.index import open_shards
+from toolkit.diffusion.layout import make_layout
 from toolkit.model.base import build_unet_on_meta
-from toolkit.model.lora import inject_lora
+from toolkit.model.lora import dead_targets, inject_lora, match_targets
 from toolkit.model.tiny import build_unet
 from toolkit.run.trainer import check_clips, check_engine, total_steps
 
@@ -21,8 +22,8 @@ from toolkit.run.trainer import check_clips, check_engine, total_steps
 def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
     """Count what a recipe trains, and how its batches fall on the ranks.
 
-    returns  {base_params, lora_modules, lora_params, adapter_mb_fp32, accumulation, clips, optimizer_steps, notes};
-             clips and optimizer_steps are None where the shards are not on this machine
+    returns  {base_params, lora_modules, lora_params, dead_modules, extra_params, adapter_mb_fp32, accumulation, clips,
+             optimizer_steps, notes}; clips and optimizer_steps are None where the shards are not on this machine
     raises   UserError for what a run of so many ranks would refuse about its engine, batch and data
     """
     per_rank, _ = check_engine(config, ranks)
@@ -30,17 +31,22 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
         with torch.device("meta"):
             unet = build_unet().to("meta")
     else:
-        unet = build_unet_on_meta(config.model.base, config.model.unet, config.model.revision)
+        unet = build_unet_on_meta(config.model)
     base_params = sum(p.numel() for p in unet.parameters())
     unet.requires_grad_(False)
-    parameters = inject_lora(unet, config.lora.rank, config.lora.alpha, config.lora.targets, config.seed)
-    lora_params = sum(p.numel() for p in parameters.values())
+    modules = match_targets(unet, config.lora.targets)
+    dead = find_dead(modules, config)
+    parameters = inject_lora(unet, config.lora, config.seed)
+    lora_params = sum(p.numel() for name, p in parameters.items() if ".lora_" in name)
+    trainable = sum(p.numel() for p in parameters.values())
     report: dict[str, Any] = {
         "name": config.name,
         "base_params": base_params,
-        "lora_modules": len(parameters) // 2,
+        "lora_modules": len(modules),
         "lora_params": lora_params,
-        "adapter_mb_fp32": round(lora_params * 4 / 1e6, 1),
+        "dead_modules": len(dead),
+        "extra_params": trainable - lora_params,
+        "adapter_mb_fp32": round(trainable * 4 / 1e6, 1),
         "ranks": ranks,
         "accumulation": per_rank,
         "clips": None,
@@ -54,22 +60,48 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
         report["optimizer_steps"] = total_steps(config, len(index))
     else:
         report["notes"].append(f"{config.data.shards} is not on this machine, so clips and steps are not counted")
-    report["notes"] += list_doubts(config, report["optimizer_steps"])
+    report["notes"] += list_dead(dead, config) + list_doubts(config, report["optimizer_steps"])
     return report
+
+
+def find_dead(modules: list[str], config: RunConfig) -> list[str]:
+    """Names of the chosen modules whose LoRA cannot learn with this recipe's frames and tokens."""
+    frames = make_layout(config.diffusion.layout, config.data.frames).frames
+    tokens = 2 if config.diffusion.clip_tokens == "first_last" else 1
+    return dead_targets(modules, frames, tokens)
+
+
+def list_dead(dead: list[str], config: RunConfig) -> list[str]:
+    """Say which chosen modules cannot learn, and why."""
+    cross = [name for name in dead if ".attn2." in name]
+    temporal = [name for name in dead if ".attn2." not in name]
+    notes = []
+    if cross:
+        notes.append(
+            f"{len(cross)} modules cannot learn, cross-attention Q and K such as {cross[0]}: diffusion.clip_tokens is "
+            f"{config.diffusion.clip_tokens}, one token, and a softmax over one key is 1; take first_last, or other targets"
+        )
+    if temporal:
+        notes.append(
+            f"{len(temporal)} modules cannot learn, temporal self-attention Q and K such as {temporal[0]}: "
+            f"diffusion.layout is {config.diffusion.layout}, one frame; take middle_in_clip or framer_clip, or other targets"
+        )
+    return notes
 
 
 def list_doubts(config: RunConfig, steps: int | None) -> list[str]:
     """Say what is allowed but probably not meant."""
-    doubts = []
-    if steps is not None and config.schedule.warmup_steps >= steps:
+    doubts, warmup, diffusion = [], config.schedule.warmup_steps, config.diffusion
+    if steps is not None and warmup >= steps:
         doubts.append(
-            f"schedule.warmup_steps is {config.schedule.warmup_steps}, but the run has {steps} steps: "
-            "the learning rate never reaches its peak"
+            f"schedule.warmup_steps is {warmup}, but the run has {steps} steps: the learning rate never reaches its peak"
         )
-    if config.diffusion.clip_tokens == "mean":
+    elif steps is not None and warmup > 0.3 * steps:
+        doubts.append(f"schedule.warmup_steps is {warmup} of {steps} steps: most runs warm up for a tenth or less")
+    if diffusion.layout != "spec_middle" and diffusion.scale_conditioning and config.model.base != "tiny":
         doubts.append(
-            "diffusion.clip_tokens is mean, one token: a softmax over one key is 1, so cross-attention Q and K cannot learn"
+            "diffusion.scale_conditioning is on, but SVD and Framer were trained with unscaled conditioning latents"
         )
-    if config.diffusion.layout == "spec_middle" and config.lora.targets in ("temporal", "all"):
-        doubts.append("diffusion.layout is spec_middle, one frame: temporal self-attention Q and K cannot learn")
+    if "mask_token" in config.lora.extra_trainable and diffusion.layout == "spec_middle":
+        doubts.append("lora.extra_trainable mask_token cannot learn: in layout spec_middle it never enters the network")
     return doubts

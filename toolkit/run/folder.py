@@ -106,6 +106,13 @@ def newest_adapter(run: Path) -> Path:
     return folder
 
 
+def find_adapter(source: Path) -> Path:
+    """Turn what a user names, a run, a checkpoint, an exported folder or a file, into the adapter's own folder or file."""
+    if not source.exists():
+        raise UserError(f"no adapter at {source}: give a run folder, a checkpoint, or an exported folder or file")
+    return newest_adapter(source) if (source / "config.yaml").exists() else source
+
+
 def describe_host() -> dict[str, Any]:
     """Versions, code and machine of this process."""
     import torch

@@ -1,153 +1,320 @@
 """The network with everything around it: from a batch to a loss, from two stills to the frames between.
 
-Test: pytest tests/run. Training, validation and inference all pass through `condition` and `predict`, so the network is
-fed the same way in each. Legend as in DESIGN: B clip, T frame, C channel, H W latent size, N token, D embedding.
+Test: pytest tests/run tests/parity. Training, validation and inference all pass through `condition` and `predict`, so the
+network is fed the same way in each. Legend as in DESIGN: B clip, T frame, C channel, H W latent size, N token, D embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from toolkit.config import RunConfig
+from toolkit.config import DiffusionConfig
 from toolkit.data.loader import Batch
-from toolkit.diffusion.conditioning import build_input, build_time_ids, build_tokens
+from toolkit.data.trajectory import draw_heatmaps, match_stills, places_at
+from toolkit.diffusion.conditioning import (
+    build_input,
+    build_time_ids,
+    build_tokens,
+    drop_conditioning,
+    guidance_T,
+    guide,
+    make_unconditional,
+)
 from toolkit.diffusion.layout import make_layout
-from toolkit.diffusion.objective import compute_loss, denoise_from_v, expand_like, scale_input, time_input
-from toolkit.diffusion.sampler import bisect, sample_euler
-from toolkit.diffusion.schedule import karras_sigmas, lognormal_sigma, make_alpha_bar, uniform_t_sigma
+from toolkit.diffusion.objective import (
+    compute_loss,
+    expand_like,
+    refuse_combination,
+    scale_input,
+    time_input,
+    to_denoised,
+)
+from toolkit.diffusion.sampler import bisect, sample_euler, sample_lcm
+from toolkit.diffusion.schedule import (
+    karras_sigmas,
+    lognormal_sigma,
+    make_alpha_bar,
+    trailing_sigmas,
+    uniform_t_sigma,
+)
+from toolkit.errors import UserError
 from toolkit.model.base import Base
+from toolkit.model.controlnet import steer
 from toolkit.model.encoders import decode_latents, embed_stills, encode_frames
 from toolkit.rng import normal_like, rng
+
+OnStep = Callable[[int, Tensor], Tensor]
+FOUND_SCALE = 0.5  # of the ControlNet's residuals where trajectories were found, not drawn: Framer's autopilot
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What is known of a clip: latents of the two stills, tokens and time ids."""
+    """What is known of a clip: latents of the two stills, tokens, time ids, and where points shall go, if that is given."""
 
     ends_B2CHW: Tensor
     tokens_BND: Tensor
     ids_B3: Tensor
+    heatmaps_BTCHW: Tensor | None = None  # in pixels; see data/trajectory.py
+    control_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How frames are drawn from a condition."""
+
+    steps: int = 25
+    sampler: Literal["euler", "lcm"] = "euler"
+    min_guidance: float = 1.0  # classifier-free guidance rises over the window from this ...
+    max_guidance: float = 1.0  # ... to this; 1 and 1 is none, at half the cost
+    chunk_frames: int | None = None  # frames that the VAE decodes at once; fewer need less memory
 
 
 class Framer:
-    """A base (with or without adapter) under a recipe's diffusion settings."""
+    """A base (with or without adapter) under a recipe's diffusion settings.
 
-    def __init__(self, base: Base, config: RunConfig) -> None:
+    window      frames of a window, first and last still included
+    seed        of every draw that is keyed by positions
+    controlnet  frozen; it steers wherever a condition holds heatmaps
+    device      where the network computes; default where the UNet's weights are
+    raises      UserError for settings that the base cannot follow
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        settings: DiffusionConfig,
+        window: int,
+        seed: int = 0,
+        controlnet: Any = None,
+        device: torch.device | None = None,
+    ) -> None:
         self.base = base
-        self.settings = config.diffusion
-        self.seed = config.seed
-        self.layout = make_layout(config.diffusion.layout, config.data.frames)
+        self.settings = settings
+        self.seed = seed
+        self.controlnet = controlnet
+        self.layout = make_layout(settings.layout, window)
+        self.parameterization = check_objective(settings, base.parameterization)
         self.scaling = float(base.vae.config.scaling_factor)
         self.alpha_bar = make_alpha_bar(
             base.scheduler["beta_start"], base.scheduler["beta_end"], base.scheduler["num_train_timesteps"]
         )
-        self.device = base.unet.device
-        self.use_bf16 = config.engine.precision == "bf16"
+        self.device = base.unet.device if device is None else device
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Noise a batch and score the network's answer.
 
         returns  loss_B, zero_B: (B,) fp32, the loss and what a prediction of zero scores on the same noise
         """
+        settings, positions = self.settings, batch.positions
         frames_BTCHW = to_signed(batch.frames_BTHWC.to(self.device))
-        z_BTCHW, means_B2CHW = self._encode_window(frames_BTCHW, batch.positions)
-        condition = self.condition(frames_BTCHW[:, [0, -1]], batch.fps_B, batch.motion_B, batch.positions, means_B2CHW)
-        sigma_B = self._draw_sigma(batch.positions)
-        noise_BTCHW = normal_like(z_BTCHW, self.seed, "noise", batch.positions)
+        z_BTCHW, means_B2CHW = self._encode_window(frames_BTCHW, positions)
+        stills_B2CHW = frames_BTCHW[:, [0, -1]]
+        augmentation = self._draw_augmentation(stills_B2CHW, positions)
+        condition = self.condition(stills_B2CHW, batch.fps_B, batch.motion_B, augmentation, means_B2CHW)
+        condition = self._drop(condition, positions)
+        if settings.control:
+            condition = replace(condition, heatmaps_BTCHW=self._find_heatmaps(batch), control_scale=FOUND_SCALE)
+        sigma_B = self._draw_sigma(positions)
+        noise_BTCHW = normal_like(z_BTCHW, self.seed, "noise", positions)
         x_BTCHW = scale_input(z_BTCHW + expand_like(sigma_B, z_BTCHW) * noise_BTCHW, sigma_B)
         raw_BTCHW = self.predict(x_BTCHW, sigma_B, condition)
-        return compute_loss(raw_BTCHW, z_BTCHW, noise_BTCHW, sigma_B, self.layout.scored_T, self.settings.loss_space)
+        return compute_loss(
+            raw_BTCHW, z_BTCHW, noise_BTCHW, sigma_B, self.layout.scored_T, settings.loss_space, self.parameterization
+        )
 
     def condition(
         self,
         stills_B2CHW: Tensor,
         fps_B: Tensor,
         motion_B: Tensor,
-        positions: Sequence[int],
+        augmentation_B2CHW: Tensor | None = None,
         means_B2CHW: Tensor | None = None,
     ) -> Condition:
         """Encode what is known of each clip.
 
-        stills_B2CHW  first and last frame, fp32 in [-1, 1], pixels
-        fps_B         rate at which the window's frames are spaced
-        positions     key the noise augmentation's draws
-        means_B2CHW   the stills' latents, where the caller has them already
+        stills_B2CHW        first and last frame, fp32 in [-1, 1], pixels
+        fps_B               rate at which the window's frames are spaced
+        augmentation_B2CHW  N(0, 1) for the pixel noise, where settings.noise_augmentation asks for some
+        means_B2CHW         the clean stills' latents, where the caller has them already
         """
         strength = self.settings.noise_augmentation
-        if means_B2CHW is None or strength:
-            noisy = stills_B2CHW + strength * normal_like(stills_B2CHW, self.seed, "noise_augmentation", positions)
-            means_B2CHW, _ = encode_frames(self.base.vae, noisy)
+        if strength:
+            assert augmentation_B2CHW is not None
+            means_B2CHW, _ = encode_frames(self.base.vae, stills_B2CHW + strength * augmentation_B2CHW)
+        elif means_B2CHW is None:
+            means_B2CHW, _ = encode_frames(self.base.vae, stills_B2CHW)
         # the VAE's mode; unscaled unless the recipe says otherwise, as SVD and Framer were trained
         ends_B2CHW = means_B2CHW * self.scaling if self.settings.scale_conditioning else means_B2CHW
         tokens_BND = build_tokens(embed_stills(self.base.image_encoder, stills_B2CHW), self.settings.clip_tokens)
-        ids_B3 = build_time_ids(fps_B, motion_B, strength).to(self.device)
-        return Condition(ends_B2CHW, tokens_BND, ids_B3)
+        return Condition(ends_B2CHW, tokens_BND, build_time_ids(fps_B, motion_B, strength).to(self.device))
 
     def predict(self, x_BTCHW: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
         """Run the UNet on scaled noisy latents; returns its raw output, (B, T, 4, H, W)."""
-        unet = self.base.unet
-        input_BTCHW = build_input(x_BTCHW, condition.ends_B2CHW, unet.mask_token, self.layout)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.use_bf16):
-            return unet(
-                input_BTCHW.to(unet.dtype),
-                time_input(sigma_B),
-                encoder_hidden_states=condition.tokens_BND.to(unet.dtype),
-                added_time_ids=condition.ids_B3,
-                return_dict=False,
-            )[0]
+        unet, dtype = self.base.unet, self.base.dtype
+        input_BTCHW = build_input(x_BTCHW, condition.ends_B2CHW, unet.mask_token, self.layout).to(dtype)
+        time_B = time_input(sigma_B, self.parameterization, self.alpha_bar)
+        tokens_BND = condition.tokens_BND.to(dtype)
+        # the adapter's masters are fp32 beside a bf16 base
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            steering: Any = nullcontext()
+            if condition.heatmaps_BTCHW is not None:
+                residuals = self.controlnet(
+                    input_BTCHW, time_B, tokens_BND, condition.ids_B3, condition.heatmaps_BTCHW, condition.control_scale
+                )
+                steering = steer(unet, residuals)
+            with steering:
+                return unet(
+                    input_BTCHW,
+                    time_B,
+                    encoder_hidden_states=tokens_BND,
+                    added_time_ids=condition.ids_B3,
+                    return_dict=False,
+                )[0]
 
     @torch.no_grad()
-    def sample(self, condition: Condition, steps: int, positions: Sequence[int]) -> Tensor:
-        """Generate the window's frames from noise, at the size of the condition's latents.
+    def sample(
+        self,
+        condition: Condition,
+        sampling: Sampling,
+        noise_BTCHW: Tensor,
+        renoise: Callable[[int], Tensor] | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Walk from noise to the scaled latents of the layout's frames.
 
-        returns  frames_BTCHW fp32 in [-1, 1]: the frames that the layout generates or repeats
+        noise_BTCHW  N(0, 1), of the condition's latent size
+        renoise      N(0, 1) for step i, which the lcm sampler draws anew
+        on_step      called after each step; returns the latents to go on with
         """
-        scheduler = self.base.scheduler
-        sigmas = karras_sigmas(steps, scheduler["sigma_min"], scheduler["sigma_max"])
-        blank = torch.zeros(len(positions), self.layout.frames, 4, *condition.ends_B2CHW.shape[-2:], device=self.device)
-        noise_BTCHW = normal_like(blank, self.seed, "sample", positions)
+        guided = max(sampling.min_guidance, sampling.max_guidance) > 1
+        scale_T = guidance_T(sampling.min_guidance, sampling.max_guidance, self.layout)
+        if guided:
+            condition = join_unconditional(condition)
 
         def denoise(noisy_BTCHW: Tensor, sigma_B: Tensor) -> Tensor:
-            raw_BTCHW = self.predict(scale_input(noisy_BTCHW, sigma_B), sigma_B, condition)
-            return denoise_from_v(raw_BTCHW.float(), noisy_BTCHW, sigma_B)
+            x_BTCHW = scale_input(noisy_BTCHW, sigma_B)
+            if not guided:
+                raw_BTCHW = self.predict(x_BTCHW, sigma_B, condition).float()
+            else:
+                both = self.predict(torch.cat([x_BTCHW, x_BTCHW]), torch.cat([sigma_B, sigma_B]), condition)
+                known_BTCHW, free_BTCHW = both.float().chunk(2)
+                raw_BTCHW = guide(known_BTCHW, free_BTCHW, scale_T)
+            return to_denoised(raw_BTCHW, x_BTCHW, sigma_B, self.parameterization)
 
-        return decode_latents(self.base.vae, sample_euler(denoise, noise_BTCHW, sigmas) / self.scaling)
+        sigmas = self.make_sigmas(sampling.steps)
+        if sampling.sampler == "lcm":
+            assert renoise is not None
+            return sample_lcm(denoise, noise_BTCHW, sigmas, renoise, on_step)
+        return sample_euler(denoise, noise_BTCHW, sigmas, on_step)
+
+    def make_sigmas(self, steps: int) -> Tensor:
+        """Noise levels of a sampling, (steps + 1,) falling to 0: SVD's own range, or the table of an epsilon base."""
+        if self.parameterization == "epsilon":
+            return trailing_sigmas(steps, self.alpha_bar)
+        return karras_sigmas(steps, self.base.scheduler["sigma_min"], self.base.scheduler["sigma_max"])
+
+    def decode(self, latents_BTCHW: Tensor, chunk_frames: int | None = None) -> Tensor:
+        """Scaled latents to pixels; returns frames_BTCHW fp32 in [-1, 1]."""
+        return decode_latents(self.base.vae, latents_BTCHW / self.scaling, chunk_frames)
+
+    def generate(
+        self,
+        stills_B2CHW: Tensor,
+        fps_B: Tensor,
+        motion_B: Tensor,
+        sampling: Sampling,
+        positions: Sequence[int],
+        steering: Steering | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Generate the window's frames between stills, with draws keyed by positions.
+
+        steering  points of all clips; None: the network is free
+        returns   frames_BTCHW fp32 in [-1, 1]: the frames that the layout generates or repeats
+        """
+        stills_B2CHW = stills_B2CHW.to(self.device)
+        augmentation = self._draw_augmentation(stills_B2CHW, positions)
+        condition = self.condition(stills_B2CHW, fps_B, motion_B, augmentation)
+        if steering is not None:
+            heatmaps = steering.draw(self.layout.in_window, self.layout.window, stills_B2CHW.shape[-2:])
+            heatmaps_BTCHW = heatmaps.to(self.device).expand(len(positions), *heatmaps.shape)
+            condition = replace(condition, heatmaps_BTCHW=heatmaps_BTCHW, control_scale=steering.scale)
+        size = condition.ends_B2CHW.shape[-2:]
+        blank_BTCHW = torch.zeros(len(positions), self.layout.frames, 4, *size, device=self.device)
+        noise_BTCHW = normal_like(blank_BTCHW, self.seed, "sample", positions)
+
+        def renoise(step: int) -> Tensor:
+            return normal_like(blank_BTCHW, self.seed, f"renoise{step}", positions)
+
+        latents_BTCHW = self.sample(condition, sampling, noise_BTCHW, renoise, on_step)
+        return self.decode(latents_BTCHW, sampling.chunk_frames)
 
     def generate_middle(
-        self, stills_B2CHW: Tensor, fps_B: Tensor, motion_B: Tensor, steps: int, positions: Sequence[int]
+        self,
+        stills_B2CHW: Tensor,
+        fps_B: Tensor,
+        motion_B: Tensor,
+        sampling: Sampling,
+        positions: Sequence[int],
+        steering: Steering | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Generate the middle frame of a window between two stills, (B, 3, H, W) in pixels."""
-        stills_B2CHW = stills_B2CHW.to(self.device)
-        condition = self.condition(stills_B2CHW, fps_B, motion_B, positions)
-        return self.sample(condition, steps, positions)[:, self.layout.frames // 2]
+        frames = self.generate(stills_B2CHW, fps_B, motion_B, sampling, positions, steering, on_step)
+        return frames[:, self.layout.frames // 2]
 
     def interpolate(
-        self, first_CHW: Tensor, last_CHW: Tensor, frames: int, fps: float, motion: float, steps: int
+        self,
+        first_CHW: Tensor,
+        last_CHW: Tensor,
+        frames: int,
+        fps: float,
+        motion: float,
+        sampling: Sampling,
+        start: int = 0,
+        steering: Steering | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Fill the gap between two stills.
 
         frames   first and last included: the window's own number for a clip layout, else 2^n + 1 by halving
         fps      of the result
+        start    place of the first still in the whole video: the frame at place k draws the noise of position k
         returns  frames_TCHW fp32 in [-1, 1]; the ends are the stills, untouched
         raises   ValueError for another number of frames
         """
         motion_B = torch.tensor([motion])
-        if self.layout.frames > 1 and frames == self.layout.window:
-            stills_B2CHW = torch.stack([first_CHW, last_CHW])[None].to(self.device)
-            condition = self.condition(stills_B2CHW, torch.tensor([fps]), motion_B, [0])
-            middle = self.sample(condition, steps, [0])[0, 1:-1].cpu()
-            return torch.cat([first_CHW[None], middle, last_CHW[None]])
+        if self.fills_at_once(frames):
+            stills_B2CHW = torch.stack([first_CHW, last_CHW])[None]
+            made = self.generate(stills_B2CHW, torch.tensor([fps]), motion_B, sampling, [start], steering, on_step)
+            return torch.cat([first_CHW[None], made[0, 1:-1].cpu(), last_CHW[None]])
 
-        def midpoint(left_CHW: Tensor, right_CHW: Tensor, halvings: int) -> Tensor:
+        def midpoint(left_CHW: Tensor, right_CHW: Tensor, place: int, halvings: int) -> Tensor:
+            reach = 2**halvings
             # the network sees a whole window between the two: its frames are spaced by gap / (window - 1)
-            fps_B = torch.tensor([fps * (self.layout.window - 1) / 2 ** (halvings + 1)])
-            return self.generate_middle(torch.stack([left_CHW, right_CHW])[None], fps_B, motion_B, steps, [0])[0].cpu()
+            fps_B = torch.tensor([fps * (self.layout.window - 1) / (2 * reach)])
+            begin, end = ((place + side * reach) / (frames - 1) for side in (-1, 1))
+            part = steering and replace(steering, begin=begin, end=end)
+            stills_B2CHW = torch.stack([left_CHW, right_CHW])[None]
+            made = self.generate_middle(stills_B2CHW, fps_B, motion_B, sampling, [start + place], part, on_step)
+            return made[0].cpu()
 
         return torch.stack(bisect(frames, midpoint, first_CHW, last_CHW))
+
+    def fills_at_once(self, frames: int) -> bool:
+        """Whether so many frames are one window of a clip layout; other numbers are reached by halving."""
+        return self.layout.frames > 1 and frames == self.layout.window
+
+    def count_samplings(self, frames: int) -> int:
+        """How many times the sampler runs to fill a gap."""
+        return 1 if self.fills_at_once(frames) else frames - 2
 
     def _encode_window(self, frames_BTCHW: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Encode each needed frame once: z_BTCHW scaled samples of the layout's frames, means_B2CHW of the ends."""
@@ -159,6 +326,11 @@ class Framer:
         z_BTCHW = mean_BTCHW + std_BTCHW * normal_like(mean_BTCHW, self.seed, "posterior", positions)
         return z_BTCHW * self.scaling, mean[:, [0, -1]]
 
+    def _draw_augmentation(self, stills_B2CHW: Tensor, positions: Sequence[int]) -> Tensor | None:
+        if not self.settings.noise_augmentation:
+            return None
+        return normal_like(stills_B2CHW, self.seed, "noise_augmentation", positions)
+
     def _draw_sigma(self, positions: Sequence[int]) -> Tensor:
         generators = [rng(self.seed, "sigma", k) for k in positions]
         if self.settings.noise_sampler == "uniform_t":
@@ -167,6 +339,69 @@ class Framer:
             normal_B = torch.cat([torch.randn(1, generator=g) for g in generators])
             sigma_B = lognormal_sigma(normal_B, self.settings.lognormal_mean, self.settings.lognormal_std)
         return sigma_B.to(self.device)
+
+    def _drop(self, condition: Condition, positions: Sequence[int]) -> Condition:
+        """Hide the stills in some of the clips, so that guidance has an unconditional branch to lean on."""
+        rate = self.settings.conditioning_dropout
+        if not rate:
+            return condition
+        draws = [torch.rand(1, generator=rng(self.seed, "conditioning_dropout", k)) for k in positions]
+        uniform_B = torch.cat(draws).to(self.device)
+        ends_B2CHW, tokens_BND = drop_conditioning(condition.ends_B2CHW, condition.tokens_BND, uniform_B, rate)
+        return replace(condition, ends_B2CHW=ends_B2CHW, tokens_BND=tokens_BND)
+
+    def _find_heatmaps(self, batch: Batch) -> Tensor:
+        window, size = self.layout.window, batch.frames_BTHWC.shape[2:4]
+        stills = batch.frames_BTHWC[:, [0, -1]].cpu().numpy()
+        found = [Steering(match_stills(first, last), FOUND_SCALE) for first, last in stills]
+        return torch.stack([s.draw(self.layout.in_window, window, size) for s in found]).to(self.device)
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Where points go between two stills.
+
+    points_PK2  (x, y) in pixels of each point at K times, evenly spaced from the first still to the last
+    scale       of the ControlNet's residuals
+    begin, end  the part of the gap that a window covers
+    """
+
+    points_PK2: np.ndarray
+    scale: float = 1.0
+    begin: float = 0.0
+    end: float = 1.0
+
+    def draw(self, in_window: Sequence[int], window: int, size_px: Sequence[int]) -> Tensor:
+        """Heatmaps of the frames of a window that enter the UNet, (T, 3, H_px, W_px) in 0..255."""
+        times_T = self.begin + (self.end - self.begin) * np.asarray(in_window) / (window - 1)
+        return torch.from_numpy(draw_heatmaps(places_at(self.points_PK2, times_T), *size_px))
+
+
+def check_objective(settings: DiffusionConfig, parameterization: str) -> str:
+    """Refuse an objective that is wrong for a base; returns what its raw output means, "v" or "epsilon"."""
+    if settings.parameterization not in ("auto", parameterization):
+        raise UserError(
+            f"diffusion.parameterization is {settings.parameterization}, but the base's scheduler says {parameterization}: "
+            "scored as what it is not, a perfect network would be trained away; take auto (any loss_space is exact on it)"
+        )
+    try:
+        refuse_combination(parameterization, settings.noise_sampler, settings.loss_space)
+    except ValueError as error:
+        raise UserError(f"diffusion: {error}") from None
+    return parameterization
+
+
+def join_unconditional(condition: Condition) -> Condition:
+    """Double the batch: the condition, then the same clips with nothing known of their stills."""
+    ends_B2CHW, tokens_BND = make_unconditional(condition.ends_B2CHW, condition.tokens_BND)
+    heatmaps = condition.heatmaps_BTCHW
+    return Condition(
+        torch.cat([condition.ends_B2CHW, ends_B2CHW]),
+        torch.cat([condition.tokens_BND, tokens_BND]),
+        torch.cat([condition.ids_B3, condition.ids_B3]),
+        None if heatmaps is None else torch.cat([heatmaps, heatmaps]),
+        condition.control_scale,
+    )
 
 
 def to_signed(frames_BTHWC: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ import math
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from toolkit.config import DataConfig, DiffusionConfig, EngineConfig, RunConfig
+from toolkit.config import DiffusionConfig, ModelConfig
 from toolkit.data.loader import Batch
 from toolkit.data.synth import render_motion
 from toolkit.engine.plain import AdamSettings, PlainEngine
@@ -29,16 +30,17 @@ CLIPS_PER_STEP = 4
 PEAK_LR = 1e-3
 SIZE_PX = 64
 SEED = 0
+OBJECTIVE = DiffusionConfig(layout="spec_middle", noise_sampler="lognormal", lognormal_mean=0.0, loss_space="v")
 
 
-def find_base(name: str, world: World) -> str:
-    """Turn the name "tiny" into its folder, making it first where it is missing; other names pass through."""
-    if name != "tiny":
-        return name
+def find_base(model: ModelConfig, world: World) -> ModelConfig:
+    """Turn the base "tiny" into its folder, making it first where it is missing; others pass through."""
+    if model.base != "tiny":
+        return model
     if world.is_main and not TINY_FOLDER.exists():
         pretrain_tiny_base(TINY_FOLDER, world.device, STEPS)
     world.barrier()
-    return str(TINY_FOLDER)
+    return model.model_copy(update={"base": str(TINY_FOLDER)})
 
 
 def pretrain_tiny_base(folder: Path, device: torch.device, steps: int) -> None:
@@ -49,10 +51,10 @@ def pretrain_tiny_base(folder: Path, device: torch.device, steps: int) -> None:
     print(f"making the tiny base in {folder}, once: {steps} steps on moving shapes", flush=True)
     aside = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
     make_tiny_base(aside, SEED)
-    base = load_base(str(aside), None, None, device, "fp32")
+    base = replace(load_base(ModelConfig(base=str(aside)), device, "fp32"), dtype=torch.bfloat16)  # masters stay fp32
     base.unet.requires_grad_(True)
     base.vae.to(torch.bfloat16)  # a quarter of the time; the codec needs no more digits
-    framer = Framer(base, _pretraining_config())
+    framer = Framer(base, OBJECTIVE, window=3, seed=SEED)
     adam = AdamSettings(weight_decay=0.01, beta1=0.9, beta2=0.99, eps=1e-8, max_grad_norm=1.0)
     engine = PlainEngine(dict(base.unet.named_parameters()), adam, accumulation=1)
     for step in tqdm(range(steps), unit="step", desc="pretraining"):
@@ -74,15 +76,5 @@ def _shapes_batch(step: int) -> Batch:
     return Batch(torch.stack(clips), rate_B, torch.full_like(rate_B, 127.0), positions, [str(k) for k in positions], [])
 
 
-def _pretraining_config() -> RunConfig:
-    return RunConfig(
-        name="pretrain",
-        seed=SEED,
-        data=DataConfig(shards="", frames=3, height=SIZE_PX, width=SIZE_PX),
-        diffusion=DiffusionConfig(layout="spec_middle", noise_sampler="lognormal", lognormal_mean=0.0, loss_space="v"),
-        engine=EngineConfig(precision="bf16"),
-    )
-
-
 if __name__ == "__main__":
-    find_base("tiny", init_world(join=False))
+    find_base(ModelConfig(base="tiny"), init_world(join=False))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -28,14 +29,20 @@ from toolkit.engine.world import World, init_world
 from toolkit.engine.zero2 import Zero2Engine
 from toolkit.errors import UserError
 from toolkit.model.attention import choose_attention, set_attention
-from toolkit.model.base import PRECISIONS, Base, load_base
-from toolkit.model.lora import inject_lora
+from toolkit.model.base import PRECISIONS, Base, fingerprint_files, load_base
+from toolkit.model.lora import adapter_dropout, inject_lora, start_from
 from toolkit.rng import RNG_VERSION
 from toolkit.run.checkpoint import save_checkpoint
-from toolkit.run.folder import check_folder, find_resume, prepare_folder
+from toolkit.run.folder import check_folder, find_adapter, find_resume, prepare_folder
 from toolkit.run.framer import Framer
+from toolkit.run.inference import load_control
 from toolkit.run.monitor import Monitor
 from toolkit.run.pretrain import find_base
+
+LICENCE_NOTE = (
+    "an adapter follows the licence of its base: Stability AI's for Stable Video Diffusion; Framer's authors "
+    "publish their weights for academic use"
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class Job:
     engine: PlainEngine | Zero2Engine
     index: DatasetIndex
     identity: dict[str, Any]  # fingerprints that a checkpoint must share
+    about: dict[str, Any]  # what the adapter's file tells of itself
     accumulation: int
     start: int
     total: int
@@ -62,8 +70,9 @@ def train(config: RunConfig, fresh: bool = False) -> Path:
             sums = torch.zeros(2, dtype=torch.float64, device=world.device)
             keys: list[str] = []
             for batch in itertools.islice(batches, job.accumulation):
-                loss_B, zero_B = job.framer.compute_loss(batch)
-                job.engine.backward(loss_B.mean())
+                with adapter_dropout(job.framer.base.unet, config.seed, batch.positions):
+                    loss_B, zero_B = job.framer.compute_loss(batch)
+                    job.engine.backward(loss_B.mean())
                 sums += torch.stack([loss_B.detach().sum(), zero_B.sum()])
                 keys += batch.keys
                 note_substitutes(config.folder, batch)
@@ -89,10 +98,11 @@ def build_job(config: RunConfig, world: World, fresh: bool) -> Job:
     total = total_steps(config, len(index))
     if not fresh:
         check_folder(config)
-    folder = find_base(config.model.base, world)
-    base = load_base(folder, config.model.unet, config.model.revision, world.device, config.engine.precision)
+    base = load_base(find_base(config.model, world), world.device, config.engine.precision)
+    controlnet = load_control(config, base) if config.diffusion.control else None
+    framer = Framer(base, config.diffusion, config.data.frames, config.seed, controlnet)
     identity = {
-        "base": base.name, "base_fingerprint": base.fingerprint, "data_fingerprint": index.fingerprint,
+        "base": base.name, "base_fingerprint": fingerprint_files(base.files), "data_fingerprint": index.fingerprint,
         "order_version": ORDER_VERSION, "rng_version": RNG_VERSION,
     }  # fmt: skip
     parameters = prepare_unet(base, config, attention)
@@ -108,7 +118,9 @@ def build_job(config: RunConfig, world: World, fresh: bool) -> Job:
         engine.scatter(resume.tensors, resume.step)
     if world.is_main:
         announce(config, index, attention, sum(p.numel() for p in parameters.values()), resume.step, total, world.size)
-    return Job(Framer(base, config), engine, index, identity, per_rank, resume.step, total, lock)
+    return Job(
+        framer, engine, index, identity, describe_adapter(config, base, index), per_rank, resume.step, total, lock
+    )
 
 
 def check_engine(config: RunConfig, ranks: int) -> tuple[int, dict[str, Any]]:
@@ -141,11 +153,24 @@ def check_clips(config: RunConfig, index: DatasetIndex) -> None:
 
 def prepare_unet(base: Base, config: RunConfig, attention: str) -> dict[str, torch.nn.Parameter]:
     """Put the adapter, the attention kernel and checkpointing into the frozen UNet; returns what trains, by name."""
-    parameters = inject_lora(base.unet, config.lora.rank, config.lora.alpha, config.lora.targets, config.seed)
+    parameters = inject_lora(base.unet, config.lora, config.seed)
+    if config.lora.init_from is not None:
+        start_from(base.unet, parameters, find_adapter(Path(config.lora.init_from)))
     set_attention(base.unet, attention)
     if config.model.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
     return parameters
+
+
+def describe_adapter(config: RunConfig, base: Base, index: DatasetIndex) -> dict[str, Any]:
+    """What an adapter's file tells of itself wherever it goes: enough to feed its network as it was trained."""
+    lora = config.lora
+    return {
+        "base": base.name, "base_signature": base.signature, "rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets,
+        "fps": statistics.median(row.clip.fps / config.data.stride for row in index.rows),
+        "motion": statistics.median(row.clip.motion for row in index.rows),
+        "licence": LICENCE_NOTE, "recipe": config.model_dump(mode="json"),
+    }  # fmt: skip
 
 
 def make_monitor(config: RunConfig, job: Job, world: World) -> Monitor:
@@ -199,7 +224,8 @@ def save(config: RunConfig, job: Job, world: World, step: int) -> None:
     """Gather on every rank, write on the main one."""
     tensors = job.engine.gather()
     if world.is_main:
-        save_checkpoint(config.folder, step, tensors, job.framer.base.unet, job.identity, config.checkpoint.keep)
+        unet, keep = job.framer.base.unet, config.checkpoint.keep
+        save_checkpoint(config.folder, step, tensors, unet, job.identity, job.about, keep)
     world.barrier()
 
 

@@ -1,0 +1,31 @@
+"""The benchmark measures real steps. Run: pytest tests/run/test_bench.py"""
+
+import pytest
+
+from tests.model.conftest import SMALL
+from toolkit.config import DataConfig, EngineConfig, LoraConfig, RunConfig
+from toolkit.run import bench
+
+SMALL_VAE = {"block_out_channels": (32, 32, 32, 32), "down_block_types": ("DownEncoderBlock2D",) * 4,
+             "layers_per_block": 1, "latent_channels": 4, "scaling_factor": 0.18215, "force_upcast": True}  # fmt: skip
+SMALL_CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "projection_dim": 16, "image_size": 224, "patch_size": 32}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_full_bench_runs_both_steps(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    """On a small network: both steps take time, the loss is that of an untrained network on unit noise."""
+    monkeypatch.setattr(bench, "SVD_CONFIG", {**SMALL, "in_channels": 8})
+    monkeypatch.setattr(bench, "VAE_CONFIG", SMALL_VAE)
+    monkeypatch.setattr(bench, "CLIP_CONFIG", SMALL_CLIP)
+    config = RunConfig(
+        name="bench",
+        data=DataConfig(shards="", frames=3, height=64, width=64),
+        lora=LoraConfig(rank=2, alpha=2),
+        engine=EngineConfig(precision=precision),
+    )
+    report = bench.bench_full(config)
+    assert set(report["kernels"]) == {"sdpa"} and report["frames"] == 3 and report["precision"] == precision
+    row = report["kernels"]["sdpa"]
+    assert 0 < row["loss"] < 2 and 0 <= row["sample_mean_abs"] <= 1
+    assert row["train_s"] >= row["forward_backward_s"] > 0 and row["sample_s"] > 0 and report["peak_gib"] > 0

@@ -1,0 +1,199 @@
+"""A run's adapter, exported to every format and read back: the same network. Run: pytest tests/run/test_export.py"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import UNetSpatioTemporalConditionModel
+from diffusers.loaders import PeftAdapterMixin
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from torch import Tensor
+
+from tests.launching import ROOT, train_here
+from toolkit.config import ModelConfig, RunConfig, load_config
+from toolkit.errors import UserError
+from toolkit.model.base import Base, load_base
+from toolkit.model.formats import read_metadata
+from toolkit.model.lora import load_adapter
+from toolkit.model.unet import FramerUNet
+from toolkit.run import export
+from toolkit.run.export import export_run
+
+CPU = torch.device("cpu")
+ADAPTER_FORMATS = ("peft", "diffusers", "kohya")
+Exported = dict[str, Path]
+
+
+class Stock(UNetSpatioTemporalConditionModel, PeftAdapterMixin):
+    """diffusers' UNet with diffusers' own adapter loader."""
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run: dict[str, Any]) -> Path:
+    """Two steps of everything that an adapter can hold."""
+    changes = {
+        "name": "to_export", "engine.kind": "plain", "engine.precision": "fp32", "engine.micro_batch": 4,
+        "schedule.steps": 2, "checkpoint.every_steps": 1, "diffusion.layout": "middle_in_clip",
+        "lora.dora": True, "lora.rslora": True, "lora.extra_trainable": ["conv_in", "mask_token"],
+    }  # fmt: skip
+    return train_here(tiny_run | changes)
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = tmp_path_factory.mktemp("exported")
+    return {to: export_run(str(run), to, str(folder / to)) for to in (*ADAPTER_FORMATS, "merged")}
+
+
+@pytest.fixture(scope="module")
+def base(trainable_base: Path) -> Base:
+    return load_base(ModelConfig(base=str(trainable_base)), CPU, "fp32")
+
+
+@torch.no_grad()
+def output(unet: torch.nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    config = unet.config
+    return unet(
+        torch.randn(1, 3, 9, 16, 16, generator=generator),
+        torch.tensor([0.3]),
+        encoder_hidden_states=torch.randn(1, 2, config.cross_attention_dim, generator=generator),
+        added_time_ids=torch.tensor([[6.0, 127, 0]]),
+        return_dict=False,
+    )[0]
+
+
+def copy_of(base: Base, kind: type = FramerUNet) -> Any:
+    unet = kind.from_config(base.unet.config).eval()
+    wanted = unet.state_dict().keys()
+    unet.load_state_dict({name: tensor for name, tensor in base.unet.state_dict().items() if name in wanted})
+    return unet
+
+
+@pytest.fixture(scope="module")
+def trained(run: Path, base: Base) -> FramerUNet:
+    """The network as the run left it: its newest checkpoint on its base."""
+    unet = copy_of(base)
+    load_adapter(unet, run / "checkpoints/step_000002", base.signature)
+    assert (output(unet) - output(base.unet)).abs().max() > 1e-3
+    assert not torch.equal(unet.mask_token, base.unet.mask_token)
+    return unet
+
+
+@pytest.mark.parametrize("to", ADAPTER_FORMATS)
+def test_exported_adapter_is_the_run(exported: Exported, base: Base, trained: FramerUNet, to: str) -> None:
+    """Read back by our loader: the same output and mask token, and the metadata of the checkpoint."""
+    unet = copy_of(base)
+    about = load_adapter(unet, exported[to], base.signature)
+    assert torch.allclose(output(unet), output(trained), atol=1e-5)
+    assert torch.allclose(unet.mask_token, trained.mask_token, atol=1e-6)
+    assert about["step"] == 2 and RunConfig.model_validate(about["recipe"]).name == "to_export"
+    assert read_metadata(exported[to]) == about
+
+
+def test_others_read_it(exported: Exported, base: Base, trained: FramerUNet) -> None:
+    """PEFT and diffusers load what was written for them, as the model cards say."""
+    model = PeftModel.from_pretrained(copy_of(base), exported["peft"])
+    assert torch.allclose(output(model.base_model.model), output(trained), atol=1e-5)
+    stock = copy_of(base, Stock)
+    stock.load_lora_adapter(exported["diffusers"], prefix="unet", use_safetensors=True)
+    assert torch.allclose(output(stock), output(trained), atol=1e-5)
+
+
+def test_merged_unet_is_the_run(exported: Exported, base: Base, trained: FramerUNet, trainable_base: Path) -> None:
+    """FramerUNet.from_pretrained, and load_base with it as model.unet, give the same output; the recipe lies beside."""
+    merged = FramerUNet.from_pretrained(exported["merged"] / "unet")
+    assert torch.allclose(output(merged), output(trained), atol=1e-5)
+    stock = UNetSpatioTemporalConditionModel.from_pretrained(exported["merged"], subfolder="unet")
+    assert torch.allclose(output(stock), output(trained), atol=1e-5)
+    loaded = load_base(ModelConfig(base=str(trainable_base), unet=str(exported["merged"])), CPU, "fp32")
+    assert all(torch.equal(tensor, merged.get_parameter(name)) for name, tensor in loaded.unet.named_parameters())
+    assert torch.equal(merged.mask_token, trained.mask_token)
+    about = json.loads((exported["merged"] / "framer_toolkit.json").read_text())
+    assert about["step"] == 2 and about["recipe"]["name"] == "to_export"
+
+
+def test_merged_unet_has_the_precision_of_the_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Summed in fp32 and rounded once to the dtype that the recipe computes in."""
+    whole = export_run(str(run), "merged", str(tmp_path / "fp32"))
+    config = load_config(run / "config.yaml", {"engine.precision": "bf16"})
+    monkeypatch.setattr(export, "find_checkpoint", lambda run, name: (run / "checkpoints/step_000002", config))
+    rounded = export_run(str(run), "merged", str(tmp_path / "bf16"))
+    wanted, found = (FramerUNet.from_pretrained(f / "unet", torch_dtype="auto").state_dict() for f in (whole, rounded))
+    assert all(torch.equal(found[name], tensor.to(torch.bfloat16)) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize("to", [*ADAPTER_FORMATS, "merged"])
+def test_model_card_tells_what_it_is(exported: Exported, to: str, trainable_base: Path) -> None:
+    """The hub can read its front matter; rank, targets and steps are there, and the recipe in it is a recipe."""
+    card = ModelCard.load(exported[to] / "README.md")
+    assert card.data.library_name == ("peft" if to == "peft" else "diffusers") and card.data.license == "other"
+    assert "frame-interpolation" in card.data.tags and card.data.base_model is None  # a folder is no id of the hub
+    for row in ("| rank | 4 |", "| targets | all |", "| optimizer steps | 2 |", f"| base | {trainable_base} |"):
+        assert row in card.text
+    recipe = re.search(r"```yaml\n(.*?)```", card.text, re.DOTALL)
+    assert recipe and RunConfig.model_validate(yaml.safe_load(recipe[1])).lora.dora
+    assert "## Licence" in card.text and "Stability AI" in card.text
+
+
+def test_card_names_the_base_on_the_hub(run: Path, exported: Exported) -> None:
+    """A base by its short name or its hub id becomes base_model."""
+    adapter = export.read_peft(exported["peft"])
+    for changes, wanted in (
+        ({"model.base": "framer"}, "wwen1997/framer_512x320"),
+        ({"model.base": "svd-xt"}, "stabilityai/stable-video-diffusion-img2vid-xt"),
+        ({"model.base": "svd", "model.unet": "someone/else"}, "someone/else"),
+    ):
+        card = ModelCard(export.make_card(adapter, load_config(run / "config.yaml", changes), "peft"))
+        assert card.data.base_model == wanted
+
+
+def test_kohya_file_is_named_after_the_run(exported: Exported) -> None:
+    """Two exported runs can lie in one folder of adapters."""
+    assert {path.name for path in exported["kohya"].iterdir()} == {"to_export.safetensors", "README.md"}
+
+
+def test_an_older_checkpoint_on_request(run: Path, tmp_path: Path) -> None:
+    """--checkpoint takes another one than the newest; one that is not there is named beside those that are."""
+    assert read_metadata(export_run(str(run), "peft", str(tmp_path / "old"), "step_000001"))["step"] == 1
+    with pytest.raises(UserError, match="no checkpoint step_000009; it has step_000001, step_000002"):
+        export_run(str(run), "peft", str(tmp_path / "none"), "step_000009")
+    assert not (tmp_path / "none").exists()
+
+
+def test_nothing_is_overwritten(run: Path, tmp_path: Path) -> None:
+    """A file, or a folder with anything in it, stays as it is; an empty folder is taken."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes").write_text("mine")
+    for taken in ("full", "full/notes"):
+        with pytest.raises(UserError, match="is there already; give --out"):
+            export_run(str(run), "peft", str(tmp_path / taken))
+    assert (tmp_path / "full/notes").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    assert (export_run(str(run), "peft", str(tmp_path / "empty")) / "README.md").exists()
+
+
+def test_a_failed_export_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder appears whole or not at all."""
+    monkeypatch.setattr(export, "make_card", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_run(str(run), "peft", str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.launch
+def test_command_line(run: Path, tmp_path: Path) -> None:
+    """The command of the README, and a format that does not exist: one line on stderr, exit code 2."""
+    command = [sys.executable, "launch/export.py", "--run", str(run), "--out", str(tmp_path / "out"), "--to"]
+    done = subprocess.run([*command, "peft"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"wrote {tmp_path}/out" in done.stdout, done.stderr
+    refused = subprocess.run([*command, "onnx"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and "'peft', 'diffusers', 'kohya' or 'merged'" in refused.stderr
+    assert "Traceback" not in refused.stderr

@@ -1,0 +1,245 @@
+"""What launch/interpolate.py makes of runs, exports and stills. Run: pytest tests/run/test_interpolate.py"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from launch.interpolate import interpolate
+from tests.launching import train_here
+from toolkit.config import ModelConfig
+from toolkit.errors import UserError
+from toolkit.model.base import load_base
+from toolkit.model.controlnet import FramerControlNet
+from toolkit.model.unet import FramerUNet
+from toolkit.run.folder import newest_adapter
+
+SIZE_PX = 32
+Frames = Callable[..., np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_run: dict[str, Any]) -> Path:
+    """A run of two steps that is fed as Framer is; read only."""
+    return train_here(
+        tiny_run
+        | {"name": "fed", "engine.kind": "plain", "engine.micro_batch": 4, "schedule.steps": 2}
+        | {"diffusion.layout": "middle_in_clip", "lora.extra_trainable": ["conv_in", "mask_token"]}
+    )
+
+
+@pytest.fixture(scope="module")
+def adapter(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run's adapter by itself, its B matrices made large."""
+    folder = tmp_path_factory.mktemp("adapter") / "loud"
+    shutil.copytree(newest_adapter(trained), folder)
+    file = folder / "adapter_model.safetensors"
+    tensors, header = load_file(file), read_header(file)
+    for i, name in enumerate(sorted(tensors)):
+        if ".lora_B." in name:
+            tensors[name].normal_(0, 0.05, generator=torch.Generator().manual_seed(i))
+    save_file(tensors, file, metadata=header)
+    return folder
+
+
+def read_header(file: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
+@pytest.fixture(scope="module")
+def stills(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three textured pictures, each shifted by three pixels against the one before."""
+    folder = tmp_path_factory.mktemp("stills")
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    wide = Image.fromarray(noise).resize((2 * SIZE_PX, SIZE_PX), Image.Resampling.BICUBIC)
+    for i in range(3):
+        wide.crop((3 * i, 0, 3 * i + SIZE_PX, SIZE_PX)).save(folder / f"{i}.png")
+    return [str(folder / f"{i}.png") for i in range(3)]
+
+
+@pytest.fixture
+def frames_of(stills: list[str], tmp_path: Path) -> Frames:
+    """Interpolate between the first two stills, or those given, in one step; returns the frames uint8."""
+    calls = iter(range(100))
+
+    def make(**flags: Any) -> np.ndarray:
+        out = tmp_path / str(next(calls))
+        ends = {} if "stills" in flags else {"first": stills[0], "last": stills[1]}
+        interpolate(str(out), **({"frames": 3, "steps": 1} | ends | flags))
+        return np.stack([np.asarray(Image.open(p)) for p in sorted(out.iterdir())])
+
+    return make
+
+
+def nearly(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal up to one level of 255."""
+    return a.shape == b.shape and np.abs(a.astype(int) - b).max() <= 1
+
+
+def test_video_through_many_stills(trained: Path, stills: list[str], frames_of: Frames) -> None:
+    """Two gaps of five frames share the still between them, which is untouched, as the ends are."""
+    made = frames_of(run=str(trained), stills=",".join(stills), frames=5)
+    assert made.shape == (9, SIZE_PX, SIZE_PX, 3)
+    for place, still in zip((0, 4, 8), stills, strict=True):
+        assert (made[place] == np.asarray(Image.open(still))).all()
+    assert (made[:5] == frames_of(run=str(trained), frames=5)).all()
+
+
+def test_every_frame_has_noise_of_its_own(trained: Path, stills: list[str], frames_of: Frames) -> None:
+    """The same pair of stills twice in a row is not filled the same way twice."""
+    made = frames_of(run=str(trained), stills=",".join([stills[0]] * 3))
+    assert not (made[1] == made[3]).all()
+
+
+def test_seed_per_gap(trained: Path, stills: list[str], frames_of: Frames) -> None:
+    """One seed per gap moves that gap only; one seed for all is the same for each."""
+    flags = {"run": str(trained), "stills": ",".join(stills)}
+    one, two, both = (frames_of(**flags, seed=seed) for seed in ((1, 1), (1, 2), 1))
+    assert (one == both).all()
+    assert (one[:3] == two[:3]).all() and not (one[3] == two[3]).all()
+
+
+def test_two_halves_of_an_adapter_are_the_adapter(adapter: Path, frames_of: Frames) -> None:
+    """Weights add up; lora_scale multiplies them all; at zero the base is untuned."""
+    whole = frames_of(adapter=str(adapter))
+    assert nearly(frames_of(adapter=f"{adapter},{adapter}", weights=(0.25, 0.75)), whole)
+    assert nearly(frames_of(adapter=f"{adapter},{adapter}", weights=(0.5, 1.5), lora_scale=0.5), whole)
+    untuned = frames_of(adapter=str(adapter), lora_scale=0.0)
+    assert not nearly(untuned, whole)
+    assert (frames_of(adapter=f"{adapter},{adapter}", weights=(0.0, 0.0)) == untuned).all()
+
+
+def test_an_adapter_feeds_its_network_as_it_was_trained(
+    adapter: Path, trained: Path, frames_of: Frames, tmp_path: Path
+) -> None:
+    """The recipe is in the file: no run is needed. Without it, a recipe must be named, and serves as well."""
+    made = frames_of(adapter=str(adapter))
+    bare = Path(shutil.copytree(adapter, tmp_path / "bare"))
+    save_file(load_file(bare / "adapter_model.safetensors"), bare / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"bare does not say how it was trained; name a recipe"):
+        frames_of(adapter=str(bare))
+    assert (frames_of(adapter=str(bare), config=str(trained / "config.yaml")) == made).all()
+
+
+def test_rate_and_motion_default_to_those_of_the_clips(
+    adapter: Path, frames_of: Frames, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network is told what the training clips had in the middle; a flag wins."""
+    told = spy_on_ids(monkeypatch)
+    about = json.loads(read_header(adapter / "adapter_model.safetensors")["framer_toolkit"])
+    frames_of(adapter=str(adapter))
+    frames_of(adapter=str(adapter), fps=5.0, motion=80.0)
+    assert told[0][0, :2].tolist() == pytest.approx([about["fps"] - 1, about["motion"]])
+    assert told[1][0, :2].tolist() == [4, 80]
+
+
+def test_guidance_asks_the_network_twice(
+    adapter: Path, frames_of: Frames, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Above 1 the batch doubles and the frames change; and it is said that the adapter was not trained for it."""
+    told = spy_on_ids(monkeypatch)
+    free = frames_of(adapter=str(adapter))
+    assert "note:" not in capsys.readouterr().out
+    guided = frames_of(adapter=str(adapter), max_guidance=6.0)
+    assert [len(ids_B3) for ids_B3 in told] == [1, 2] and not nearly(free, guided)
+    assert "without diffusion.conditioning_dropout" in capsys.readouterr().out
+
+
+def test_lcm_sampler_in_few_steps(adapter: Path, frames_of: Frames) -> None:
+    """The few-step sampler makes other frames than Euler from the same noise, and the same ones again."""
+    few = frames_of(adapter=str(adapter), sampler="lcm", steps=3)
+    assert (frames_of(adapter=str(adapter), sampler="lcm", steps=3) == few).all()
+    assert not nearly(frames_of(adapter=str(adapter), steps=3), few)
+
+
+def spy_on_ids(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    told: list[Tensor] = []
+    forward = FramerUNet.forward
+
+    def record(self: FramerUNet, *args: Any, **kwargs: Any) -> Any:
+        told.append(kwargs["added_time_ids"])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(FramerUNet, "forward", record)
+    return told
+
+
+@pytest.fixture(scope="module")
+def controlnet(trainable_base: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A ControlNet of the tiny base whose last convolutions are awake."""
+    unet = load_base(ModelConfig(base=str(trainable_base)), torch.device("cpu"), "fp32").unet
+    control = FramerControlNet.from_unet(unet, factor=2)
+    for conv in (
+        *control.controlnet_down_blocks,
+        control.controlnet_mid_block,
+        control.controlnet_cond_embedding.conv_out,
+    ):
+        torch.nn.init.normal_(conv.weight, 0, 0.05, generator=torch.Generator().manual_seed(0))
+    folder = tmp_path_factory.mktemp("control")
+    control.save_pretrained(folder / "controlnet")
+    return str(folder)
+
+
+def test_trajectories_steer(
+    adapter: Path, controlnet: str, stills: list[str], frames_of: Frames, tmp_path: Path
+) -> None:
+    """A point that is drawn moves the frames, its scale counts, and at scale zero the network is free."""
+    path = tmp_path / "points.json"
+    path.write_text(json.dumps({"points": [[[8, 8], [24, 20]]]}))
+    flags = {"adapter": str(adapter), "controlnet": controlnet}
+    free = frames_of(**flags)
+    steered = frames_of(**flags, trajectories=str(path))
+    assert not nearly(steered, free)
+    assert not nearly(frames_of(**flags, trajectories=str(path), control_scale=0.3), steered)
+    assert nearly(frames_of(**flags, trajectories=str(path), control_scale=0.0), free)
+    path.write_text(json.dumps({"points": [[[8, 8], [24, 4]]]}))
+    assert not nearly(frames_of(**flags, trajectories=str(path)), steered)
+
+
+def test_found_trajectories(adapter: Path, controlnet: str, frames_of: Frames, tmp_path: Path) -> None:
+    """Features of two shifted pictures are matched and steer, with half the scale by default."""
+    noise = np.random.default_rng(1).integers(0, 256, (24, 24, 3), np.uint8)
+    wide = Image.fromarray(noise).resize((200, 96), Image.Resampling.BICUBIC)
+    for i in range(2):
+        wide.crop((9 * i, 0, 9 * i + 96, 96)).save(tmp_path / f"{i}.png")
+    pair = {"stills": f"{tmp_path}/0.png,{tmp_path}/1.png", "adapter": str(adapter), "controlnet": controlnet}
+    found = frames_of(**pair, trajectories="auto")
+    assert found.shape == (3, SIZE_PX, SIZE_PX, 3)
+    assert (frames_of(**pair, trajectories="auto", control_scale=0.5) == found).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, "nothing to interpolate with; give --run"),
+        ({"run": "RUN", "adapter": "ADAPTER"}, "both --run and --adapter are given"),
+        ({"adapter": "ADAPTER", "weights": (1.0, 2.0)}, "2 weights for 1 adapters"),
+        ({"adapter": "nowhere"}, "no adapter at nowhere: give a run folder"),
+        ({"run": "RUN", "first": None}, "give --first and --last, or --stills"),
+        ({"run": "RUN", "seed": (1, 2)}, "2 seeds for 1 gaps"),
+        ({"run": "RUN", "trajectories": "auto"}, "trajectories need a ControlNet"),
+        ({"run": "RUN", "trajectories": "x.json", "controlnet": "y", "stills": "THREE"}, "is for two stills, not 3"),
+        ({"run": "RUN", "trajectories": "x.json", "controlnet": "y"}, "cannot read the trajectories x.json"),
+        ({"adapter": "README.md"}, "README.md is not a .safetensors file"),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    trained: Path, adapter: Path, stills: list[str], frames_of: Frames, flags: dict[str, Any], message: str
+) -> None:
+    """Each is a sentence, told before anything is loaded."""
+    places = {"RUN": str(trained), "ADAPTER": str(adapter), "THREE": ",".join(stills)}
+    with pytest.raises(UserError, match=message):
+        frames_of(
+            **{name: places.get(value, value) if isinstance(value, str) else value for name, value in flags.items()}
+        )

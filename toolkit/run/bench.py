@@ -1,0 +1,161 @@
+"""Measures on random weights of the published sizes, so that no download is needed: time and memory of real steps.
+
+Test: pytest tests/run/test_bench.py (on a small network). Figures go to docs/LEDGER.md with the machine's name.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.config import RunConfig
+from toolkit.data.loader import Batch
+from toolkit.engine.plain import AdamSettings, PlainEngine
+from toolkit.engine.world import init_world
+from toolkit.errors import UserError
+from toolkit.model.attention import choose_attention, set_attention
+from toolkit.model.base import PRECISIONS, Base
+from toolkit.model.lora import enable_adapter
+from toolkit.model.tiny import SCHEDULER
+from toolkit.model.unet import SVD_CONFIG, FramerUNet
+from toolkit.rng import rng
+from toolkit.run.framer import Framer, Sampling
+from toolkit.run.monitor import peak_memory_gib
+from toolkit.run.trainer import prepare_unet
+
+# stabilityai/stable-video-diffusion-img2vid-xt, vae/config.json and image_encoder/config.json
+VAE_CONFIG = {"block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
+              "layers_per_block": 2, "latent_channels": 4, "scaling_factor": 0.18215, "force_upcast": True}  # fmt: skip
+CLIP_CONFIG = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+               "projection_dim": 1024, "image_size": 224, "patch_size": 14, "hidden_act": "gelu"}  # fmt: skip
+
+
+def bench_full(config: RunConfig) -> dict[str, Any]:
+    """Run one optimizer step of one clip, and one sampler step between two stills, at a recipe's size and precision.
+
+    returns  {device, threads, base_params, lora_params, frames, height, width, precision, kernels: {kernel: {train_s,
+             forward_backward_s, sample_s, loss, sample_mean_abs}}, peak_gib}; seconds of the second of two runs on a
+             GPU, where the first one compiles and warms up
+    """
+    world = init_world(join=False)
+    base = make_random_base(world.device, PRECISIONS[config.engine.precision])
+    base_params = sum(p.numel() for p in base.unet.parameters())
+    framer = Framer(base, config.diffusion, config.data.frames, config.seed)
+    kernels = list_kernels(config, world.device)
+    parameters = prepare_unet(base, config, kernels[0])
+    adam = AdamSettings(**config.optimizer.model_dump(exclude={"lr"}))
+    batch = make_random_batch(config)
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "base_params": base_params,
+        "lora_params": sum(p.numel() for p in parameters.values()),
+        "frames": framer.layout.frames,
+        "height": config.data.height,
+        "width": config.data.width,
+        "precision": config.engine.precision,
+        "kernels": {},
+    }
+    runs = 2 if world.device.type == "cuda" else 1
+    for kernel in kernels:
+        set_attention(base.unet, kernel)
+        for _ in range(runs):
+            for name, parameter in parameters.items():
+                if ".lora_B." in name:
+                    parameter.data.zero_()  # every kernel starts from the same adapter
+            row = measure_steps(framer, PlainEngine(parameters, adam, 1), batch, config.optimizer.lr, world.device)
+        report["kernels"][kernel] = row
+    report["peak_gib"] = round(peak_memory_gib(), 2)
+    return report
+
+
+def measure_steps(
+    framer: Framer, engine: PlainEngine, batch: Batch, lr: float, device: torch.device
+) -> dict[str, float]:
+    """Time one training step, and one interpolation step of the untuned network."""
+
+    def train() -> Tensor:
+        loss_B, _ = framer.compute_loss(batch)
+        engine.backward(loss_B.mean())
+        return loss_B.detach()
+
+    began_s = time.perf_counter()
+    forward_backward_s, loss_B = stopwatch(train, device)
+    engine.step(lr)
+    train_s = time.perf_counter() - began_s
+    stills_B2CHW = batch.frames_BTHWC[:, [0, -1]].movedim(-1, -3).float() / 127.5 - 1
+    enable_adapter(framer.base.unet, False)
+    sample_s, frames = stopwatch(
+        lambda: framer.generate(stills_B2CHW, batch.fps_B, batch.motion_B, Sampling(1), [0]), device
+    )
+    enable_adapter(framer.base.unet, True)
+    return {
+        "train_s": round(train_s, 3),
+        "forward_backward_s": round(forward_backward_s, 3),
+        "sample_s": round(sample_s, 3),
+        "loss": loss_B.mean().item(),
+        "sample_mean_abs": frames.abs().mean().item(),
+    }
+
+
+def stopwatch(function: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
+    """Seconds of a call, the device's work included, and what it returned."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began_s = time.perf_counter()
+    result = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began_s, result
+
+
+def list_kernels(config: RunConfig, device: torch.device) -> list[str]:
+    """SDPA, and xformers where it runs."""
+    kernels = ["sdpa"]
+    try:
+        kernels.append(choose_attention("xformers", device, PRECISIONS[config.engine.precision]))
+    except UserError as error:
+        print(f"without xformers: {error}", file=sys.stderr)
+    return kernels
+
+
+def make_random_base(device: torch.device, dtype: torch.dtype) -> Base:
+    """Framer's UNet with SVD-XT's VAE and CLIP at their published sizes, random weights, made in place."""
+    from diffusers import AutoencoderKLTemporalDecoder
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    with torch.device("meta"):
+        unet = FramerUNet.from_config({**SVD_CONFIG, "in_channels": 9})
+        vae = AutoencoderKLTemporalDecoder(**VAE_CONFIG)
+        encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP_CONFIG))
+    for i, (part, part_dtype) in enumerate(((unet, dtype), (vae, torch.float32), (encoder, dtype))):
+        part.to(part_dtype).to_empty(device=device)
+        _randomise(part, rng(0, "random_base", i))
+        part.requires_grad_(False).eval()
+    return Base("random", unet, vae, encoder, SCHEDULER, "v", dtype, signature=[], sources={}, files=())
+
+
+def make_random_batch(config: RunConfig) -> Batch:
+    """One clip of noise."""
+    data = config.data
+    shape = (1, data.frames, data.height, data.width, 3)
+    frames = torch.randint(256, shape, dtype=torch.uint8, generator=rng(0, "random_batch"))
+    return Batch(frames, torch.tensor([7.0]), torch.tensor([127.0]), [0], ["random"], [])
+
+
+@torch.no_grad()
+def _randomise(part: nn.Module, generator: torch.Generator) -> None:
+    # small enough that activations of 16 blocks stay in range; a layer at a time, so no fp32 copy of the network exists
+    for name, tensor in part.state_dict().items():
+        if tensor.ndim > 1:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator).mul_(0.02))
+        else:
+            tensor.fill_(float("norm" in name and name.endswith("weight")))
+    for name, buffer in part.named_buffers():
+        if name.endswith("position_ids"):
+            buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))

@@ -1,0 +1,107 @@
+"""Scores a run on held-out clips: the generated middle frame against the true one, beside linear blending and the base.
+
+Test: pytest tests/run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from toolkit import metrics
+from toolkit.config import RunConfig
+from toolkit.data.clips import Clip, ClipSettings, load_clip
+from toolkit.data.format import BadSample
+from toolkit.data.index import open_shards
+from toolkit.errors import UserError
+from toolkit.model.lora import enable_adapter
+from toolkit.run.framer import Sampling, to_signed, to_uint8
+from toolkit.run.inference import load_framer, read_source
+
+TILE_PX = 192  # height of one picture in a strip
+
+
+def evaluate_run(
+    run: str, clips: int | None = None, steps: int | None = None, base: str | None = None
+) -> dict[str, Any]:
+    """Score the middle frame of held-out windows: linear blend, untuned base and tuned, against the true one.
+
+    Writes evaluation.json and samples/strip.png (first | generated | true | last) into the run folder.
+    returns  {clips, psnr_linear, psnr_base, psnr_tuned, ssim_linear, ssim_base, ssim_tuned, strip}
+    """
+    source = read_source(run).with_model(base=base)
+    config = source.config
+    held_out = load_held_out(config, clips or config.validation.clips)
+    framer = load_framer(source)
+    sampling = Sampling(steps or config.validation.sampler_steps, config.validation.sampler)
+    frames_BTCHW = torch.stack([to_signed(torch.from_numpy(c.frames_THWC)) for c in held_out])
+    stills_B2CHW, true_BCHW = frames_BTCHW[:, [0, -1]], frames_BTCHW[:, config.data.frames // 2]
+    fps_B = torch.tensor([c.fps for c in held_out])
+    motion_B = torch.tensor([c.motion for c in held_out])
+    made = {"linear": stills_B2CHW.mean(1)}
+    for name in ("base", "tuned"):
+        enable_adapter(framer.base.unet, name == "tuned")
+        made[name] = torch.cat([
+            framer.generate_middle(
+                stills_B2CHW[i : i + 1], fps_B[i : i + 1], motion_B[i : i + 1], sampling, [i]
+            ).cpu()
+            for i in _with_bar(range(len(held_out)), f"{name} model")
+        ])  # fmt: skip
+    report: dict[str, Any] = {"clips": len(held_out)}
+    for metric, score in (("psnr", metrics.psnr_db), ("ssim", metrics.ssim)):
+        report |= {f"{metric}_{name}": round(score(made[name], true_BCHW).mean().item(), 4) for name in made}
+    columns = {"first": stills_B2CHW[:, 0], "generated": made["tuned"], "true": true_BCHW, "last": stills_B2CHW[:, 1]}
+    report["strip"] = str(draw_strip(Path(run) / "samples/strip.png", columns))
+    (Path(run) / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def load_held_out(config: RunConfig, clips: int) -> list[Clip]:
+    """Load the centre window of the first clips of the validation split; unusable ones are passed over."""
+    index = open_shards(config.data.shards, "val")
+    data = config.data
+    settings = ClipSettings(data.frames, data.height, data.width, (data.stride,), window="centre")
+    loaded = []
+    for sample in range(len(index)):
+        try:
+            loaded.append(load_clip(index, sample, settings, config.seed, sample))
+        except BadSample as error:
+            print(f"passed over: {error}")
+        if len(loaded) == clips:
+            break
+    if not loaded:
+        raise UserError(f"{config.data.shards} has no usable validation clip; pack more videos, or lower data.stride")
+    return loaded
+
+
+def draw_strip(path: Path, columns: dict[str, Tensor]) -> Path:
+    """Draw labelled columns of pictures, a row per clip.
+
+    columns  {label: (B, 3, H, W) in [-1, 1]}
+    """
+    heading_px, gap_px = 20, 4
+    rows, _, height_px, width_px = next(iter(columns.values())).shape
+    tile_width_px = round(TILE_PX * width_px / height_px)
+    sheet = Image.new("RGB", (len(columns) * (tile_width_px + gap_px), heading_px + rows * (TILE_PX + gap_px)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (label, images_BCHW) in enumerate(columns.items()):
+        left = i * (tile_width_px + gap_px)
+        draw.text((left + 4, 4), label, fill="black")
+        for row, picture in enumerate(to_uint8(images_BCHW).numpy()):
+            tile = Image.fromarray(picture).resize((tile_width_px, TILE_PX), Image.Resampling.BICUBIC)
+            sheet.paste(tile, (left, heading_px + row * (TILE_PX + gap_px)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path
+
+
+def _with_bar(items: range, label: str) -> Iterable[int]:
+    from tqdm import tqdm
+
+    return tqdm(items, desc=label, unit="clip")

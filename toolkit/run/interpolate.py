@@ -1,0 +1,175 @@
+"""From two stills, or many, to a video: what launch/interpolate.py does.
+
+Test: pytest tests/run/test_interpolate.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from toolkit.config import RunConfig
+from toolkit.data.clips import resize_cover
+from toolkit.data.trajectory import match_stills, read_trajectories
+from toolkit.data.video import write_video
+from toolkit.errors import UserError
+from toolkit.run.framer import FOUND_SCALE, Framer, Sampling, Steering, to_signed, to_uint8
+from toolkit.run.inference import Source, load_framer
+
+
+def interpolate_stills(
+    source: Source,
+    paths: Sequence[str],
+    out: str,
+    frames: int,
+    fps: float | None,
+    motion: float | None,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    trajectories: str | None,
+    control_scale: float | None,
+) -> Path:
+    """Write a video through pictures to out: .mp4, .gif, or a folder of PNG.
+
+    paths         two pictures or more
+    frames        of each gap between two pictures, both included
+    fps, motion   None: what the adapter says its clips had
+    seeds         one for all gaps, or one per gap; none: the recipe's
+    trajectories   "auto" to match features of the stills, or a JSON file for the one gap between two; None: no steering
+    control_scale  of the ControlNet; None: 1 for drawn trajectories, 0.5 for found ones, as Framer's app has it
+    """
+    config, gaps = source.config, len(paths) - 1
+    stills = read_stills(paths)
+    refuse_frames(frames, config)
+    refuse_ending(Path(out))
+    refuse_steering(config, trajectories, gaps)
+    if len(seeds) not in (0, 1, gaps):
+        raise UserError(f"{len(seeds)} seeds for {gaps} gaps; give one --seed for all, or one per gap")
+    height_px, width_px = stills.shape[1:3]
+    size_px = (config.data.height, config.data.width)
+    if (height_px, width_px) != size_px:
+        print(
+            f"the stills are scaled and cropped from {width_px}x{height_px} to {size_px[1]}x{size_px[0]}, "
+            "the size the run was trained at"
+        )
+    cut = resize_cover(stills, *size_px)
+    points = find_points(trajectories, cut, (height_px, width_px))
+    framer = load_framer(source)
+    note_unguided(sampling, config)
+    fps = fps if fps is not None else source.about.get("fps", 7.0)
+    motion = motion if motion is not None else source.about.get("motion", 127.0)
+    if control_scale is None:
+        control_scale = FOUND_SCALE if trajectories == "auto" else 1.0
+    steering = [None if p is None else Steering(p, control_scale) for p in points]
+    video_TCHW = fill_gaps(framer, cut, frames, fps, motion, sampling, seeds or [framer.seed], steering)
+    return write_frames(Path(out), to_uint8(video_TCHW), fps)
+
+
+def fill_gaps(
+    framer: Framer, stills_NHWC: np.ndarray, frames: int, fps: float, motion: float, sampling: Sampling,
+    seeds: Sequence[int], steering: Sequence[Steering | None],
+) -> Tensor:  # fmt: skip
+    """Join the gaps between neighbouring stills to one video, (gaps x (frames - 1) + 1, 3, H, W) in [-1, 1]."""
+    from tqdm import tqdm
+
+    gaps = len(stills_NHWC) - 1
+    signed_NCHW = to_signed(torch.from_numpy(stills_NHWC))
+    parts = [signed_NCHW[:1]]
+    with tqdm(total=gaps * framer.count_samplings(frames) * sampling.steps, unit="step", desc="sampling") as bar:
+
+        def on_step(step: int, latents_BTCHW: Tensor) -> Tensor:
+            bar.update()
+            return latents_BTCHW
+
+        for gap in range(gaps):
+            framer.seed = seeds[gap % len(seeds)]
+            start = gap * (frames - 1)
+            made_TCHW = framer.interpolate(
+                signed_NCHW[gap], signed_NCHW[gap + 1], frames, fps, motion, sampling, start, steering[gap], on_step
+            )
+            parts.append(made_TCHW[1:])
+    return torch.cat(parts)
+
+
+def find_points(
+    trajectories: str | None, stills_NHWC: np.ndarray, source_size: tuple[int, int]
+) -> list[np.ndarray | None]:
+    """Where points go in each gap, (P, K, 2) in pixels of the stills as the network sees them."""
+    pairs = list(zip(stills_NHWC[:-1], stills_NHWC[1:], strict=True))
+    if trajectories is None:
+        return [None] * len(pairs)
+    if trajectories != "auto":
+        return [read_trajectories(Path(trajectories), source_size, stills_NHWC.shape[1:3])]
+    found = [match_stills(first, last) for first, last in pairs]
+    print(f"trajectories: {', '.join(str(len(points)) for points in found)} points matched between the stills")
+    return list(found)
+
+
+def refuse_steering(config: RunConfig, trajectories: str | None, gaps: int) -> None:
+    """Refuse trajectories that nothing would follow."""
+    if trajectories is not None and config.model.controlnet is None:
+        raise UserError("trajectories need a ControlNet that follows them; give --controlnet, a folder, file or hub id")
+    if trajectories not in (None, "auto") and gaps > 1:
+        raise UserError(f"a file of trajectories is for two stills, not {gaps + 1}; take --trajectories auto")
+
+
+def note_unguided(sampling: Sampling, config: RunConfig) -> None:
+    """Say so where guidance leans on a branch that the tuning never saw."""
+    if max(sampling.min_guidance, sampling.max_guidance) > 1 and not config.diffusion.conditioning_dropout:
+        print("note: guidance above 1, but the adapter was trained without diffusion.conditioning_dropout")
+
+
+def refuse_frames(frames: int, config: RunConfig) -> None:
+    """Refuse a number of frames that neither halving nor the recipe's own window gives."""
+    whole_window = config.data.frames if config.diffusion.layout != "spec_middle" else None
+    if frames != whole_window and (frames < 3 or (frames - 1) & (frames - 2)):
+        own = f", and this run's window {whole_window}" if whole_window else ""
+        raise UserError(f"frames is {frames}: halving gives 3, 5, 9, 17, ...{own}; take one of these")
+
+
+def refuse_ending(out: Path) -> None:
+    """Refuse a file that could not be written at the end of the work."""
+    if out.is_dir() if out.suffix else out.is_file():
+        raise UserError(f"{out} is there already, as a {'folder' if out.suffix else 'file'}; choose another --out")
+    if out.suffix not in (".mp4", ".gif", ""):
+        raise UserError(f"cannot write {out}: the ending must be .mp4 or .gif, or none for a folder of PNG")
+
+
+def read_stills(paths: Sequence[str]) -> np.ndarray:
+    """Read pictures of one size as uint8 (N, H, W, 3)."""
+    if len(paths) < 2:
+        raise UserError("give --first and --last, or --stills with two pictures or more")
+    stills = [read_still(path) for path in paths]
+    sizes = {f"{s.shape[1]}x{s.shape[0]}": None for s in stills}
+    if len(sizes) > 1:
+        raise UserError(f"the stills have different sizes, {' and '.join(sizes)}; give pictures of one size")
+    return np.stack(stills)
+
+
+def read_still(path: str) -> np.ndarray:
+    """Read a picture as uint8 (H, W, 3)."""
+    try:
+        return np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))  # phones store pictures turned
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read {path} as a picture: {error}") from None
+
+
+def write_frames(out: Path, frames_THWC: Tensor, fps: float) -> Path:
+    """Write uint8 frames as a video, an animation, or numbered pictures, by the ending of out."""
+    pictures = frames_THWC.numpy()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".mp4":
+        write_video(out, pictures, fps)
+    elif out.suffix == ".gif":
+        images = [Image.fromarray(p) for p in pictures]
+        images[0].save(out, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+    else:
+        out.mkdir(exist_ok=True)
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture).save(out / f"{i:03d}.png")
+    return out
