@@ -127,8 +127,9 @@ def read_numbers(run: Path, *keys: str) -> list[tuple[Any, ...]]:
 
 
 def adapter_bytes(run: Path, step: int) -> bytes:
-    """The adapter's file of one checkpoint."""
-    return (run / f"checkpoints/step_{step:06d}/adapter_model.safetensors").read_bytes()
+    """The tensors of one checkpoint's adapter as they lie in its file; the header before them names the run."""
+    content = (run / f"checkpoints/step_{step:06d}/adapter_model.safetensors").read_bytes()
+    return content[8 + int.from_bytes(content[:8], "little") :]
 
 
 def free_port() -> int:

@@ -78,7 +78,7 @@ def test_row_depends_on_its_position_only() -> None:
 def test_generator_stands_on_the_device_asked_for() -> None:
     """The CPU unless another is named, so that most draws agree between devices."""
     assert rng(5, "noise").device.type == "cpu" == rng(5, "noise", 0, "cpu").device.type
-    with pytest.raises(RuntimeError, match="meta"):
+    with pytest.raises(RuntimeError, match="META"):
         rng(5, "noise", 0, "meta")
 
 

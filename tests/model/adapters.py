@@ -34,7 +34,7 @@ def train_in_appearance(parameters: dict[str, nn.Parameter], std: float = 0.3) -
     wake(parameters, std)
     for i, (name, parameter) in enumerate(parameters.items()):
         if ".lora_A." not in name and ".lora_B." not in name:  # magnitudes and tensors trained whole
-            noise = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(i))
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
             parameter.data.mul_(1 + std * noise)
 
 

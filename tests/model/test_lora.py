@@ -35,6 +35,7 @@ SUFFIXES = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "pr
 EXTRAS = ["conv_in.bias", "conv_in.weight", "mask_token"]
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0"
 KIND = pytest.mark.parametrize("kind", KINDS)
+BOTH_ENDS = pytest.mark.parametrize("kind", ["plain", "everything"])
 
 
 @pytest.fixture(scope="session")
@@ -349,7 +350,7 @@ def test_dropout_is_off_at_inference(base_output: torch.Tensor) -> None:
 # adapters in use
 
 
-@KIND
+@BOTH_ENDS
 def test_saved_and_loaded_adapter_is_the_same(saved: dict[str, Path], kind: str) -> None:
     """Loading gives the same tensors, the same output and the metadata back, and nothing to train."""
     unet, parameters = make_trained(**KINDS[kind])
@@ -361,7 +362,7 @@ def test_saved_and_loaded_adapter_is_the_same(saved: dict[str, Path], kind: str)
     assert not any(p.requires_grad for p in loaded.parameters())
 
 
-@KIND
+@BOTH_ENDS
 def test_scale_zero_and_off_are_the_base(saved: dict[str, Path], base_output: torch.Tensor, kind: str) -> None:
     """Scaled by zero, or switched off, every weight acts as the base's, bit for bit; on again, as the adapter's."""
     unet = make_unet()
@@ -439,7 +440,7 @@ def test_adapters_add_up(saved: dict[str, Path], base_output: torch.Tensor) -> N
         load_adapter(unet, saved["plain"], SIGNATURE, "a")
 
 
-@KIND
+@BOTH_ENDS
 def test_removed_adapters_leave_the_stock_network(saved: dict[str, Path], kind: str) -> None:
     """Whatever was loaded, the tree of modules, every weight and every attribute are the untouched UNet's again."""
     unet, stock = make_unet(), make_unet()
@@ -451,7 +452,7 @@ def test_removed_adapters_leave_the_stock_network(saved: dict[str, Path], kind: 
     load_adapter(unet, saved[kind], SIGNATURE, "a")  # and it can be used again
 
 
-@KIND
+@BOTH_ENDS
 def test_merged_network_is_the_adapted_one(saved: dict[str, Path], kind: str) -> None:
     """Folded in, two scaled adapters give the same output from plain modules."""
     unet = make_unet()
@@ -507,7 +508,7 @@ def test_adapter_of_another_base_is_refused(saved: dict[str, Path], unet: Framer
 # starting from an adapter
 
 
-@KIND
+@BOTH_ENDS
 def test_training_starts_from_an_adapter(saved: dict[str, Path], kind: str) -> None:
     """init_from gives the parameters that were saved, in their place, still to be trained."""
     unet = make_unet()

@@ -58,6 +58,10 @@ def refused(overrides: dict[str, Any], match: str) -> None:
         ("data.shards", "no/such/folder", r"there is no folder no/such/folder; pack videos into it"),
         ("engine.global_batch", 64, r"holds \d+ training clips.*, fewer than one batch \(engine\.global_batch 64\)"),
         ("name", "a/b", r"name is 'a/b': .*pattern"),
+        ("lora.rank", 0, r"lora\.rank is 0: .*greater than or equal to 1"),
+        ("lora.targets", "attn9", r"lora\.targets 'attn9' matches no linear layer; use spatial"),
+        ("lora.init_from", "nowhere", r"no adapter at nowhere: give a run folder, a checkpoint"),
+        ("diffusion.parameterization", "epsilon", r"is epsilon, but the base's scheduler says v: .*take auto"),
     ],
 )
 def test_wrong_setting_is_named(mine: dict[str, Any], key: str, value: Any, message: str) -> None:

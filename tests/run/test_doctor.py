@@ -5,10 +5,12 @@ import sys
 
 import pytest
 
-from tests.launching import RECIPE, run
+from tests.launching import RECIPE, ROOT, run
 from toolkit.config import load_config
 from toolkit.errors import UserError
 from toolkit.run.doctor import examine
+
+SPEC = ROOT / "launch/recipes/sign_576.yaml"
 
 
 @pytest.mark.launch
@@ -42,6 +44,12 @@ def test_doctor_refuses_what_the_run_would_refuse() -> None:
         examine(load_config(RECIPE, {"engine.micro_batch": 1}), ranks=3)
     with pytest.raises(UserError, match="cannot read engine.deepspeed nowhere.json"):
         examine(load_config(RECIPE, {"engine.deepspeed": "nowhere.json"}), ranks=1)
+
+
+def test_doctor_refuses_a_wrong_objective() -> None:
+    """A v base scored as if its raw output were epsilon; what the base says is named, and what to take instead."""
+    with pytest.raises(UserError, match="parameterization is epsilon, but the base's scheduler says v.*take auto"):
+        examine(load_config(SPEC, {"diffusion.parameterization": "epsilon"}), ranks=1)
 
 
 def test_doctor_notes_what_is_probably_not_meant() -> None:

@@ -180,6 +180,14 @@ def read_scheduler(folder: Path) -> tuple[dict[str, Any], Literal["v", "epsilon"
     return settings, kind  # type: ignore[return-value]
 
 
+def read_parameterization(model: ModelConfig) -> Literal["v", "epsilon"]:
+    """What a base's raw output means, from its scheduler alone, so that a recipe is refused before gigabytes are read."""
+    base, _ = _resolve_names(model)
+    if base in PUBLISHED_CONFIGS and not Path(base).exists():
+        return "v"
+    return read_scheduler(fetch(base, model.revision, ("scheduler",), configs_only=True) / "scheduler")[1]
+
+
 def read_unet_config(place: Path) -> dict[str, Any]:
     """Read the configuration of a UNet folder, or infer that of a single file; refuses UNets of other channels."""
     config = _read_json(place / "config.json") if place.is_dir() else _infer_unet_config(place)

@@ -23,6 +23,7 @@ from toolkit.errors import UserError
 
 METADATA_KEY = "framer_toolkit"  # of the safetensors header: base, base_signature, step, recipe and more, as JSON
 EXTRA_TENSORS = {"conv_in": ("conv_in.weight", "conv_in.bias"), "mask_token": ("mask_token",)}  # trained whole
+EXTRA_NAMES = frozenset(name for names in EXTRA_TENSORS.values() for name in names)
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 _DIFFUSERS_KEY = "lora_adapter_metadata"  # huggingface/diffusers loaders/lora_base.py
@@ -274,7 +275,7 @@ def _read_diffusers(source: Path, tensors: dict[str, Tensor], header: dict[str, 
 
 def _read_kohya(tensors: dict[str, Tensor], header: dict[str, Any], unet: nn.Module) -> AdapterFile:
     modules = {_kohya(name): name for name in linear_layers(unet)}
-    deltas = {_kohya_delta(name): name for names in EXTRA_TENSORS.values() for name in names}
+    deltas = {_kohya_delta(name): name for name in EXTRA_NAMES}
     named: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
     for name, tensor in tensors.items():
@@ -346,10 +347,9 @@ def _refuse_other_kinds(source: Path, config: Any) -> None:
 
 
 def _split_extras(named: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    extras = {name for names in EXTRA_TENSORS.values() for name in names}
     return (
-        {name: tensor for name, tensor in sorted(named.items()) if name not in extras},
-        {name: tensor for name, tensor in sorted(named.items()) if name in extras},
+        {name: tensor for name, tensor in sorted(named.items()) if name not in EXTRA_NAMES},
+        {name: tensor for name, tensor in sorted(named.items()) if name in EXTRA_NAMES},
     )
 
 

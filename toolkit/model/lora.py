@@ -25,6 +25,7 @@ from toolkit.model.base import same_base
 from toolkit.model.dropout import KeyedDropout
 from toolkit.model.dropout import adapter_dropout as adapter_dropout
 from toolkit.model.formats import (
+    EXTRA_NAMES,
     EXTRA_TENSORS,
     AdapterFile,
     LoraKind,
@@ -115,13 +116,12 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], unet: nn.Module, meta
     tensors   {parameter name: tensor}, those of inject_lora
     metadata  kept in the safetensors header as JSON
     """
-    extras = {name for names in EXTRA_TENSORS.values() for name in names}
     write_peft(
         folder,
         AdapterFile(
             _find_kind(unet, "default"),
-            {_file_name(name): tensor for name, tensor in tensors.items() if name not in extras},
-            {name: tensor for name, tensor in tensors.items() if name in extras},
+            {_file_name(name): tensor for name, tensor in tensors.items() if name not in EXTRA_NAMES},
+            {name: tensor for name, tensor in tensors.items() if name in EXTRA_NAMES},
             metadata,
         ),
     )
@@ -154,7 +154,6 @@ def load_adapter(
     _remember(unet, adapter.extras)
     unet.tuned[name] = adapter.extras
     set_adapters(unet, {**unet.weights, name: scale})
-    unet.requires_grad_(False)
     return adapter.metadata
 
 
@@ -238,13 +237,12 @@ def start_from(unet: nn.Module, parameters: dict[str, nn.Parameter], source: Pat
     adapter = read_adapter(source, unet)
     refuse_misfit(adapter, unet, source)
     kind, wanted = adapter.kind, _find_kind(unet, "default")
-    extras = {name for names in EXTRA_TENSORS.values() for name in names} & parameters.keys()
     for what, theirs, ours in (
         ("modules", set(kind.ranks), set(wanted.ranks)),
         ("rank", set(kind.ranks.items()), set(wanted.ranks.items())),
         ("lora.dora", {kind.dora}, {wanted.dora}),
         ("alpha / rank", _scalings(kind), _scalings(wanted)),
-        ("lora.extra_trainable", set(adapter.extras), extras),
+        ("lora.extra_trainable", set(adapter.extras), set(EXTRA_NAMES & parameters.keys())),
     ):
         if theirs != ours:
             own = (("it has", theirs - ours), ("this recipe has", ours - theirs))

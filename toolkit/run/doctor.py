@@ -13,9 +13,10 @@ import torch
 from toolkit.config import RunConfig
 from toolkit.data.index import open_shards
 from toolkit.diffusion.layout import make_layout
-from toolkit.model.base import build_unet_on_meta
+from toolkit.model.base import build_unet_on_meta, read_parameterization
 from toolkit.model.lora import dead_targets, inject_lora, match_targets
 from toolkit.model.tiny import build_unet
+from toolkit.run.framer import check_objective
 from toolkit.run.trainer import check_clips, check_engine, total_steps
 
 
@@ -24,10 +25,12 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
 
     returns  {base_params, lora_modules, lora_params, dead_modules, extra_params, adapter_mb_fp32, accumulation, clips,
              optimizer_steps, notes}; clips and optimizer_steps are None where the shards are not on this machine
-    raises   UserError for what a run of so many ranks would refuse about its engine, batch and data
+    raises   UserError for what a run of so many ranks would refuse about its engine, batch, data and objective
     """
     per_rank, _ = check_engine(config, ranks)
-    if config.model.base == "tiny":
+    is_tiny = config.model.base == "tiny"
+    check_objective(config.diffusion, "v" if is_tiny else read_parameterization(config.model))
+    if is_tiny:
         with torch.device("meta"):
             unet = build_unet().to("meta")
     else:

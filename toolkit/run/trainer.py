@@ -29,12 +29,12 @@ from toolkit.engine.world import World, init_world
 from toolkit.engine.zero2 import Zero2Engine
 from toolkit.errors import UserError
 from toolkit.model.attention import choose_attention, set_attention
-from toolkit.model.base import PRECISIONS, Base, fingerprint_files, load_base
+from toolkit.model.base import PRECISIONS, Base, fingerprint_files, load_base, read_parameterization
 from toolkit.model.lora import adapter_dropout, inject_lora, start_from
 from toolkit.rng import RNG_VERSION
 from toolkit.run.checkpoint import save_checkpoint
 from toolkit.run.folder import check_folder, find_adapter, find_resume, prepare_folder
-from toolkit.run.framer import Framer
+from toolkit.run.framer import Framer, check_objective
 from toolkit.run.inference import load_control
 from toolkit.run.monitor import Monitor
 from toolkit.run.pretrain import find_base
@@ -98,14 +98,17 @@ def build_job(config: RunConfig, world: World, fresh: bool) -> Job:
     total = total_steps(config, len(index))
     if not fresh:
         check_folder(config)
-    base = load_base(find_base(config.model, world), world.device, config.engine.precision)
+    start = find_adapter(Path(config.lora.init_from)) if config.lora.init_from is not None else None
+    model = find_base(config.model, world)
+    check_objective(config.diffusion, read_parameterization(model))
+    base = load_base(model, world.device, config.engine.precision)
     controlnet = load_control(config, base) if config.diffusion.control else None
     framer = Framer(base, config.diffusion, config.data.frames, config.seed, controlnet)
     identity = {
         "base": base.name, "base_fingerprint": fingerprint_files(base.files), "data_fingerprint": index.fingerprint,
         "order_version": ORDER_VERSION, "rng_version": RNG_VERSION,
     }  # fmt: skip
-    parameters = prepare_unet(base, config, attention)
+    parameters = prepare_unet(base, config, attention, start)
     lock = prepare_folder(config, fresh) if world.is_main else None  # last: nothing is moved aside for a faulty recipe
     resume = find_resume(config, identity, world)
     adam = AdamSettings(**config.optimizer.model_dump(exclude={"lr"}))
@@ -151,11 +154,16 @@ def check_clips(config: RunConfig, index: DatasetIndex) -> None:
         )
 
 
-def prepare_unet(base: Base, config: RunConfig, attention: str) -> dict[str, torch.nn.Parameter]:
-    """Put the adapter, the attention kernel and checkpointing into the frozen UNet; returns what trains, by name."""
+def prepare_unet(
+    base: Base, config: RunConfig, attention: str, start: Path | None = None
+) -> dict[str, torch.nn.Parameter]:
+    """Put the adapter, the attention kernel and checkpointing into the frozen UNet; returns what trains, by name.
+
+    start  an adapter whose values the new one takes over
+    """
     parameters = inject_lora(base.unet, config.lora, config.seed)
-    if config.lora.init_from is not None:
-        start_from(base.unet, parameters, find_adapter(Path(config.lora.init_from)))
+    if start is not None:
+        start_from(base.unet, parameters, start)
     set_attention(base.unet, attention)
     if config.model.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()

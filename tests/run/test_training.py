@@ -1,0 +1,112 @@
+"""Every kind of adapter trains and resumes exactly. Run: pytest tests/run/test_training.py"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.launching import RECIPE, adapter_bytes, read_numbers, train_here
+from toolkit.config import ModelConfig, load_config
+from toolkit.engine.world import init_world
+from toolkit.model.base import load_base
+from toolkit.model.controlnet import FramerControlNet
+from toolkit.run.folder import newest_adapter
+from toolkit.run.trainer import build_job
+
+FED = {
+    "diffusion.layout": "middle_in_clip",
+    "diffusion.conditioning_dropout": 0.2,
+    "diffusion.noise_augmentation": 0.05,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "extras": FED | {"lora.extra_trainable": ["conv_in", "mask_token"], "lora.rslora": True},
+    "dora": {
+        "lora.dora": True,
+        "lora.rank_pattern": {"mid_block.*": 2},
+        "diffusion.loss_space": "edm",
+        "diffusion.noise_sampler": "lognormal",
+        "diffusion.clip_tokens": "first",
+    },
+    "dropout": FED | {"lora.dropout": 0.3, "lora.targets": "self"},
+}
+
+
+@pytest.fixture
+def plain(tiny_run: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Overrides of a run of two steps in this process, in its own folder."""
+    return tiny_run | {
+        "engine.kind": "plain",
+        "schedule.steps": 2,
+        "runs_dir": str(tmp_path),
+        "checkpoint.every_steps": 1,
+    }
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_kind_resumes_exactly(plain: dict[str, Any], kind: str) -> None:
+    """Two steps at once, and a copy of that run thrown back to step one and resumed: the same losses, the same bytes."""
+    overrides = plain | KINDS[kind] | {"name": "run"}
+    whole = train_here(overrides)
+    back = Path(shutil.copytree(whole, whole.parent / "back/run"))
+    shutil.rmtree(back / "checkpoints/step_000002")
+    train_here(overrides | {"runs_dir": str(back.parent)})
+    assert read_numbers(back) == read_numbers(whole)
+    assert adapter_bytes(back, 2) == adapter_bytes(whole, 2) != adapter_bytes(whole, 1)
+
+
+@pytest.mark.parametrize("kind", ["extras", "dropout"])
+def test_micro_batches_do_not_change_what_is_drawn(plain: dict[str, Any], kind: str) -> None:
+    """Four clips one by one or all together: the same masks, drops and noise, so the same loss to fp32 rounding."""
+    settings = plain | KINDS[kind] | {"engine.precision": "fp32", "schedule.steps": 1}
+    losses = [
+        read_numbers(train_here(settings | {"name": f"micro{n}", "engine.micro_batch": n}), "loss", "grad_norm")[0]
+        for n in (1, 4)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    if kind == "dropout":
+        without = train_here(settings | {"name": "dry", "lora.dropout": 0.0})
+        assert abs(read_numbers(without, "grad_norm")[0][0] - losses[0][1]) > 1e-4 * losses[0][1]
+
+
+def test_extras_move_and_are_saved(plain: dict[str, Any], trainable_base: Path) -> None:
+    """conv_in and mask_token are trained whole, and stand in the adapter's file beside the matrices."""
+    run = train_here(plain | KINDS["extras"] | {"name": "extras"})
+    saved = load_file(newest_adapter(run) / "adapter_model.safetensors")
+    base = load_base(ModelConfig(base=str(trainable_base)), torch.device("cpu"), "fp32").unet
+    for name in ("conv_in.weight", "conv_in.bias", "mask_token"):
+        tuned, untuned = saved[f"base_model.model.{name}"], base.get_parameter(name)
+        assert tuned.shape == untuned.shape and 0 < (tuned - untuned).abs().max() < 0.1, name
+
+
+def test_run_starts_from_an_adapter(plain: dict[str, Any]) -> None:
+    """lora.init_from takes the values of another run's adapter: the first loss is the one where that run ended."""
+    first = train_here(plain | {"name": "first"})
+    config = load_config(RECIPE, plain | {"name": "second", "lora.init_from": str(first)})
+    job = build_job(config, init_world(join=False), fresh=False)
+    taken = {name: state["master"] for name, state in job.engine.gather().items()}
+    saved = load_file(newest_adapter(first) / "adapter_model.safetensors")
+    assert len(taken) == len(saved) and any(tensor.any() for name, tensor in taken.items() if ".lora_B." in name)
+    for name, tensor in taken.items():
+        assert torch.equal(tensor, saved[f"base_model.model.{name.replace('.default.', '.')}"])
+
+
+def test_controlnet_in_training_is_off_unless_asked_for(
+    plain: dict[str, Any], trainable_base: Path, tmp_path: Path
+) -> None:
+    """Naming a ControlNet changes no loss; diffusion.control steers with points found between the ends."""
+    unet = load_base(ModelConfig(base=str(trainable_base)), torch.device("cpu"), "fp32").unet
+    control = FramerControlNet.from_unet(unet, factor=2)
+    for conv in (*control.controlnet_down_blocks, control.controlnet_mid_block):
+        torch.nn.init.normal_(conv.weight, 0, 0.05, generator=torch.Generator().manual_seed(0))
+    control.save_pretrained(tmp_path / "control/controlnet")
+    losses = {}
+    for name, extra in {
+        "without": {},
+        "named": {"model.controlnet": str(tmp_path / "control")},
+        "steered": {"model.controlnet": str(tmp_path / "control"), "diffusion.control": True},
+    }.items():
+        losses[name] = read_numbers(train_here(plain | {"name": name, "schedule.steps": 1} | extra), "loss")
+    assert losses["without"] == losses["named"] != losses["steered"]
