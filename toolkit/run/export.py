@@ -25,7 +25,7 @@ from toolkit.run.pretrain import find_base
 
 _USE_HERE = (
     "python launch/interpolate.py --adapter FOLDER --first a.png --last b.png --out ab.mp4",
-    "python launch/train.py --config RECIPE --model.unet FOLDER",  # as the base of another run
+    "python launch/interpolate.py --unet FOLDER --first a.png --last b.png --out ab.mp4",
 )
 _USE_ELSEWHERE = {
     "peft": """\
