@@ -30,8 +30,8 @@ class Layout:
 
 
 def make_layout(name: str, window: int) -> Layout:
-    """Describe a layout for windows of an odd number of frames, 3 or more."""
-    if window < 3 or window % 2 == 0:
+    """Describe a layout for windows of 3 frames or more; an odd number where one middle frame is what counts."""
+    if window < 3 or (window % 2 == 0 and name != "framer_clip"):
         raise ValueError(f"window of {window} frames: it must be odd and at least 3, so that a middle frame exists")
     middle = window // 2
     if name == "spec_middle":

@@ -22,7 +22,7 @@ from toolkit.config import ModelConfig
 from toolkit.errors import UserError
 from toolkit.model.unet import PUBLISHED_CONFIGS, SVD_CONFIG, FramerUNet, widen_conv_in
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # fp16 for inference only
 PARTS = ("unet", "vae", "image_encoder", "scheduler")
 # name -> hub ids of the base and of the UNet that replaces its own; "tiny" is a folder (toolkit/run/pretrain.py)
 NAMED_BASES: dict[str, tuple[str, str | None]] = {
@@ -61,7 +61,7 @@ def load_base(model: ModelConfig, device: torch.device, precision: str) -> Base:
     """Load every part onto the device.
 
     model      base, unet, their revisions and the variant to read; other fields have no say
-    precision  "bf16" or "fp32"; the VAE stays in fp32 where its config says force_upcast
+    precision  of PRECISIONS; the VAE stays in fp32 where its config says force_upcast
     raises     UserError naming the part that is missing, incomplete, of other channels or of another kind of diffusion
     """
     from diffusers import AutoencoderKLTemporalDecoder

@@ -155,6 +155,12 @@ class Framer:
         tokens_BND = build_tokens(embed_stills(self.base.image_encoder, stills_B2CHW), self.settings.clip_tokens)
         return Condition(ends_B2CHW, tokens_BND, build_time_ids(fps_B, motion_B, strength).to(self.device))
 
+    def steer(self, condition: Condition, steering: Steering, size_px: Sequence[int]) -> Condition:
+        """Draw where points shall go, the same in every clip of a condition; size_px (height, width) of its stills."""
+        heatmaps = steering.draw(self.layout.in_window, self.layout.window, size_px).to(self.device)
+        heatmaps_BTCHW = heatmaps.expand(len(condition.ends_B2CHW), *heatmaps.shape)
+        return replace(condition, heatmaps_BTCHW=heatmaps_BTCHW, control_scale=steering.scale)
+
     def predict(self, x_BTCHW: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
         """Run the UNet on scaled noisy latents; returns its raw output, (B, T, 4, H, W)."""
         unet, dtype = self.base.unet, self.base.dtype
@@ -243,9 +249,7 @@ class Framer:
         augmentation = self._draw_augmentation(stills_B2CHW, positions)
         condition = self.condition(stills_B2CHW, fps_B, motion_B, augmentation)
         if steering is not None:
-            heatmaps = steering.draw(self.layout.in_window, self.layout.window, stills_B2CHW.shape[-2:])
-            heatmaps_BTCHW = heatmaps.to(self.device).expand(len(positions), *heatmaps.shape)
-            condition = replace(condition, heatmaps_BTCHW=heatmaps_BTCHW, control_scale=steering.scale)
+            condition = self.steer(condition, steering, stills_B2CHW.shape[-2:])
         size = condition.ends_B2CHW.shape[-2:]
         blank_BTCHW = torch.zeros(len(positions), self.layout.frames, 4, *size, device=self.device)
         noise_BTCHW = normal_like(blank_BTCHW, self.seed, "sample", positions)
