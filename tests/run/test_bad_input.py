@@ -192,7 +192,9 @@ def test_frames_and_ending_are_refused_before_any_work(
 
 def test_adapter_of_another_base_is_refused(trained: Path, still: str, tiny_base: Path) -> None:
     """The values of the weights tell, whatever the folder is called; the right base is named."""
-    with pytest.raises(UserError, match=r"was trained on .*trainable, and the weights of the base given here are others"):
+    with pytest.raises(
+        UserError, match=r"was trained on .*trainable, and the weights of the base given here are others"
+    ):
         interpolate(trained, still, still, base=str(tiny_base))
 
 

@@ -1,0 +1,329 @@
+"""FramerPipeline behaves as diffusers' pipelines do, and samples as the toolkit does. Run: pytest tests/test_pipeline.py"""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableVideoDiffusionPipeline,
+)
+from PIL import Image
+from torch import Tensor
+
+from tests.launching import train_here
+from toolkit import FramerPipeline, FramerUNet
+from toolkit.config import LoraConfig
+from toolkit.model.controlnet import FramerControlNet
+from toolkit.model.lora import inject_lora, save_adapter
+from toolkit.run.framer import Framer, Sampling
+
+SIZE_PX = 32
+LATENT = SIZE_PX // 2
+
+
+@pytest.fixture(scope="module")
+def pipe(trainable_base: Path) -> FramerPipeline:
+    """A pipeline of five frames; a test that changes it changes it back."""
+    return load(trainable_base)
+
+
+def load(base: Path, **settings: Any) -> FramerPipeline:
+    pipe = FramerPipeline.from_pretrained(base, num_frames=5, **settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def adapters(trainable_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two adapters of different kinds, moved as training would; the second one also has a conv_in of its own."""
+    folders = []
+    for i, settings in enumerate(
+        (LoraConfig(rank=2, alpha=4), LoraConfig(rank=3, targets="all", extra_trainable=["conv_in"]))
+    ):
+        unet = load(trainable_base).unet
+        parameters = inject_lora(unet, settings, i)
+        for k, parameter in enumerate(parameters.values()):
+            parameter.data += 0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(k))
+        folders.append(tmp_path_factory.mktemp("adapter"))
+        recipe = {"diffusion": {"layout": ("framer_clip", "spec_middle")[i], "clip_tokens": "first_last"}}
+        save_adapter(folders[-1], dict(parameters), unet, {"recipe": recipe})
+    return folders
+
+
+def picture(seed: int, width_px: int = SIZE_PX, height_px: int = SIZE_PX) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height_px, width_px, 3), np.uint8))
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make(pipe: FramerPipeline, **changes: Any) -> Tensor:
+    """Frames of one or more clips as a tensor, in two steps without guidance."""
+    given = {"image": picture(1), "last_image": picture(2), "num_inference_steps": 2, "max_guidance_scale": 1.0}
+    return pipe(**(given | {"generator": seeded(), "output_type": "pt"} | changes)).frames
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    """The commands start at once; the pipeline is imported when it is asked for, and other names are errors."""
+    code = "import sys, toolkit; assert 'torch' not in sys.modules; toolkit.nothing"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "has no attribute 'nothing'" in done.stderr and "AssertionError" not in done.stderr
+
+
+def test_calls_have_the_names_of_the_stock_pipeline() -> None:
+    """Parameters that both have stand in the same order with the same defaults, but for sizes, which the stills tell."""
+    ours, stock = (
+        inspect.signature(kind.__call__).parameters for kind in (FramerPipeline, StableVideoDiffusionPipeline)
+    )
+    shared = [name for name in stock if name in ours]
+    assert [name for name in ours if name in stock] == shared
+    assert set(stock) - set(shared) == {"sigmas", "num_videos_per_prompt"}
+    other = {"height", "width", "noise_aug_strength", "callback_on_step_end_tensor_inputs"}
+    for name in set(shared) - other:
+        assert ours[name].default == stock[name].default, name
+
+
+@pytest.mark.parametrize("layout", ["framer_clip", "middle_in_clip", "spec_middle"])
+@pytest.mark.parametrize("guidance", [(1.0, 1.0), (1.0, 3.0)])
+def test_frames_are_those_of_the_toolkit(trainable_base: Path, layout: str, guidance: tuple[float, float]) -> None:
+    """The same noise gives the latents of Framer.sample, and its decoded frames between the untouched stills."""
+    pipe = load(trainable_base, layout=layout, noise_augmentation=0.0)
+    frames = 1 if layout == "spec_middle" else 5
+    noise = torch.randn(1, frames, 4, LATENT, LATENT, generator=seeded(3))
+    given: dict[str, Any] = {"latents": noise, "min_guidance_scale": guidance[0], "max_guidance_scale": guidance[1]}
+    latents = make(pipe, output_type="latent", fps=9, motion_bucket_id=50, **given)
+    video = make(pipe, fps=9, motion_bucket_id=50, **given)
+    framer: Framer = pipe._make_framer(5, None)
+    stills = torch.stack([torch.tensor(np.asarray(picture(i))).movedim(-1, 0) / 127.5 - 1 for i in (1, 2)])[None]
+    condition = framer.condition(stills, torch.tensor([9.0]), torch.tensor([50.0]))
+    wanted = framer.sample(condition, Sampling(2, "euler", *guidance), noise)
+    assert torch.allclose(latents, wanted, atol=1e-4)  # strides differ, and with them the order of sums
+    made = framer.decode(wanted)
+    between = made if frames == 1 else made[:, 1:-1]
+    assert torch.allclose(video, torch.cat([stills[:, :1], between, stills[:, 1:]], 1) / 2 + 0.5, atol=1e-4)
+
+
+def test_euler_loop_of_the_stock_scheduler(pipe: FramerPipeline) -> None:
+    """The registered EulerDiscreteScheduler, stepped by hand over the same network, ends in the same latents."""
+    noise = torch.randn(1, 5, 4, LATENT, LATENT, generator=seeded(3))
+    latents = make(pipe, output_type="latent", latents=noise, noise_aug_strength=0.0, num_inference_steps=4)
+    framer = pipe._make_framer(5, 0.0)
+    stills = torch.stack([torch.tensor(np.asarray(picture(i))).movedim(-1, 0) / 127.5 - 1 for i in (1, 2)])[None]
+    condition = framer.condition(stills, torch.tensor([7.0]), torch.tensor([127.0]))
+    scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(4)
+    by_hand = noise * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        sigma_B = (4 * t).exp().view(1)
+        with torch.no_grad():
+            raw = framer.predict(scheduler.scale_model_input(by_hand, t), sigma_B, condition)
+        by_hand = scheduler.step(raw, t, by_hand).prev_sample
+    assert torch.allclose(latents, by_hand, rtol=1e-4, atol=1e-4)
+
+
+def test_seeds(pipe: FramerPipeline) -> None:
+    """The same seed, the same frames; a batch with one generator per clip is each clip alone."""
+    one, again, other = make(pipe), make(pipe), make(pipe, generator=seeded(5))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    both = make(pipe, image=[picture(1)] * 2, last_image=[picture(2)] * 2, generator=[seeded(0), seeded(5)], fps=7)
+    assert torch.allclose(both, torch.cat([one, other]), atol=1e-4)
+
+
+def test_output_types(pipe: FramerPipeline) -> None:
+    """PIL lists, arrays with channels last, tensors with channels first; a bare value without return_dict."""
+    tensor, array, pil = (make(pipe, output_type=kind) for kind in ("pt", "np", "pil"))
+    assert tensor.shape == (1, 5, 3, SIZE_PX, SIZE_PX) and array.shape == (1, 5, SIZE_PX, SIZE_PX, 3)
+    assert np.allclose(array, tensor.movedim(2, -1).numpy()) and tensor.min() >= 0 and tensor.max() <= 1
+    assert np.abs(np.asarray(pil[0][2]) / 255 - array[0, 2]).max() < 0.003
+    assert np.array_equal(np.asarray(pil[0][0]), np.asarray(picture(1)))
+    assert np.array_equal(np.asarray(pil[0][-1]), np.asarray(picture(2)))
+    bare = pipe(picture(1), picture(2), num_inference_steps=1, return_dict=False, output_type="np")
+    assert bare.shape == array.shape
+
+
+def test_stills_as_tensors_and_of_another_size(pipe: FramerPipeline) -> None:
+    """A tensor in [0, 1] is the picture of the same pixels; a larger still is scaled to cover the size and cropped."""
+    as_tensors = [torch.tensor(np.asarray(picture(i))).movedim(-1, 0)[None] / 255 for i in (1, 2)]
+    assert torch.equal(make(pipe, image=as_tensors[0], last_image=as_tensors[1]), make(pipe))
+    wide = make(pipe, image=picture(1, 96, 48), last_image=picture(2, 96, 48), height=32, width=40)
+    assert wide.shape[-2:] == (32, 40)
+    own = make(pipe, image=picture(1, 45, 37), last_image=picture(2, 45, 37), num_inference_steps=1)
+    assert own.shape[-2:] == (32, 40)
+
+
+def test_number_of_frames(pipe: FramerPipeline) -> None:
+    """Any window, Framer's even ones too; the chunks of the decoder change little but memory."""
+    assert make(pipe, num_frames=4).shape[1] == 4
+    whole, chunked = make(pipe), make(pipe, decode_chunk_size=2)
+    assert chunked.shape == whole.shape and (whole - chunked).abs().mean() < 0.05
+
+
+def test_callback_sees_and_changes_latents(pipe: FramerPipeline) -> None:
+    """Called after each step with the stock timesteps; what it returns is gone on with."""
+    seen: list[tuple[int, float]] = []
+
+    def watch(inside: Any, step: int, timestep: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        assert inside is pipe and given["latents"].shape == (1, 5, 4, LATENT, LATENT)
+        seen.append((step, float(timestep)))
+        return {"latents": given["latents"] * 0} if step == 1 else {}
+
+    assert not make(pipe, callback_on_step_end=watch, output_type="latent").any()
+    scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(2)
+    assert seen == [(i, pytest.approx(float(t), abs=1e-5)) for i, t in enumerate(scheduler.timesteps)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": "a.png"}, "`image` has to be of type .* but is <class 'str'>"),
+        ({"last_image": torch.zeros(1, 4, 32, 32)}, r"`last_image` is a tensor of shape \(1, 4, 32, 32\)"),
+        ({"image": torch.full((1, 3, 32, 32), -1.0)}, r"in \[0, 1\]"),
+        ({"height": 30}, "divisible by 8 but are 30 and 32"),
+        ({"image": [picture(1)] * 2}, "2 first and 1 last images"),
+        ({"generator": [seeded(), seeded()]}, "2 generators for 1 clips"),
+        ({"latents": torch.zeros(1, 5, 4, 3, 3)}, r"latents have the shape \(1, 5, 4, 3, 3\); these stills need"),
+        ({"trajectories": np.zeros((1, 2, 2))}, "no controlnet"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "has noise; allowed is latents"),
+    ],
+)
+def test_bad_input_is_refused(pipe: FramerPipeline, changes: dict[str, Any], message: str) -> None:
+    """A ValueError that says what was given and what is allowed, as diffusers does."""
+    with pytest.raises(ValueError, match=message):
+        make(pipe, **changes)
+
+
+def test_scheduler_chooses_the_sampler(trainable_base: Path) -> None:
+    """LCM and consistency schedulers take the few-step sampler; one that is not known is refused, not ignored."""
+    pipe = load(trainable_base)
+    euler = make(pipe)
+    for kind in (LCMScheduler, CMStochasticIterativeScheduler):
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+        assert not torch.allclose(make(pipe), euler, atol=1e-3)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="DDIMScheduler; this pipeline samples with EulerDiscreteScheduler"):
+        make(pipe)
+
+
+def test_saving_and_loading(trainable_base: Path, tmp_path: Path) -> None:
+    """save_pretrained keeps weights, mask_token, ControlNet and settings; a setting given when loading wins."""
+    pipe = load(trainable_base, clip_tokens="first", noise_augmentation=0.1)
+    pipe.register_modules(controlnet=FramerControlNet.from_unet(pipe.unet, factor=2))
+    torch.nn.init.normal_(pipe.unet.mask_token)
+    pipe.save_pretrained(tmp_path)
+    again = FramerPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert isinstance(again.unet, FramerUNet) and isinstance(again.controlnet, FramerControlNet)
+    assert torch.equal(again.unet.mask_token, pipe.unet.mask_token)
+    assert (again.config.num_frames, again.config.clip_tokens, again.config.noise_augmentation) == (5, "first", 0.1)
+    assert torch.equal(make(again), make(pipe))
+    assert FramerPipeline.from_pretrained(tmp_path, clip_tokens="mean").config.clip_tokens == "mean"
+
+
+def test_precision_and_device_follow_diffusers(trainable_base: Path) -> None:
+    """bfloat16 as asked for, close to float32; .to() moves all parts; model offloading computes the same."""
+    full, half = load(trainable_base), load(trainable_base, torch_dtype=torch.bfloat16)
+    assert half.unet.dtype == half.image_encoder.dtype == torch.bfloat16
+    assert (make(full) - make(half)).abs().mean() < 0.02
+    wanted = make(full)
+    full.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(make(full), wanted)
+    with pytest.raises(NotImplementedError, match="use enable_model_cpu_offload"):
+        full.enable_sequential_cpu_offload()
+
+
+def test_trajectories_reach_the_controlnet(trainable_base: Path) -> None:
+    """With a ControlNet, points steer; their scale counts."""
+    pipe = load(trainable_base)
+    control = FramerControlNet.from_unet(pipe.unet, factor=2)
+    for conv in (
+        *control.controlnet_down_blocks,
+        control.controlnet_mid_block,
+        control.controlnet_cond_embedding.conv_out,
+    ):
+        torch.nn.init.normal_(conv.weight, 0, 0.05, generator=seeded())
+    pipe.register_modules(controlnet=control)
+    points = np.array([[[8.0, 8.0], [20.0, 16.0]]])
+    free, steered = make(pipe), make(pipe, trajectories=points)
+    assert not torch.allclose(free, steered, atol=1e-3)
+    assert torch.allclose(make(pipe, trajectories=points, controlnet_conditioning_scale=0.0), free, atol=1e-5)
+
+
+def test_lora_verbs(trainable_base: Path, adapters: list[Path]) -> None:
+    """Load, weigh, switch off and on, delete, unload: the frames follow, and at the end the base is back bit for bit."""
+    pipe = load(trainable_base)
+    base = make(pipe)
+    pipe.load_lora_weights(adapters[0], adapter_name="a")
+    one = make(pipe)
+    pipe.set_adapters("a", 0.0)
+    assert not torch.allclose(one, base, atol=1e-3) and torch.equal(make(pipe), base)
+    with pytest.warns(UserWarning, match="was trained with layout spec_middle .the pipeline has framer_clip"):
+        pipe.load_lora_weights(adapters[1].parent, weight_name=adapters[1].name)
+    assert pipe.get_list_adapters() == {"unet": ["a", "adapter_1"]}
+    pipe.set_adapters(["a", "adapter_1"], [1.0, 0.5])
+    assert pipe.get_active_adapters() == ["a", "adapter_1"]
+    two = make(pipe)
+    pipe.disable_lora()
+    assert torch.equal(make(pipe), base)
+    pipe.enable_lora()
+    assert torch.equal(make(pipe), two)
+    pipe.delete_adapters("adapter_1")
+    assert torch.allclose(make(pipe), one, atol=1e-6) and pipe.get_active_adapters() == ["a"]
+    pipe.unload_lora_weights()
+    assert torch.equal(make(pipe), base) and pipe.get_list_adapters() == {}
+    for call in (lambda: pipe.fuse_lora(), lambda: pipe.unfuse_lora(), lambda: pipe.delete_adapters("a")):
+        with pytest.raises(ValueError, match="no adapter"):
+            call()
+
+
+@pytest.mark.filterwarnings("ignore:.*was trained with")
+def test_fusing_is_undone_exactly(trainable_base: Path, adapters: list[Path]) -> None:
+    """Fused, plain modules give the adapters' frames; unfused, the adapters stand beside the base's own bits again."""
+    pipe = load(trainable_base)
+    base, before = make(pipe), {name: p.clone() for name, p in pipe.unet.state_dict().items()}
+    for i, adapter in enumerate(adapters):
+        pipe.load_lora_weights(adapter, f"a{i}")
+    pipe.set_adapters(["a0", "a1"], [1.0, 0.5])
+    tuned = make(pipe)
+    pipe.fuse_lora()
+    assert not any("lora" in name for name in pipe.unet.state_dict())
+    assert torch.allclose(make(pipe), tuned, atol=1e-4)
+    with pytest.raises(ValueError, match="fused into the weights; call unfuse_lora"):
+        pipe.load_lora_weights(adapters[0], "more")
+    pipe.unfuse_lora()
+    assert torch.allclose(make(pipe), tuned, atol=1e-5) and pipe.unet.weights == {"a0": 1.0, "a1": 0.5}
+    pipe.fuse_lora(lora_scale=0.5)
+    assert not torch.allclose(make(pipe), tuned, atol=1e-3)
+    pipe.unload_lora_weights()
+    after = pipe.unet.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(make(pipe), base)
+
+
+def test_from_a_run(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    """A run folder brings base, adapter, precision and the recipe's way of feeding; lora_scale 0 is the base."""
+    settings = {"name": "run", "runs_dir": str(tmp_path), "engine.kind": "plain", "schedule.steps": 1}
+    run = train_here(tiny_run | settings | {"diffusion.clip_tokens": "mean", "diffusion.scale_conditioning": True})
+    pipe = FramerPipeline.from_run(run)
+    pipe.set_progress_bar_config(disable=True)
+    assert (pipe.config.layout, pipe.config.clip_tokens, pipe.config.scale_conditioning) == (
+        "spec_middle",
+        "mean",
+        True,
+    )
+    assert pipe.config.num_frames == 3 and pipe.get_active_adapters() == ["run"]
+    assert pipe.unet.conv_out.weight.dtype == torch.bfloat16 and make(pipe).shape[1] == 3
+    untuned = FramerPipeline.from_run(run, lora_scale=0.0)
+    untuned.set_progress_bar_config(disable=True)
+    pipe.disable_lora()
+    assert torch.equal(make(pipe), make(untuned))
