@@ -438,7 +438,7 @@ def test_published_vae_and_image_encoder_are_of_the_known_size() -> None:
 
 
 def write_header(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write an fp16 safetensors file of these shapes whose data are a hole: as long as the real one, but no bytes on disk."""
+    """Write an fp16 safetensors file of these shapes whose data are a hole: long as the real one, without bytes on disk."""
     header, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + 2 * tensor.numel()
