@@ -11,7 +11,7 @@ Guidance = Annotated[float, Field(ge=1, le=30)]
 
 def interpolate(
     out: str, run: str | None = None, adapter: str | None = None, first: str | None = None, last: str | None = None,
-    stills: str | None = None, frames: int = 5, lora_scale: FiniteFloat = 1.0,
+    stills: str | None = None, frames: int | None = None, lora_scale: FiniteFloat = 1.0,
     weights: FiniteFloat | tuple[FiniteFloat, ...] = (), fps: PositiveFloat | None = None,
     motion: NonNegativeFloat | None = None, steps: PositiveInt | None = None, sampler: Literal["euler", "lcm"] | None = None,
     min_guidance: Guidance = 1.0, max_guidance: Guidance = 1.0, seed: NonNegativeInt | tuple[NonNegativeInt, ...] = (),
@@ -24,7 +24,8 @@ def interpolate(
     run           a run folder
     adapter       instead of run: an exported folder or file of any format, or several with commas between
     stills        instead of first and last: two pictures or more with commas between, a video through all of them
-    frames        of each gap, its two stills included: 3, 5, 9, 17, ..., or the window of the recipe
+    frames        of each gap, its two stills included: 3, 5, 9, 17, ..., or the window of the recipe, which is the default
+                  where the recipe generates it at once (5 for layout spec_middle)
     lora_scale    multiplies alpha / rank: 0 is the untuned base
     weights       one per adapter, with commas between
     fps, motion   frame rate of the result and motion bucket, which the network is told; default those of the training clips

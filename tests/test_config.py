@@ -45,6 +45,7 @@ engine.micro_batch
 engine.precision
 log_every_steps
 lora.alpha
+lora.alpha_pattern
 lora.dora
 lora.dropout
 lora.extra_trainable
@@ -56,6 +57,7 @@ lora.targets
 model.attention
 model.base
 model.controlnet
+model.controlnet_revision
 model.gradient_checkpointing
 model.revision
 model.unet
@@ -120,7 +122,7 @@ def test_unknown_key_names_the_nearest(recipe: Path, given: str, nearest: str) -
         ("optimizer.lr", -1, "optimizer.lr is -1"),
         ("optimizer.lr", float("nan"), "optimizer.lr is nan"),
         ("optimizer.beta2", 1, "optimizer.beta2"),
-        ("data.frames", 4, "data: frames is 4: it must be odd"),
+        ("data.frames", 4, "data.frames is 4: layout middle_in_clip needs an odd number"),
         ("data.frames", 1, "data.frames is 1"),
         ("data.height", 100, "data: height x width is 100x576: both must be multiples of 8"),
         ("engine.micro_batch", 3, "engine: global_batch 8 must be a multiple of micro_batch 3"),
@@ -287,7 +289,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
         for name, value in tree.items()
         for leaf in (
             _leaves(value, f"{prefix}{name}.")
-            if isinstance(value, dict) and name != "rank_pattern"
+            if isinstance(value, dict) and not name.endswith("_pattern")
             else [prefix + name]
         )
     ]

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.launching import train_here
+from tests.model.control import make_controlnet
 from toolkit import FramerPipeline, FramerUNet
 from toolkit.config import LoraConfig
 from toolkit.model.controlnet import FramerControlNet
@@ -218,7 +219,7 @@ def test_scheduler_chooses_the_sampler(trainable_base: Path) -> None:
 def test_saving_and_loading(trainable_base: Path, tmp_path: Path) -> None:
     """save_pretrained keeps weights, mask_token, ControlNet and settings; a setting given when loading wins."""
     pipe = load(trainable_base, clip_tokens="first", noise_augmentation=0.1)
-    pipe.register_modules(controlnet=FramerControlNet.from_unet(pipe.unet, factor=2))
+    pipe.register_modules(controlnet=make_controlnet(pipe.unet))
     torch.nn.init.normal_(pipe.unet.mask_token)
     pipe.save_pretrained(tmp_path)
     again = FramerPipeline.from_pretrained(tmp_path)
@@ -245,14 +246,7 @@ def test_precision_and_device_follow_diffusers(trainable_base: Path) -> None:
 def test_trajectories_reach_the_controlnet(trainable_base: Path) -> None:
     """With a ControlNet, points steer; their scale counts."""
     pipe = load(trainable_base)
-    control = FramerControlNet.from_unet(pipe.unet, factor=2)
-    for conv in (
-        *control.controlnet_down_blocks,
-        control.controlnet_mid_block,
-        control.controlnet_cond_embedding.conv_out,
-    ):
-        torch.nn.init.normal_(conv.weight, 0, 0.05, generator=seeded())
-    pipe.register_modules(controlnet=control)
+    pipe.register_modules(controlnet=make_controlnet(pipe.unet, awake=True))
     points = np.array([[[8.0, 8.0], [20.0, 16.0]]])
     free, steered = make(pipe), make(pipe, trajectories=points)
     assert not torch.allclose(free, steered, atol=1e-3)

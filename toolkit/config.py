@@ -9,16 +9,20 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from toolkit.errors import UserError
 
 # What a DeepSpeed JSON may hold; every other number belongs to the recipe.
 DEEPSPEED_KEYS = {"zero_optimization", "zero_allow_untested_optimizer"}
+
+
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, or a hub id; ~ is the user's own folder
 
 
 class Section(BaseModel):
@@ -27,14 +31,14 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    base: str = (
-        "tiny"  # framer | svd | svd-xt | tiny, or a folder or hub id in SVD layout: unet, vae, image_encoder, scheduler
-    )
-    unet: str | None = None  # folder, hub id or .safetensors file that replaces the base's UNet
+    # framer | svd | svd-xt | tiny, or a folder or hub id in SVD layout: unet, vae, image_encoder, scheduler
+    base: Place = "tiny"
+    unet: Place | None = None  # folder, hub id or .safetensors file that replaces the base's UNet
     revision: str | None = None  # hub commit of base
     unet_revision: str | None = None  # hub commit of unet
     variant: Literal["fp16"] | None = None  # read the *.fp16.safetensors files: half the download
-    controlnet: str | None = None  # folder, hub id or .safetensors file of Framer's trajectory ControlNet; frozen
+    controlnet: Place | None = None  # folder, hub id or .safetensors file of Framer's trajectory ControlNet; frozen
+    controlnet_revision: str | None = None  # hub commit of controlnet
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     gradient_checkpointing: bool = True
 
@@ -47,10 +51,10 @@ class LoraConfig(Section):
     rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
     dora: bool = False  # train the weights' magnitudes beside their directions
     dropout: float = Field(0.0, ge=0, lt=1)  # of what enters the adapter, while training
-    rank_pattern: dict[
-        str, Annotated[int, Field(ge=1, le=1024)]
-    ] = {}  # another rank for module names that match: PEFT's
-    init_from: str | None = None  # start from this adapter: a run, a checkpoint or an exported file of any format
+    # another rank or alpha for module names that match, as PEFT has it
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    init_from: Place | None = None  # start from this adapter: a run, a checkpoint or an exported file of any format
     extra_trainable: list[Literal["conv_in", "mask_token"]] = []  # trained whole, and saved with the adapter
 
     @field_validator("targets", "extra_trainable", mode="before")
@@ -72,8 +76,10 @@ class LoraConfig(Section):
 
 
 class DataConfig(Section):
-    shards: str  # folder written by shards/pack.py
-    frames: int = Field(5, ge=3, le=64)  # T: frames of one sample's window, first and last included
+    shards: Place  # folder written by shards/pack.py
+    frames: int = Field(
+        5, ge=3, le=64
+    )  # T: frames of one sample's window, both ends included; even in framer_clip only
     stride: int = Field(4, ge=1, le=64)  # source frames between two frames of the window
     height: int = Field(576, ge=16, le=2048)
     width: int = Field(576, ge=16, le=2048)
@@ -83,8 +89,6 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def check_sizes(self) -> DataConfig:
-        if self.frames % 2 == 0:
-            raise ValueError(f"frames is {self.frames}: it must be odd, so that a middle frame exists")
         if self.height % 8 or self.width % 8:
             raise ValueError(
                 f"height x width is {self.height}x{self.width}: both must be multiples of 8, the VAE's factor"
@@ -126,7 +130,7 @@ class ScheduleConfig(Section):
 
 class EngineConfig(Section):
     kind: Literal["zero2", "plain"] = "zero2"
-    deepspeed: str = "ds_configs/zero2.json"
+    deepspeed: Place = "ds_configs/zero2.json"
     precision: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights and of compute; LoRA masters are fp32
     global_batch: int = Field(8, ge=1)  # clips per optimizer step, whatever the number of processes
     micro_batch: int = Field(1, ge=1)  # clips per forward; accumulation = global_batch / (micro_batch * processes)
@@ -151,7 +155,7 @@ class CheckpointConfig(Section):
 
 class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # the run folder is runs_dir/name
-    runs_dir: str = "runs"
+    runs_dir: Place = "runs"
     seed: int = Field(0, ge=0)
     log_every_steps: int = Field(10, ge=1)
     model: ModelConfig = ModelConfig()
@@ -169,7 +173,13 @@ class RunConfig(Section):
         return Path(self.runs_dir) / self.name
 
     @model_validator(mode="after")
-    def check_length(self) -> RunConfig:
+    def check_sections(self) -> RunConfig:
+        layout, frames = self.diffusion.layout, self.data.frames
+        if frames % 2 == 0 and layout != "framer_clip":
+            raise ValueError(
+                f"data.frames is {frames}: layout {layout} needs an odd number, so that a middle frame exists; framer_clip "
+                "takes any"
+            )
         if self.schedule.steps is None and self.schedule.epochs is None:
             raise ValueError("schedule gives neither epochs nor steps; give one")
         if self.diffusion.control and self.model.controlnet is None:
@@ -284,4 +294,6 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"{name} is missing; set it in the recipe or with --{name}"
     message = error["msg"].removeprefix("Value error, ")
+    if not name:  # a check of the whole tree names its fields by itself
+        return message
     return f"{name}: {message}" if error["type"] == "value_error" else f"{name} is {error['input']!r}: {message}"

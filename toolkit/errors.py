@@ -3,3 +3,8 @@
 
 class UserError(Exception):
     """Carries what was given, what is allowed and what to do, in one sentence."""
+
+
+def in_one_line(error: Exception) -> str:
+    """What a library's error says, on one line; its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

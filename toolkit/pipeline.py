@@ -12,6 +12,7 @@ training and on the command line.
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,13 +33,13 @@ from toolkit.config import DiffusionConfig, ModelConfig
 from toolkit.data.clips import resize_cover
 from toolkit.diffusion.objective import time_input
 from toolkit.engine.world import init_world
+from toolkit.model.attention import set_attention
 from toolkit.model.base import PRECISIONS, Base, load_base, sign_unet
-from toolkit.model.controlnet import load_controlnet
 from toolkit.model.formats import linear_layers
 from toolkit.model.lora import enable_adapter, load_adapter, merge_adapters, remove_adapters, set_adapters
 from toolkit.run.folder import find_adapter
 from toolkit.run.framer import Framer, Sampling, Steering, to_signed
-from toolkit.run.inference import read_source
+from toolkit.run.inference import load_control, read_source
 from toolkit.run.pretrain import find_base
 
 SAMPLERS = {"EulerDiscreteScheduler": "euler", "LCMScheduler": "lcm", "CMStochasticIterativeScheduler": "lcm"}
@@ -114,6 +115,7 @@ class FramerPipeline(DiffusionPipeline):
         unet_revision: str | None = None,
         variant: str | None = None,
         controlnet: str | None = None,
+        controlnet_revision: str | None = None,
         **settings: Any,
     ) -> FramerPipeline:
         """Load a base by name (framer, svd, svd-xt, tiny), from a folder in diffusers layout, or from the hub.
@@ -132,7 +134,7 @@ class FramerPipeline(DiffusionPipeline):
                     controlnet = str(folder)
         model = ModelConfig(
             base=str(pretrained_model_name_or_path), unet=unet, revision=revision, unet_revision=unet_revision,
-            variant=variant, controlnet=controlnet,
+            variant=variant, controlnet=controlnet, controlnet_revision=controlnet_revision,
         )  # fmt: skip
         return cls._from_model(model, torch_dtype, saved | settings)
 
@@ -155,7 +157,8 @@ class FramerPipeline(DiffusionPipeline):
 
         precision = {value: name for name, value in PRECISIONS.items()}[dtype]
         base = load_base(find_base(model, init_world(join=False)), torch.device("cpu"), precision)
-        control = load_controlnet(model.controlnet, dtype, base.unet) if model.controlnet else None
+        set_attention(base.unet, "sdpa")  # on any device that .to() may choose, and it splits what is too large for it
+        control = load_control(model, base, "sdpa") if model.controlnet else None
         scheduler = EulerDiscreteScheduler.from_config(base.scheduler)
         return cls(base.vae, base.image_encoder, base.unet, scheduler, controlnet=control, **settings)
 
@@ -265,7 +268,8 @@ class FramerPipeline(DiffusionPipeline):
         weight_name                    of a file in the folder
         """
         self._refuse_while_fused()
-        name = adapter_name or f"adapter_{len(self._adapters)}"
+        free = (f"adapter_{i}" for i in itertools.count() if f"adapter_{i}" not in self._adapters)
+        name = adapter_name or next(free)
         source = find_adapter(Path(pretrained_model_name_or_path) / (weight_name or ""))
         about = load_adapter(self.unet, source, self._signature, name)
         self._adapters[name] = source
@@ -312,18 +316,20 @@ class FramerPipeline(DiffusionPipeline):
         self._inject_again(weights)
 
     def unload_lora_weights(self) -> None:
-        """Take all adapters out: the stock UNet again, fused or not."""
-        if self._unfused:
-            self._restore()
-        remove_adapters(self.unet)
-        self._adapters = {}
+        """Take all adapters out of memory. What fuse_lora folded into the weights stays in them, as in diffusers."""
+        if not self._unfused:
+            remove_adapters(self.unet)
+        self._adapters, self._unfused = {}, {}
 
-    def fuse_lora(self, lora_scale: float = 1.0) -> None:
-        """Fold the active adapters into the weights, so that they cost no time; unfuse_lora undoes it exactly.
+    def fuse_lora(self, *, lora_scale: float = 1.0, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the weights, so that they cost no time; unfuse_lora undoes it exactly.
 
-        lora_scale  multiplies the weight of each
+        lora_scale     multiplies the weight of each
+        adapter_names  default the active ones as they are weighed
         """
         self._refuse_while_fused()
+        if adapter_names is not None:
+            self.set_adapters(adapter_names)
         self._fused = dict(getattr(self.unet, "weights", {}))
         if not self._fused:
             raise ValueError("no adapter is active; call load_lora_weights first")

@@ -45,8 +45,11 @@ def test_layouts_know_and_score_the_right_frames(window: int) -> None:
 @pytest.mark.parametrize("window", [1, 2, 4, 6, 0, -3])
 @pytest.mark.parametrize("name", ["spec_middle", "framer_clip", "middle_in_clip"])
 def test_windows_without_a_middle_are_refused(name: str, window: int) -> None:
-    """Even windows, and those without a frame between the ends, are refused with their length."""
-    with pytest.raises(ValueError, match=f"window of {window} frames: .*odd and at least 3"):
+    """Even windows where the middle counts, and those without a frame between the ends, are refused with their length."""
+    if name == "framer_clip" and window > 2:  # Framer itself was trained on 14 frames
+        assert make_layout(name, window).frames == window and make_layout(name, window).scored_T.all()
+        return
+    with pytest.raises(ValueError, match=f"window of {window} frames: .*at least 3, and odd but in framer_clip"):
         make_layout(name, window)
 
 

@@ -17,7 +17,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "rank_pattern": {"rank_pattern": {"to_q": 2, r".*\.attn2\.to_v": 7}},
     "extras": {"extra_trainable": ["conv_in", "mask_token"]},
     "everything": {
-        "rslora": True, "dora": True, "rank_pattern": {"to_q": 2}, "extra_trainable": ["conv_in", "mask_token"],
+        "rslora": True, "dora": True, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_v": 9.0},
+        "extra_trainable": ["conv_in", "mask_token"],
     },
 }  # fmt: skip
 SIGNATURE = [0.5, -0.25, 0.125]  # of the base that the adapters say they were trained on

@@ -13,10 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.model.conftest import SMALL, forward, make_inputs, make_unet
+from tests.model.control import make_controlnet
 from toolkit.errors import UserError
 from toolkit.model import controlnet as module
 from toolkit.model.attention import set_attention
-from toolkit.model.controlnet import PUBLISHED_CONFIG, FramerControlNet, Residuals, load_controlnet, steer
+from toolkit.model.controlnet import (
+    PUBLISHED_CONFIG,
+    FramerControlNet,
+    Residuals,
+    find_controlnet,
+    load_controlnet,
+    steer,
+)
 from toolkit.model.unet import FramerUNet
 
 # SVD's four levels and two layers, narrow; and the two levels of the other tests
@@ -52,13 +60,8 @@ PUBLISHED_JSON: dict[str, Any] = {
 }
 
 
-def make_controlnet(unet: FramerUNet, factor: int = 2) -> FramerControlNet:
-    """A frozen ControlNet whose last convolutions, zero when it is new, are random."""
-    controlnet = FramerControlNet.from_unet(unet, factor)
-    for i, (name, parameter) in enumerate(controlnet.named_parameters()):
-        if name.startswith("controlnet_"):
-            parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(i))
-    return controlnet.requires_grad_(False).eval()
+def load(source: Path, dtype: torch.dtype = torch.float32, unet: FramerUNet | None = None) -> FramerControlNet:
+    return load_controlnet(find_controlnet(str(source)), dtype, unet or make_unet())
 
 
 def make_four_levels() -> FramerUNet:
@@ -149,7 +152,7 @@ def test_full_size_is_framers() -> None:
 def test_hooks_equal_the_written_out_network(make: Any, batch: int) -> None:
     """The steered stock UNet gives the reference's output, and the reference's gradient of its input."""
     unet, factor = make(), 2 if make is make_unet else 8
-    controlnet = make_controlnet(unet, factor)
+    controlnet = make_controlnet(unet, factor, awake=True)
     inputs = {name: tensor[:batch] for name, tensor in make_inputs().items()}
     heatmaps = make_heatmaps(factor)[:batch]
     sample = inputs["sample"].requires_grad_()
@@ -167,7 +170,7 @@ def test_hooks_equal_the_written_out_network(make: Any, batch: int) -> None:
 def test_clips_of_a_batch_do_not_meet() -> None:
     """A batch of two gives what each clip gives alone; Framer's own classes mix the clips' tokens."""
     unet = make_unet()
-    controlnet, inputs, heatmaps = make_controlnet(unet), make_inputs(), make_heatmaps()
+    controlnet, inputs, heatmaps = make_controlnet(unet, awake=True), make_inputs(), make_heatmaps()
     with torch.no_grad():
         both = controlled(unet, control(controlnet, inputs, heatmaps), inputs)
         for b in range(2):
@@ -179,7 +182,7 @@ def test_clips_of_a_batch_do_not_meet() -> None:
 def test_residuals_of_identity_convolutions_are_the_unets_own_skips() -> None:
     """With the heatmaps' embedding at zero, the encoder copied from a UNet makes what the UNet's own makes."""
     unet, inputs = make_unet(), make_inputs()
-    controlnet = FramerControlNet.from_unet(unet, 2).eval()
+    controlnet = make_controlnet(unet)
     for conv in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
         torch.nn.init.dirac_(conv.weight)
     with torch.no_grad():
@@ -194,9 +197,9 @@ def test_no_residual_is_no_change() -> None:
     unet, inputs, heatmaps = make_unet(), make_inputs(), make_heatmaps()
     with torch.no_grad():
         stock = forward(unet, inputs)
-        new = FramerControlNet.from_unet(unet, 2).eval()
+        new = make_controlnet(unet)
         assert torch.equal(controlled(unet, control(new, inputs, heatmaps), inputs), stock)
-        controlnet = make_controlnet(unet)
+        controlnet = make_controlnet(unet, awake=True)
         assert torch.equal(controlled(unet, control(controlnet, inputs, heatmaps, 0), inputs), stock)
         assert not torch.equal(controlled(unet, control(controlnet, inputs, heatmaps), inputs), stock)
         assert torch.equal(forward(unet, inputs), stock)
@@ -205,7 +208,7 @@ def test_no_residual_is_no_change() -> None:
 def test_steering_ends_with_an_error_too() -> None:
     """No hook stays on the UNet or on the ControlNet when a call fails, and one that does not fit is noticed."""
     unet, inputs = make_unet(), make_inputs()
-    controlnet = make_controlnet(unet)
+    controlnet = make_controlnet(unet, awake=True)
     residuals = control(controlnet, inputs, make_heatmaps())
     with pytest.raises(ZeroDivisionError), steer(unet, residuals):
         raise ZeroDivisionError
@@ -225,7 +228,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     grads = []
     for checkpointing in (False, True):
         unet, inputs = make_unet().requires_grad_(), make_inputs()
-        controlnet = make_controlnet(unet)
+        controlnet = make_controlnet(unet, awake=True)
         if checkpointing:
             unet.enable_gradient_checkpointing()
             controlnet.enable_gradient_checkpointing()
@@ -241,7 +244,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 def test_bf16_control_of_an_fp32_unet() -> None:
     """Residuals are added in the UNet's dtype, whatever the ControlNet's, and the toolkit's attention runs in both."""
     unet, inputs, heatmaps = make_unet(), make_inputs(), make_heatmaps()
-    controlnet = make_controlnet(unet)
+    controlnet = make_controlnet(unet, awake=True)
     halved = {n: t.bfloat16() if n in ("sample", "encoder_hidden_states") else t for n, t in inputs.items()}
     with torch.no_grad():
         wanted = controlled(unet, control(controlnet, inputs, heatmaps), inputs)
@@ -257,7 +260,7 @@ def test_bf16_control_of_an_fp32_unet() -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small ControlNet in controlnet/, its config.json as Framer's code writes it; read only."""
     folder = tmp_path_factory.mktemp("control")
-    make_controlnet(make_unet()).save_pretrained(folder / "controlnet")
+    make_controlnet(make_unet(), awake=True).save_pretrained(folder / "controlnet")
     edit_config(folder / "controlnet", _class_name="ControlNetSVDModel", with_id_feature=False, feature_channels=160)
     return folder
 
@@ -277,7 +280,7 @@ def copy_of(saved: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_folders_load(saved: Path, place: str, dtype: torch.dtype) -> None:
     """The folder itself or the one above it: the same weights in the asked dtype, frozen, in eval mode."""
-    loaded = load_controlnet(str(saved / place), dtype, make_unet())
+    loaded = load(saved / place, dtype)
     weights = load_file(saved / "controlnet/diffusion_pytorch_model.safetensors")
     assert loaded.state_dict().keys() == weights.keys()
     assert all(torch.equal(tensor, weights[name].to(dtype)) for name, tensor in loaded.state_dict().items())
@@ -288,19 +291,19 @@ def test_single_file_loads(saved: Path, tmp_path: Path, monkeypatch: pytest.Monk
     """One fp16 file without a config, as for ComfyUI, is read by the published configuration (here a small one)."""
     file = saved / "controlnet/diffusion_pytorch_model.safetensors"
     with pytest.raises(UserError, match="missing keys"):  # not of the published size
-        load_controlnet(str(file), torch.float32, make_unet())
+        load(file)
     monkeypatch.setattr(
         module, "PUBLISHED_CONFIG", SMALL | {"in_channels": 9, "conditioning_embedding_out_channels": (16, 32)}
     )
     halves = {name: tensor.half() for name, tensor in load_file(file).items()}
     save_file(halves, tmp_path / "fp16.safetensors")
-    loaded = load_controlnet(str(tmp_path / "fp16.safetensors"), torch.float32, make_unet())
+    loaded = load(tmp_path / "fp16.safetensors")
     assert all(torch.equal(tensor, halves[name].float()) for name, tensor in loaded.state_dict().items())
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
     halves["mask_token"] = halves.pop("controlnet_mid_block.bias")
     save_file(halves, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="missing keys: controlnet_mid_block.bias; unexpected keys: mask_token"):
-        load_controlnet(str(tmp_path / "other.safetensors"), torch.float32, make_unet())
+        load(tmp_path / "other.safetensors")
 
 
 def test_folders_are_read_strictly(saved: Path, tmp_path: Path) -> None:
@@ -310,7 +313,7 @@ def test_folders_are_read_strictly(saved: Path, tmp_path: Path) -> None:
     weights["stray"] = weights.pop("conv_in.bias")
     save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="missing keys: conv_in.bias; unexpected keys: stray"):
-        load_controlnet(str(folder), torch.float32, make_unet())
+        load(folder)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +340,7 @@ def test_what_is_refused(saved: Path, tmp_path: Path, change: Any, message: str)
     elif change == "no such folder":
         folder = tmp_path / "nowhere"
     with pytest.raises(UserError, match=message) as refusal:
-        load_controlnet(str(folder), torch.float32, make_unet())
+        load(folder)
     assert "\n" not in str(refusal.value)
 
 
@@ -345,4 +348,4 @@ def test_a_controlnet_of_another_unet_is_refused(saved: Path) -> None:
     """What the two must share is compared before the first step: here the width of the tokens."""
     wider = FramerUNet(in_channels=9, **SMALL | {"cross_attention_dim": 32})
     with pytest.raises(UserError, match="cross_attention_dim 16, the UNet 32"):
-        load_controlnet(str(saved), torch.float32, wider)
+        load(saved, unet=wider)

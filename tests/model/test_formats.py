@@ -12,6 +12,7 @@ import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
+from diffusers.utils import convert_state_dict_to_diffusers
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,11 +20,14 @@ from torch import Tensor
 
 from tests.model.adapters import ABOUT, KINDS, SIGNATURE, make_trained, output
 from tests.model.conftest import SMALL, make_unet
+from toolkit.config import ModelConfig
 from toolkit.errors import UserError
+from toolkit.model.base import build_unet_on_meta
 from toolkit.model.formats import (
     DIFFUSERS_FILE,
     METADATA_KEY,
     AdapterFile,
+    LoraKind,
     read_adapter,
     read_metadata,
     untuned,
@@ -31,7 +35,7 @@ from toolkit.model.formats import (
     write_kohya,
     write_peft,
 )
-from toolkit.model.lora import load_adapter, lora_parameters, save_adapter
+from toolkit.model.lora import load_adapter, lora_parameters, match_targets, save_adapter
 from toolkit.model.unet import FramerUNet
 
 KIND = pytest.mark.parametrize("kind", KINDS)
@@ -65,7 +69,7 @@ def write_all(adapter: AdapterFile, folder: Path) -> dict[str, Path]:
     base = make_unet()
     write_peft(folder / "peft", adapter)
     write_diffusers(folder / "diffusers", adapter)
-    write_kohya(folder / "kohya/name.safetensors", adapter, {name: untuned(base, name) for name in adapter.extras})
+    write_kohya(folder / "kohya/name.safetensors", adapter, 1, {name: untuned(base, name) for name in adapter.extras})
     return {"peft": folder / "peft", "diffusers": folder / "diffusers", "kohya": folder / "kohya/name.safetensors"}
 
 
@@ -110,7 +114,7 @@ def test_diffusers_reads_it(files: dict[str, Any], outputs: dict[str, Tensor], k
 def test_kohya_by_hand(files: dict[str, Any], outputs: dict[str, Tensor], kind: str) -> None:
     """W + alpha / r up down on the weights, DoRA's rows rescaled to dora_scale, .diff added: the same output."""
     tensors, unet = load_file(files[kind]["kohya"]), make_unet()
-    names = {"lora_unet_" + name.replace(".", "_"): module for name, module in unet.named_modules()}
+    names = {"lora_unet_" + stability_name(unet, n).replace(".", "_"): module for n, module in unet.named_modules()}
     with torch.no_grad():
         for key in [k for k in tensors if k.endswith(".lora_down.weight")]:
             name = key.split(".")[0]
@@ -126,6 +130,68 @@ def test_kohya_by_hand(files: dict[str, Any], outputs: dict[str, Tensor], kind: 
             getattr(names[name], {"diff": "weight", "diff_b": "bias"}[part]).data += tensors.pop(key)
     assert torch.allclose(output(unet), outputs[kind], atol=1e-5)
     assert list(tensors) == (["lora_unet_mask_token.diff"] if "extra_trainable" in KINDS[kind] else [])
+
+
+def stability_name(unet: Any, name: str) -> str:
+    """A temporal layer's name in Stability's own UNet, which counts blocks in running order; others' as it is."""
+    stages = {"mid_block.attentions.0.temporal_transformer_blocks": "middle_block.1.time_stack"}
+    for side, blocks, place in (
+        ("input", unet.down_blocks, 1),
+        ("output", unet.up_blocks, 0),
+    ):  # input_blocks.0 is conv_in
+        for i, block in enumerate(blocks):
+            for j in range(len(block.resnets)):
+                ours = f"{'down' if side == 'input' else 'up'}_blocks.{i}.attentions.{j}.temporal_transformer_blocks"
+                stages[ours] = f"{side}_blocks.{place}.1.time_stack"
+                place += 1
+            place += len(getattr(block, "downsamplers", None) or ())
+    ours = next((stage for stage in stages if name.startswith(f"{stage}.")), "")
+    return stages[ours] + name.removeprefix(ours) if ours else name
+
+
+def test_kohya_names_at_full_size(tmp_path: Path) -> None:
+    """The 128 temporal layers of SVD stand under the names of its original checkpoint, the spatial ones under diffusers'."""
+    unet = build_unet_on_meta(ModelConfig(base="framer"))
+    modules = match_targets(unet, "all")
+    named = {n: torch.zeros(1, 1) for m in modules for n in (f"{m}.lora_A.weight", f"{m}.lora_B.weight")}
+    adapter = AdapterFile(LoraKind(dict.fromkeys(modules, 1), dict.fromkeys(modules, 1.0)), named)
+    write_kohya(tmp_path / "x.safetensors", adapter, unet.config.layers_per_block, {})
+    names = {name.split(".")[0].removeprefix("lora_unet_") for name in load_file(tmp_path / "x.safetensors")}
+    assert len(names) == 256 and names == {stability_name(unet, module).replace(".", "_") for module in modules}
+    temporal = {name for name in names if "time_stack" in name}
+    places = [1, 2, 4, 5, 7, 8], [3, 4, 5, 6, 7, 8, 9, 10, 11]  # of the blocks that attend, in the original checkpoint
+    stages = [f"{side}_blocks_{i}_1" for side, of in zip(("input", "output"), places, strict=True) for i in of]
+    parts = [f"{attention}_{part}" for attention in ("attn1", "attn2") for part in ("to_q", "to_k", "to_v", "to_out_0")]
+    assert temporal == {f"{stage}_time_stack_0_{part}" for stage in [*stages, "middle_block_1"] for part in parts}
+
+
+def test_kohya_files_with_diffusers_names_for_temporal_layers_are_read(
+    files: dict[str, Any], outputs: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Files of tools that know diffusers' names alone."""
+    unet, kohya = make_unet(), load_file(files["plain"]["kohya"])
+    theirs = {stability_name(unet, n).replace(".", "_"): n.replace(".", "_") for n, _ in unet.named_modules()}
+    renamed = {
+        f"lora_unet_{theirs[name.removeprefix('lora_unet_')]}.{part}": tensor
+        for key, tensor in kohya.items()
+        for name, _, part in [key.partition(".")]
+    }
+    assert renamed.keys() != kohya.keys()
+    save_file(renamed, tmp_path / "x.safetensors")
+    load_adapter(unet, tmp_path / "x.safetensors", SIGNATURE)
+    assert torch.allclose(output(unet), outputs["plain"], atol=1e-5)
+
+
+def test_names_from_before_peft_are_read(outputs: dict[str, Tensor], tmp_path: Path) -> None:
+    """What diffusers' own training scripts write, to_q.lora.down.weight, is read; alpha is the rank there."""
+    trained, parameters = make_trained(alpha=4)
+    state = {n.replace(".default", ""): p.detach() for n, p in parameters.items()}
+    save_file(convert_state_dict_to_diffusers({f"unet.{n}": t for n, t in state.items()}), tmp_path / "old.safetensors")
+    with safe_open(tmp_path / "old.safetensors", "pt") as opened:
+        assert all(name.endswith((".lora.down.weight", ".lora.up.weight")) for name in opened.keys())  # noqa: SIM118
+    unet = make_unet()
+    load_adapter(unet, tmp_path / "old.safetensors", SIGNATURE)
+    assert torch.allclose(output(unet), output(trained), atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"rslora": True}, {"rank_pattern": {"to_q": 2}}], ids=str)
@@ -350,6 +416,10 @@ def test_adapter_that_fits_partly_is_refused(
         ({"r": 5}, r"64 of its 128 tensors do|0 of its 128 tensors do"),
         ({"r": "many"}, "describes no LoRA that can be read"),
         ({"rank_pattern": {"(": 2}}, "describes no LoRA that can be read"),
+        ({"r": 4.5}, "describes no LoRA that can be read: rank 4.5"),
+        ({"r": 0}, r"has rank 0 and alpha 6\.0 in .*; a rank is at least 1"),
+        ({"lora_alpha": float("nan")}, r"has rank 4 and alpha nan in .*, and alpha a finite number"),
+        ({"use_rslora": "false"}, "'false' where true or false belongs"),
         ({"r": None, "peft_type": "LOHA"}, "type LOHA; only LORA"),
         ({"bias": "all"}, "uses bias, which is not supported"),
         ({"init_lora_weights": "pissa", "lora_bias": True}, "uses init_lora_weights, lora_bias"),
@@ -366,6 +436,21 @@ def test_other_kinds_of_peft_are_refused(
     (folder / "adapter_config.json").write_text(json.dumps(config | changes))
     with pytest.raises(UserError, match=said):
         load_adapter(unet, folder, SIGNATURE)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_numbers_that_are_none_are_refused(files: dict[str, Any], tmp_path: Path, unet: FramerUNet, form: str) -> None:
+    """NaN or infinity in a tensor is named, and the UNet stays untouched."""
+    source = files["plain"][form]
+    folder = Path(shutil.copytree(source if source.is_dir() else source.parent, tmp_path / "adapter"))
+    file = next(folder.glob("*.safetensors"))
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    name = max(n for n in load_file(file) if re.search(r"lora_(B|up)\.weight", n))
+    rewrite(file, file, lambda tensors: tensors | {name: tensors[name] / 0}, header)
+    with pytest.raises(UserError, match=r"holds NaN or infinity in .*lora_B\.weight"):
+        load_adapter(unet, folder, SIGNATURE)
+    assert not lora_parameters(unet)
 
 
 def test_names_in_the_files(files: dict[str, Any]) -> None:

@@ -133,12 +133,15 @@ def test_targets_without_a_match_are_refused(unet: FramerUNet, targets: Any, nam
     assert not lora_parameters(unet)
 
 
-def test_rank_pattern_chooses_as_peft_does(unet: FramerUNet) -> None:
-    """The first pattern that matches the end of a name gives its rank, as in PEFT; the others keep lora.rank."""
-    pattern = {r"attn2\.to_q": 3, "to_q": 2, r".*mid_block.*\.to_v": 5}
-    inject_lora(unet, settings(rank_pattern=pattern), 0)
+def test_patterns_choose_as_peft_does(unet: FramerUNet) -> None:
+    """The first pattern that matches the end of a name gives its rank or alpha, as in PEFT; the others keep the recipe's."""
+    patterns: dict[str, Any] = {
+        "rank_pattern": {r"attn2\.to_q": 3, "to_q": 2, r".*mid_block.*\.to_v": 5},
+        "alpha_pattern": {"to_q": 1.5, r"attn1\.to_v": 20.0},
+    }
+    inject_lora(unet, settings(**patterns), 0)
     modules = match_targets(make_unet(), "all")
-    config = peft.LoraConfig(r=4, lora_alpha=6, rank_pattern=pattern, target_modules=modules)
+    config = peft.LoraConfig(r=4, lora_alpha=6, **patterns, target_modules=modules)
     theirs = peft.inject_adapter_in_model(config, make_unet())
     ranks = {name: (unet.get_submodule(name).r, unet.get_submodule(name).scaling) for name in modules}
     assert ranks == {name: (theirs.get_submodule(name).r, theirs.get_submodule(name).scaling) for name in modules}
@@ -149,10 +152,11 @@ def test_rank_pattern_chooses_as_peft_does(unet: FramerUNet) -> None:
     ("pattern", "named"),
     [("attn7", "'attn7' matches none of the 32"), ("attn2.to", "'attn2.to' matches none"), ("(", "'\\(' is not a reg")],
 )
-def test_idle_rank_pattern_is_refused(unet: FramerUNet, pattern: str, named: str) -> None:
+@pytest.mark.parametrize("what", ["rank_pattern", "alpha_pattern"])
+def test_idle_pattern_is_refused(unet: FramerUNet, what: str, pattern: str, named: str) -> None:
     """A pattern that no chosen layer matches, and a broken one, are named."""
-    with pytest.raises(UserError, match=named):
-        inject_lora(unet, settings(targets="spatial", rank_pattern={pattern: 2}), 0)
+    with pytest.raises(UserError, match=f"lora.{what} {named}"):
+        inject_lora(unet, settings(targets="spatial", **{what: {pattern: 2}}), 0)
 
 
 @pytest.mark.parametrize(("frames", "tokens"), [(1, 1), (3, 1), (1, 2), (3, 2)])
@@ -514,7 +518,7 @@ def test_training_starts_from_an_adapter(saved: dict[str, Path], kind: str) -> N
     unet = make_unet()
     parameters = inject_lora(unet, settings(**KINDS[kind]), 5)
     pointers = {name: p.data_ptr() for name, p in parameters.items()}
-    start_from(unet, parameters, saved[kind])
+    start_from(unet, parameters, saved[kind], SIGNATURE)
     _, wanted = make_trained(**KINDS[kind])
     assert parameters.keys() == wanted.keys() and all(torch.equal(parameters[n], wanted[n]) for n in wanted)
     assert all(p.requires_grad and p.data_ptr() == pointers[n] for n, p in parameters.items())
@@ -538,7 +542,16 @@ def test_start_that_differs_is_refused(saved: dict[str, Path], unet: FramerUNet,
     """Modules, ranks, kind, scaling and extras must be the recipe's; the first that differs is named with both values."""
     parameters = inject_lora(unet, settings(**changes), 5)
     with pytest.raises(UserError, match=said):
-        start_from(unet, parameters, saved["plain"])
+        start_from(unet, parameters, saved["plain"], SIGNATURE)
+
+
+def test_start_from_another_base_is_refused(saved: dict[str, Path], unet: FramerUNet) -> None:
+    """What an adapter learned on one base is not where another one starts."""
+    parameters = inject_lora(unet, settings(), 5)
+    with pytest.raises(
+        UserError, match="was trained on somewhere/base, and the weights of the base given here are others"
+    ):
+        start_from(unet, parameters, saved["plain"], [0.9, *SIGNATURE[1:]])
 
 
 def test_presets_cover_each_other(unet: FramerUNet) -> None:

@@ -64,6 +64,10 @@ def test_doctor_notes_what_is_probably_not_meant() -> None:
     assert "cross-attention Q and K such as" in notes and "clip_tokens is first, one token" in notes
     assert "temporal self-attention Q and K such as" in notes and "spec_middle, one frame" in notes
     assert report["extra_params"] == 9 * 96 * 9 + 96 + 4  # conv_in of 96 channels, and the mask token
+    svd = {"model.base": "svd-xt", "model.attention": "auto", "diffusion.layout": "framer_clip"}
+    for extras, said in (([], True), (["conv_in", "mask_token"], False)):
+        eight = examine(load_config(SPEC, svd | {"lora.extra_trainable": extras}), ranks=1)["notes"]
+        assert any("reads eight channels" in note for note in eight) == said
     late = examine(load_config(RECIPE, {"schedule.steps": 10, "schedule.warmup_steps": 4}), ranks=2)
     assert any("4 of 10 steps" in note for note in late["notes"])
     fine = examine(load_config(RECIPE, {"schedule.steps": 100, "diffusion.layout": "middle_in_clip"}), ranks=2)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from launch.interpolate import interpolate
 from tests.launching import train_here
+from tests.model.control import make_controlnet
 from toolkit.config import ModelConfig
 from toolkit.errors import UserError
 from toolkit.model.base import load_base
-from toolkit.model.controlnet import FramerControlNet
 from toolkit.model.unet import FramerUNet
 from toolkit.run.folder import newest_adapter
 
@@ -179,15 +179,8 @@ def spy_on_ids(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def controlnet(trainable_base: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A ControlNet of the tiny base whose last convolutions are awake."""
     unet = load_base(ModelConfig(base=str(trainable_base)), torch.device("cpu"), "fp32").unet
-    control = FramerControlNet.from_unet(unet, factor=2)
-    for conv in (
-        *control.controlnet_down_blocks,
-        control.controlnet_mid_block,
-        control.controlnet_cond_embedding.conv_out,
-    ):
-        torch.nn.init.normal_(conv.weight, 0, 0.05, generator=torch.Generator().manual_seed(0))
     folder = tmp_path_factory.mktemp("control")
-    control.save_pretrained(folder / "controlnet")
+    make_controlnet(unet, awake=True).save_pretrained(folder / "controlnet")
     return str(folder)
 
 

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.launching import RECIPE, adapter_bytes, read_numbers, train_here
+from tests.model.control import make_controlnet
 from toolkit.config import ModelConfig, load_config
 from toolkit.engine.world import init_world
 from toolkit.model.base import load_base
-from toolkit.model.controlnet import FramerControlNet
 from toolkit.run.folder import newest_adapter
 from toolkit.run.trainer import build_job
 
@@ -98,9 +98,7 @@ def test_controlnet_in_training_is_off_unless_asked_for(
 ) -> None:
     """Naming a ControlNet changes no loss; diffusion.control steers with points found between the ends."""
     unet = load_base(ModelConfig(base=str(trainable_base)), torch.device("cpu"), "fp32").unet
-    control = FramerControlNet.from_unet(unet, factor=2)
-    for conv in (*control.controlnet_down_blocks, control.controlnet_mid_block):
-        torch.nn.init.normal_(conv.weight, 0, 0.05, generator=torch.Generator().manual_seed(0))
+    control = make_controlnet(unet, awake=True)
     control.save_pretrained(tmp_path / "control/controlnet")
     losses = {}
     for name, extra in {

@@ -43,7 +43,7 @@ def read_trajectories(path: str | Path, source_size: tuple[int, int], size: tupl
     except OSError as error:
         raise UserError(f"cannot read the trajectories {path}: {error.strerror}; it must hold {FORMAT}") from None
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        why = str(error) if isinstance(error, ValueError) else "no list of points"
+        why = str(error) if isinstance(error, ValueError | OverflowError) else "no list of points"
         raise UserError(f"{path} holds no trajectories ({why}); it must hold {FORMAT}") from None
     # the smallest K that has every given place among its own
     steps = min(math.lcm(*(len(places_K2) - 1 for places_K2 in points)), MAX_PLACES)
@@ -63,8 +63,8 @@ def _check_places(places: Any) -> np.ndarray:
     if not 2 <= len(places) <= MAX_PLACES:
         raise ValueError(f"{len(places)} place(s) of a point")
     places_K2 = np.array(places, float)
-    if not np.isfinite(places_K2).all():
-        raise ValueError("a coordinate is not finite")
+    if not (abs(places_K2) < 1e9).all():  # nor is NaN; a larger number could become infinite when it is scaled
+        raise ValueError("a coordinate is not finite, or far off")
     return places_K2
 
 
@@ -74,7 +74,7 @@ def match_stills(first_HWC: np.ndarray, last_HWC: np.ndarray, count: int = 5) ->
     stills   uint8, of the size the network sees
     returns  points_PK2 float64, K = 2, at most `count` points, best match first and far from one another (a sixth of the
              shorter side); none where nothing matches. The same stills give the same points
-    source   after aim-uofa/Framer models_diffusers/sift_match.py ("max_score_even", 50 pixels apart at 512 x 320)
+    source   after aim-uofa/Framer models_diffusers/sift_match.py, whose own choices are random, best score, or longest way
     """
     try:
         from skimage.feature import match_descriptors
@@ -106,12 +106,15 @@ def _find_features(still_HWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     except RuntimeError:  # no feature at all
         return np.zeros((0, 2)), np.zeros((0, 128))
     assert sift.positions is not None and sift.descriptors is not None
-    # positions are (row, column) of pixel centres
-    return sift.positions[:, ::-1] + 0.5, sift.descriptors.astype(float)
+    # (row, column); SIFT doubles the picture, and a doubled picture's pixel numbers, halved, lie 1/4 before the centres
+    return sift.positions[:, ::-1] + 0.25, sift.descriptors.astype(float)
 
 
 def places_at(points_PK2: np.ndarray, times_T: np.ndarray) -> np.ndarray:
-    """Interpolate trajectories linearly at times in [0, 1], 0 the first still and 1 the last: points_PT2."""
+    """Interpolate trajectories linearly at times in [0, 1], 0 the first still and 1 the last: points_PT2.
+
+    Framer's app bends them (PCHIP) where a point has more than two places; straight is what a file's reader expects.
+    """
     steps = points_PK2.shape[1] - 1
     before_T = np.clip(np.floor(times_T * steps).astype(int), 0, steps - 1)
     share_T1 = (times_T * steps - before_T)[:, None]

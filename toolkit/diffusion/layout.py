@@ -32,7 +32,9 @@ class Layout:
 def make_layout(name: str, window: int) -> Layout:
     """Describe a layout for windows of 3 frames or more; an odd number where one middle frame is what counts."""
     if window < 3 or (window % 2 == 0 and name != "framer_clip"):
-        raise ValueError(f"window of {window} frames: it must be odd and at least 3, so that a middle frame exists")
+        raise ValueError(
+            f"window of {window} frames: it must be at least 3, and odd but in framer_clip, so that a middle frame exists"
+        )
     middle = window // 2
     if name == "spec_middle":
         one = torch.ones(1, dtype=torch.bool)

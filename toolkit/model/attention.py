@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, in_one_line
 
 MAX_GRID = 65_535
 
@@ -81,7 +81,7 @@ def _find_xformers_fault(device: torch.device, dtype: torch.dtype) -> str | None
     except ImportError:
         return "it is not installed (pip install .[gpu])"
     except (OSError, RuntimeError, NotImplementedError) as error:
-        return f"it does not run here ({str(error).splitlines()[0]})"
+        return f"it does not run here ({in_one_line(error)})"
     return None
 
 

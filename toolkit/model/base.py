@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,11 +20,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from toolkit.config import ModelConfig
-from toolkit.errors import UserError
+from toolkit.errors import UserError, in_one_line
+from toolkit.model.encoders import CLIP_SIZE_PX
 from toolkit.model.unet import PUBLISHED_CONFIGS, SVD_CONFIG, FramerUNet, widen_conv_in
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # fp16 for inference only
-PARTS = ("unet", "vae", "image_encoder", "scheduler")
+WEIGHTED = ("unet", "vae", "image_encoder")
+PARTS = (*WEIGHTED, "scheduler")
 # name -> hub ids of the base and of the UNet that replaces its own; "tiny" is a folder (toolkit/run/pretrain.py)
 NAMED_BASES: dict[str, tuple[str, str | None]] = {
     "framer": ("stabilityai/stable-video-diffusion-img2vid-xt", "wwen1997/framer_512x320"),
@@ -45,7 +48,7 @@ class Weights(NamedTuple):
 class Base:
     """A loaded base model, all parts frozen and in eval mode."""
 
-    name: str
+    name: str  # where the UNet came from: its folder, file or hub id
     unet: FramerUNet
     vae: Any  # diffusers AutoencoderKLTemporalDecoder
     image_encoder: Any  # transformers CLIPVisionModelWithProjection
@@ -67,23 +70,27 @@ def load_base(model: ModelConfig, device: torch.device, precision: str) -> Base:
     from diffusers import AutoencoderKLTemporalDecoder
     from transformers import CLIPVisionModelWithProjection
 
-    _quieten_libraries()
     dtype = PRECISIONS[precision]
     places = _find_parts(model)
     scheduler, parameterization = read_scheduler(places["scheduler"])
     read_unet_config(places["unet"])
-    weights = {part: find_weights(places[part], model.variant) for part in PARTS[:3]}
+    weights = {part: find_weights(places[part], model.variant) for part in WEIGHTED}
 
     vae = load_part(AutoencoderKLTemporalDecoder, places["vae"], model.variant, dtype=torch.float32)
     vae.to(device, torch.float32 if vae.config.force_upcast else dtype)
     encoder = load_part(CLIPVisionModelWithProjection, places["image_encoder"], model.variant, dtype=dtype).to(device)
     unet = load_unet(places["unet"], dtype, model.variant).to(device)
-    for network in (unet, vae, encoder):
+    if encoder.config.image_size != CLIP_SIZE_PX:
+        raise UserError(
+            f"{places['image_encoder']} reads pictures of {encoder.config.image_size} pixels; SVD's reads {CLIP_SIZE_PX}"
+        )
+    for part, network in zip(WEIGHTED, (unet, vae, encoder), strict=True):
+        _refuse_non_finite(network, places[part])
         network.requires_grad_(False).eval()
     settings_file = places["scheduler"] / "scheduler_config.json"
     read = {part: found.files for part, found in weights.items()} | {"scheduler": (settings_file,)}
     return Base(
-        name=model.unet or model.base,
+        name=name_base(model),
         unet=unet,
         vae=vae,
         image_encoder=encoder,
@@ -134,6 +141,12 @@ def fingerprint_files(files: Iterable[Path]) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def name_base(model: ModelConfig) -> str:
+    """Where a base's UNet comes from: the hub id behind a short name, or the folder, file or id as it was given."""
+    base, unet = _resolve_names(model)
+    return unet or base
 
 
 def name_source(path: Path) -> str:
@@ -192,8 +205,8 @@ def read_unet_config(place: Path) -> dict[str, Any]:
     """Read the configuration of a UNet folder, or infer that of a single file; refuses UNets of other channels."""
     config = _read_json(place / "config.json") if place.is_dir() else _infer_unet_config(place)
     channels = config.get("in_channels", 8)  # diffusers' default
-    if channels not in (8, 9):
-        raise UserError(f"{place} reads {channels} channels; a base must read 9 (Framer) or 8 (SVD)")
+    if type(channels) is not int or channels not in (8, 9):
+        raise UserError(f"{place} has in_channels {channels!r}; a base must read 9 (Framer) or 8 (SVD)")
     return config
 
 
@@ -218,6 +231,14 @@ def _infer_unet_config(file: Path) -> dict[str, Any]:
     )
 
 
+def find_unet(model: ModelConfig) -> Path:
+    """The folder or file of a base's UNet, for those who need no other part."""
+    base, unet = _resolve_names(model)
+    if unet is not None:
+        return _find_unet(unet, model.unet_revision, model.variant)
+    return fetch(base, model.revision, ("unet",), variant=model.variant) / "unet"
+
+
 def load_unet(place: Path, dtype: torch.dtype, variant: Literal["fp16"] | None = None) -> FramerUNet:
     """Read a UNet folder or file as a 9-channel FramerUNet; an 8-channel SVD UNet is widened, its output unchanged."""
     from diffusers import UNetSpatioTemporalConditionModel
@@ -229,16 +250,19 @@ def load_unet(place: Path, dtype: torch.dtype, variant: Literal["fp16"] | None =
     return widen_conv_in(unet) if is_svd else unet
 
 
-def build_unet_on_meta(model: ModelConfig) -> FramerUNet:
-    """Build the UNet without weights, from the local files or the published configuration, to count and inspect."""
+def describe_unet(model: ModelConfig) -> dict[str, Any]:
+    """The UNet's configuration before anything is widened, from the local files or as it was published."""
     base, unet = _resolve_names(model)
     source = unet or base
     if source in PUBLISHED_CONFIGS and not Path(source).exists():
-        config = PUBLISHED_CONFIGS[source]
-    else:
-        revision = model.unet_revision if unet else model.revision
-        config = read_unet_config(_find_unet(source, revision, None, configs_only=True))
-    return _build_on_meta(FramerUNet, {**config, "in_channels": 9})
+        return PUBLISHED_CONFIGS[source]
+    revision = model.unet_revision if unet else model.revision
+    return read_unet_config(_find_unet(source, revision, None, configs_only=True))
+
+
+def build_unet_on_meta(model: ModelConfig) -> FramerUNet:
+    """Build the UNet without weights, to count and inspect."""
+    return _build_on_meta(FramerUNet, {**describe_unet(model), "in_channels": 9})
 
 
 # ---- reading weights
@@ -253,12 +277,14 @@ def load_part(kind: Any, folder: Path, variant: Literal["fp16"] | None = None, *
     for file in weights.files:
         with open_weights(file):
             pass
+    # mismatched shapes are refused below, by name, where the libraries would point to a report that is not shown
+    options = {"use_safetensors": True, "variant": weights.variant, "ignore_mismatched_sizes": True} | options
     try:
-        network, report = kind.from_pretrained(
-            folder, use_safetensors=True, variant=weights.variant, output_loading_info=True, **options
-        )
+        with _quiet_libraries():
+            network, report = kind.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load {folder} as a {kind.__name__}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot load {folder} as a {kind.__name__}: {in_one_line(error)}") from None
+    _refuse_shapes(folder, kind, {name: (given, wanted) for name, given, wanted in report["mismatched_keys"]})
     _refuse_faults(folder, kind, report["missing_keys"], report["unexpected_keys"])
     return network
 
@@ -271,12 +297,7 @@ def load_file(kind: Any, config: dict[str, Any], file: Path, dtype: torch.dtype)
         names = tensors.keys()
         given = {name: tensors.get_slice(name).get_shape() for name in names}
         _refuse_faults(file, kind, wanted.keys() - given.keys(), given.keys() - wanted.keys())
-        if other := sorted(name for name in wanted if wanted[name] != given[name]):
-            name = other[0]
-            raise UserError(
-                f"{file} does not hold the weights of this {kind.__name__}: {name} has the shape {given[name]} instead "
-                f"of {wanted[name]}"
-            )
+        _refuse_shapes(file, kind, {n: (given[n], wanted[n]) for n in wanted if wanted[n] != given[n]})
         # copied, because what is read is a view of the file, and the file may change
         weights = {name: tensors.get_tensor(name).to(dtype, copy=True) for name in names}
     network.load_state_dict(weights, assign=True)
@@ -331,6 +352,20 @@ def _refuse_faults(place: Path, kind: Any, missing: Iterable[str], unexpected: I
         raise UserError(f"{place} does not hold the weights of a {kind.__name__}: {'; '.join(said)}")
 
 
+def _refuse_shapes(place: Path, kind: Any, mismatched: dict[str, tuple[Any, Any]]) -> None:
+    for name, (given, wanted) in sorted(mismatched.items())[:1]:
+        raise UserError(
+            f"{place} does not hold the weights of this {kind.__name__}: {name} has the shape {list(given)} instead of "
+            f"{list(wanted)}"
+        )
+
+
+def _refuse_non_finite(network: nn.Module, place: Path) -> None:
+    for name, parameter in network.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"{place} holds NaN or infinity in {name}; it is damaged, so copy or fetch it again")
+
+
 def _build_on_meta(kind: Any, config: dict[str, Any]) -> Any:
     with torch.device("meta"):
         # .to("meta") once more: AlphaBlender's mix_factor ignores the device context
@@ -349,7 +384,7 @@ def fetch(
 ) -> Path:
     """Find a local folder, or download the wanted parts of a hub repository (JSON and safetensors only)."""
     folder = Path(source)
-    _refuse_local_revision(folder, revision)
+    refuse_local_revision(folder, revision)
     if not folder.exists():
         if source.startswith((".", "/", "~")) or source.count("/") != 1:
             raise UserError(
@@ -359,7 +394,8 @@ def fetch(
         folder = _download(source, revision, parts, configs_only, variant)
     missing = [part for part in parts if not (folder / part).is_dir()]
     if missing:
-        raise UserError(f"{source} lacks {', '.join(missing)}; a base in SVD layout holds {', '.join(PARTS)}")
+        hint = "; a UNet alone is given as model.unet, with svd-xt as model.base" if "unet" not in missing else ""
+        raise UserError(f"{source} lacks {', '.join(missing)}; a base in SVD layout holds {', '.join(PARTS)}{hint}")
     return folder
 
 
@@ -377,26 +413,24 @@ def _find_parts(model: ModelConfig) -> dict[str, Path]:
     base, unet = _resolve_names(model)
     folder = fetch(base, model.revision, PARTS if unet is None else PARTS[1:], variant=model.variant)
     places = {part: folder / part for part in PARTS}
-    if unet is not None:
-        places["unet"] = _find_unet(unet, model.unet_revision, model.variant)
-    return places
+    return places if unet is None else places | {"unet": find_unet(model)}
 
 
 def _find_unet(source: str, revision: str | None, variant: Literal["fp16"] | None, configs_only: bool = False) -> Path:
     """Find a UNet's folder or single file, wherever users have it: in a pipeline folder, alone, or on the hub."""
     place = Path(source)
     if place.is_file():
-        _refuse_local_revision(place, revision)
+        refuse_local_revision(place, revision)
         if place.suffix != ".safetensors":
             raise UserError(f"{source} is no .safetensors file; other formats are not read, because they can run code")
         return place
     if (place / "config.json").is_file() and not (place / "unet").is_dir():
-        _refuse_local_revision(place, revision)
+        refuse_local_revision(place, revision)
         return place
     return fetch(source, revision, ("unet",), configs_only, variant) / "unet"
 
 
-def _refuse_local_revision(place: Path, revision: str | None) -> None:
+def refuse_local_revision(place: Path, revision: str | None) -> None:
     if revision and place.exists():
         raise UserError(f"revision {revision} is given for {place}, which is local and has none; leave it out")
 
@@ -436,7 +470,7 @@ def _snapshot(source: str, revision: str | None, patterns: list[str]) -> Path:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except Exception as error:
         raise UserError(
-            f"cannot get {source} from the hub: {str(error).splitlines()[0]}; check the name, the revision and the network; "
+            f"cannot get {source} from the hub: {in_one_line(error)}; check the name, the revision and the network; "
             "if it is gated, as SVD-XT may be, accept its licence on its page and log in with a token (hf auth login); or "
             "download it elsewhere and give the folder"
         ) from None
@@ -444,16 +478,29 @@ def _snapshot(source: str, revision: str | None, patterns: list[str]) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object of settings")
+        return content
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; a base in SVD layout has it") from None
 
 
-def _quieten_libraries() -> None:
-    """Their bars and hints, on every rank, would bury the run's own lines."""
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Their bars and hints, on every rank, would bury the run's own lines; afterwards they are as their user had them."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, (verbosity, bars) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()

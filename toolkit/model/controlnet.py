@@ -18,9 +18,8 @@ from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedd
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
-from toolkit.model.base import fetch, load_file, load_part
+from toolkit.model.base import fetch, find_weights, load_file, load_part, refuse_local_revision
 from toolkit.model.unet import SVD_CONFIG, FramerUNet
-from toolkit.rng import derive_seed
 
 EMBEDDING_CHANNELS = (16, 32, 96, 256)
 # controlnet/config.json of wwen1997/framer_512x320, less what serves only the point features that nobody trained
@@ -68,22 +67,6 @@ class FramerControlNet(UNetSpatioTemporalConditionModel):
             skip_widths += [width] * (len(block.resnets) + len(block.downsamplers or ()))
         self.controlnet_down_blocks = nn.ModuleList(zero_module(nn.Conv2d(w, w, 1)) for w in skip_widths)
         self.controlnet_mid_block = zero_module(nn.Conv2d(widths[-1], widths[-1], 1))
-
-    @classmethod
-    def from_unet(cls, unet: FramerUNet, factor: int = 8, seed: int = 0) -> "FramerControlNet":
-        """Make an untrained ControlNet that fits a UNet: its encoder is a copy, and all residuals are zero.
-
-        factor  pixels per latent pixel, the VAE's: a power of two up to 8; fewer halvings of the heatmaps than 8 needs
-        seed    of the embedding of the heatmaps, the only random weights
-        """
-        config = {**unet.config, "conditioning_embedding_out_channels": EMBEDDING_CHANNELS[: factor.bit_length()]}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "controlnet"))
-            controlnet = cls.from_config(config)
-        own = controlnet.state_dict().keys()
-        copied = controlnet.load_state_dict({n: w for n, w in unet.state_dict().items() if n in own}, strict=False)
-        assert all(name.startswith("controlnet_") for name in copied.missing_keys), copied.missing_keys
-        return controlnet
 
     def forward(
         self,
@@ -162,14 +145,13 @@ def _add_to_skips(
     return args, kwargs | {"res_hidden_states_tuple": steered}
 
 
-def load_controlnet(source: str, dtype: torch.dtype, unet: FramerUNet) -> FramerControlNet:
+def load_controlnet(place: Path, dtype: torch.dtype, unet: FramerUNet) -> FramerControlNet:
     """Load a ControlNet, frozen and in eval mode, on the CPU.
 
-    source  its folder, a folder that holds controlnet/, a hub id of such a one, or a .safetensors file of Framer's
+    place   of find_controlnet
     unet    what it shall steer
-    raises  UserError where it is not there, is incomplete, is no safetensors, or does not fit the UNet
+    raises  UserError where it is incomplete, is no safetensors, or does not fit the UNet
     """
-    place = _find_controlnet(source)
     if place.is_file():
         controlnet = load_file(FramerControlNet, PUBLISHED_CONFIG, place, dtype)
     else:
@@ -178,13 +160,19 @@ def load_controlnet(source: str, dtype: torch.dtype, unet: FramerUNet) -> Framer
         given, wanted = (_plain(network.config[name]) for network in (controlnet, unet))
         if given != wanted:
             raise UserError(
-                f"the ControlNet {source} has {name} {given}, the UNet {wanted}; give the ControlNet of this UNet"
+                f"the ControlNet {place} has {name} {given}, the UNet {wanted}; give the ControlNet of this UNet"
             )
     return controlnet.requires_grad_(False).eval()
 
 
-def _find_controlnet(source: str) -> Path:
+def find_controlnet(source: str, revision: str | None = None) -> Path:
+    """Find a ControlNet's folder or single file.
+
+    source  its folder, a folder that holds controlnet/, a hub id of such a one, or a .safetensors file of Framer's
+    raises  UserError where it is not there
+    """
     place = Path(source)
+    refuse_local_revision(place, revision)
     if place.is_file():
         if place.suffix != ".safetensors":
             raise UserError(f"{source} is no .safetensors file; other formats are not read, because they can run code")
@@ -197,7 +185,12 @@ def _find_controlnet(source: str) -> Path:
             f"no ControlNet at {source}: give a folder with its config.json or with controlnet/ in it, a .safetensors file, "
             "or a hub id owner/name, such as wwen1997/framer_512x320"
         )
-    return fetch(source, None, ("controlnet",)) / "controlnet"
+    return fetch(source, revision, ("controlnet",)) / "controlnet"
+
+
+def list_files(place: Path) -> tuple[Path, ...]:
+    """The files that hold a ControlNet's weights, for fingerprint_files."""
+    return (place,) if place.is_file() else find_weights(place, None).files
 
 
 def _plain(value: Any) -> Any:

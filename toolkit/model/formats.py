@@ -34,6 +34,8 @@ _KOHYA_PARTS = {
     "lora_up.weight": "lora_B.weight",
     "dora_scale": "lora_magnitude_vector.weight",
 }
+_TO_KOHYA_PARTS = {ours: theirs for theirs, ours in _KOHYA_PARTS.items()}
+_TEMPORAL = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.(\d+)\.temporal_transformer_blocks\.(.+)")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Fields of PEFT's LoraConfig that are read, or that change nothing once an adapter is trained; any other is refused.
 _READ_FIELDS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save"}
@@ -113,6 +115,11 @@ def read_adapter(source: Path, unet: nn.Module) -> AdapterFile:
     tensors, header = _read_tensors(file), _read_header(file)
     if any(".lora_down." in name for name in tensors):
         return _read_kohya(tensors, header, unet)
+    if any(name.endswith((".lora.down.weight", "_lora.down.weight")) for name in tensors):
+        # what diffusers' own training scripts write: names from before PEFT
+        from diffusers.utils import convert_unet_state_dict_to_peft
+
+        tensors = convert_unet_state_dict_to_peft(tensors)
     if any(".lora_A." in name for name in tensors):
         return _read_diffusers(source, tensors, header)
     raise UserError(f"{file} holds no LoRA that can be read (it has {_example(tensors)}); {_WHAT_IS_READ}")
@@ -160,19 +167,20 @@ def write_diffusers(folder: Path, adapter: AdapterFile) -> None:
     _write_tensors(folder / DIFFUSERS_FILE, _outside(adapter, "unet."), {_DIFFUSERS_KEY: _dump(about)})
 
 
-def write_kohya(file: Path, adapter: AdapterFile, base: dict[str, Tensor]) -> None:
+def write_kohya(file: Path, adapter: AdapterFile, layers_per_block: int, base: dict[str, Tensor]) -> None:
     """Write one file in the naming of kohya-ss/sd-scripts networks/lora.py; DoRA and deltas as LyCORIS names them.
 
-    base  the untuned values of the adapter's extras, which stand in the file as differences
+    layers_per_block  of the UNet's config, from which the names of the temporal layers follow
+    base              the untuned values of the adapter's extras, which stand in the file as differences
     """
     kind, tensors = adapter.kind, {}
     for name, tensor in adapter.tensors.items():
         module, part = split_name(name)
-        ours = {mine: theirs for theirs, mine in _KOHYA_PARTS.items()}[part]
-        tensors[f"{_kohya(module)}.{ours}"] = tensor[:, None] if ours == "dora_scale" else tensor
+        theirs = _TO_KOHYA_PARTS[part]
+        tensors[f"{_kohya(module, layers_per_block)}.{theirs}"] = tensor[:, None] if theirs == "dora_scale" else tensor
     for module, rank in kind.ranks.items():
         # kohya knows alpha / rank only, so rsLoRA's square root goes into alpha
-        tensors[f"{_kohya(module)}.alpha"] = torch.tensor(kind.scaling(module) * rank)
+        tensors[f"{_kohya(module, layers_per_block)}.alpha"] = torch.tensor(kind.scaling(module) * rank)
     for name, tensor in adapter.extras.items():
         tensors[_kohya_delta(name)] = tensor.float() - base[name].to(tensor.device, torch.float32)
     shared = kind.to_peft()
@@ -189,6 +197,15 @@ def write_kohya(file: Path, adapter: AdapterFile, base: dict[str, Tensor]) -> No
 def refuse_misfit(adapter: AdapterFile, unet: nn.Module, source: Path) -> None:
     """Refuse an adapter unless every tensor of it has its place in the UNet and none is missing."""
     layers, faults = linear_layers(unet), {}
+    for module, rank in adapter.kind.ranks.items():
+        if rank < 1 or not math.isfinite(adapter.kind.alphas[module]):
+            raise UserError(
+                f"the adapter in {source} has rank {rank} and alpha {adapter.kind.alphas[module]} in {module}; a rank is at "
+                "least 1, and alpha a finite number"
+            )
+    for name, tensor in (adapter.tensors | adapter.extras).items():
+        if not tensor.isfinite().all():
+            raise UserError(f"the adapter in {source} holds NaN or infinity in {name}; take another checkpoint or copy")
     for name, tensor in adapter.tensors.items():
         module, part = split_name(name)
         if (wanted := _shape(layers.get(module), part, adapter.kind.ranks.get(module, 0))) is None:
@@ -273,8 +290,12 @@ def _read_diffusers(source: Path, tensors: dict[str, Tensor], header: dict[str, 
     return _from_tensors(named, {}, _find_metadata(header))
 
 
-def _read_kohya(tensors: dict[str, Tensor], header: dict[str, Any], unet: nn.Module) -> AdapterFile:
-    modules = {_kohya(name): name for name in linear_layers(unet)}
+def _read_kohya(tensors: dict[str, Tensor], header: dict[str, Any], unet: Any) -> AdapterFile:
+    layers = linear_layers(unet)
+    modules = {
+        _KOHYA_PREFIX + name.replace(".", "_"): name for name in layers
+    }  # diffusers' names for temporal layers too
+    modules |= {_kohya(name, unet.config.layers_per_block): name for name in layers}
     deltas = {_kohya_delta(name): name for name in EXTRA_NAMES}
     named: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
@@ -302,14 +323,26 @@ def _from_config(source: Path, config: Any, named: dict[str, Tensor], metadata: 
     try:
         ranks, alphas = dict(config.get("rank_pattern") or {}), dict(config.get("alpha_pattern") or {})
         kind = LoraKind(
-            {m: int(ranks.get(get_pattern_key(ranks, m), config["r"])) for m in modules},
+            {m: _whole(ranks.get(get_pattern_key(ranks, m), config["r"])) for m in modules},
             {m: float(alphas.get(get_pattern_key(alphas, m), config["lora_alpha"])) for m in modules},
-            bool(config.get("use_rslora")),
-            bool(config.get("use_dora")),
+            _switch(config.get("use_rslora")),
+            _switch(config.get("use_dora")),
         )
     except (TypeError, ValueError, re.error) as error:
         raise UserError(f"{source} describes no LoRA that can be read: {error}; {_WHAT_IS_READ}") from None
     return AdapterFile(kind, tensors, extras, metadata)
+
+
+def _whole(value: Any) -> int:
+    if int(value) != value:
+        raise ValueError(f"rank {value}")
+    return int(value)
+
+
+def _switch(value: Any) -> bool:
+    if value not in (True, False, None):  # bool("false") is True
+        raise ValueError(f"{value!r} where true or false belongs")
+    return bool(value)
 
 
 def _from_tensors(named: dict[str, Tensor], alphas: dict[str, float], metadata: dict[str, Any]) -> AdapterFile:
@@ -329,7 +362,7 @@ def _refuse_other_kinds(source: Path, config: Any) -> None:
 
     if not isinstance(config, dict) or not {"r", "lora_alpha"} <= config.keys():
         raise UserError(f"{source} describes no LoRA (r and lora_alpha are missing); {_WHAT_IS_READ}")
-    if config.get("peft_type", "LORA") != "LORA":
+    if (config.get("peft_type") or "LORA") != "LORA":
         raise UserError(f"{source} holds an adapter of type {config['peft_type']}; only LORA is read")
     plain = LoraConfig().to_dict()
     foreign = sorted(
@@ -374,12 +407,23 @@ def _shape(layer: nn.Linear | None, part: str, rank: int) -> tuple[int, ...] | N
     }.get(part)
 
 
-def _kohya(module: str) -> str:
+def _kohya(module: str, layers_per_block: int) -> str:
+    """A layer's name there: diffusers' own, dots as underscores, but for temporal layers, which have Stability's names.
+
+    kohya-ss/sd-scripts knows images only, and what ComfyUI knows of SVD's temporal layers under diffusers' names is nothing
+    (comfy/utils.py unet_to_diffusers; comfy/lora.py takes Stability's names as well).
+    """
+    if match := _TEMPORAL.fullmatch(module):
+        side, block, attention, rest = match.groups()
+        place = int(block or 0) * (layers_per_block + 1) + int(attention)
+        stage = {"down": f"input_blocks.{place + 1}", "up": f"output_blocks.{place}", None: "middle_block"}[side]
+        module = f"{stage}.1.time_stack.{rest}"
     return _KOHYA_PREFIX + module.replace(".", "_")
 
 
 def _kohya_delta(name: str) -> str:
-    return f"{_kohya(name.removesuffix('.weight').removesuffix('.bias'))}.diff{'_b' * name.endswith('.bias')}"
+    layer = name.removesuffix(".weight").removesuffix(".bias")
+    return f"{_KOHYA_PREFIX}{layer.replace('.', '_')}.diff{'_b' * name.endswith('.bias')}"
 
 
 def _write_tensors(file: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from toolkit.config import LoraConfig
 from toolkit.errors import UserError
 from toolkit.model.base import same_base
 from toolkit.model.dropout import KeyedDropout
-from toolkit.model.dropout import adapter_dropout as adapter_dropout
 from toolkit.model.formats import (
     EXTRA_NAMES,
     EXTRA_TENSORS,
@@ -45,6 +44,7 @@ TARGETS = {
     "self": rf".*\.attn1\.{_QKVO}",
     "all": rf".*\.attn[12]\.{_QKVO}",
 }
+_T = TypeVar("_T")
 _PARTS = re.compile(r"\.lora_(A|B|magnitude_vector)\.")
 
 
@@ -90,11 +90,14 @@ def inject_lora(unet: Any, settings: LoraConfig, seed: int) -> dict[str, nn.Para
 
     seed     of the A matrices (uniform, PEFT's default); B is zero, DoRA's magnitudes are the norms of the base's weights
     returns  {parameter name: fp32 parameter}, sorted; extra_trainable's tensors under their own names
-    raises   UserError where targets or rank_pattern match nothing
+    raises   UserError where targets, rank_pattern or alpha_pattern match nothing
     """
     modules = match_targets(unet, settings.targets)
     kind = LoraKind(
-        _choose_ranks(modules, settings), dict.fromkeys(modules, settings.alpha), settings.rslora, settings.dora
+        _apply_pattern(modules, settings.rank, settings.rank_pattern, "rank_pattern"),
+        _apply_pattern(modules, settings.alpha, settings.alpha_pattern, "alpha_pattern"),
+        settings.rslora,
+        settings.dora,
     )
     _inject(unet, kind, "default")
     if settings.dropout:
@@ -135,16 +138,12 @@ def load_adapter(
     signature  of the loaded base; an adapter that names another one is refused
     name       of the adapter, for set_adapters
     scale      multiplies alpha / rank, it does not replace it; zero is the base bit for bit
+    Its matrices stay fp32, whatever the base is in: run the network under torch.autocast, as Framer.predict does.
     returns    the adapter's metadata, empty for adapters of other programs
     raises     UserError where it is no adapter, belongs to another base, or does not fit
     """
     adapter = read_adapter(source, unet)
-    saved = adapter.metadata.get("base_signature")
-    if saved is not None and not same_base(saved, signature):
-        raise UserError(
-            f"the adapter in {source} was trained on {adapter.metadata.get('base')}, and the weights of the base given "
-            "here are others; give its own base with --base"
-        )
+    refuse_other_base(adapter.metadata, signature, source)
     refuse_misfit(adapter, unet, source)
     if name in getattr(unet, "peft_config", {}):
         raise UserError(f"an adapter named {name} is loaded already; give {source} another name")
@@ -155,6 +154,16 @@ def load_adapter(
     unet.tuned[name] = adapter.extras
     set_adapters(unet, {**unet.weights, name: scale})
     return adapter.metadata
+
+
+def refuse_other_base(metadata: dict[str, Any], signature: Sequence[float], source: Path) -> None:
+    """Refuse an adapter that says it was trained on other weights than those with this signature."""
+    saved = metadata.get("base_signature")
+    if saved is not None and not same_base(saved, signature):
+        raise UserError(
+            f"the adapter in {source} was trained on {metadata.get('base')}, and the weights of the base given here are "
+            "others; give the base that it was trained on"
+        )
 
 
 def set_adapters(unet: Any, weights: dict[str, float]) -> None:
@@ -211,6 +220,8 @@ def merge_adapters(unet: Any) -> None:
     divided by its norm before (arXiv 2402.09353, eq. 5).
     """
     for layer in _adapted(unet).values():
+        if layer.disable_adapters:
+            continue
         base = layer.get_base_layer().weight
         merged = base.data.float()
         for name in layer.active_adapters:
@@ -228,13 +239,15 @@ def merge_adapters(unet: Any) -> None:
     _unwrap(unet)
 
 
-def start_from(unet: nn.Module, parameters: dict[str, nn.Parameter], source: Path) -> None:
+def start_from(unet: nn.Module, parameters: dict[str, nn.Parameter], source: Path, signature: Sequence[float]) -> None:
     """Copy an adapter's values, of any format, into freshly injected parameters of the same modules, ranks and scaling.
 
     parameters  those of inject_lora
-    raises      UserError naming what differs
+    signature   of the loaded base
+    raises      UserError naming what differs, or where the adapter was trained on another base
     """
     adapter = read_adapter(source, unet)
+    refuse_other_base(adapter.metadata, signature, source)
     refuse_misfit(adapter, unet, source)
     kind, wanted = adapter.kind, _find_kind(unet, "default")
     for what, theirs, ours in (
@@ -262,18 +275,17 @@ def _compile(expression: str, what: str) -> re.Pattern[str]:
         raise UserError(f"{what} is not a regular expression: {error}") from None
 
 
-def _choose_ranks(modules: list[str], settings: LoraConfig) -> dict[str, int]:
-    """PEFT's rule for rank_pattern: the first pattern that matches the whole name or what follows a dot."""
-    patterns = {
-        key: _compile(rf"(.*\.)?({key})", f"lora.rank_pattern {key!r}").fullmatch for key in settings.rank_pattern
-    }
-    for key, matches in patterns.items():
-        if not any(matches(name) for name in modules):
-            raise UserError(f"lora.rank_pattern {key!r} matches none of the {len(modules)} modules of lora.targets")
-    return {
-        name: next((settings.rank_pattern[key] for key, matches in patterns.items() if matches(name)), settings.rank)
-        for name in modules
-    }
+def _apply_pattern(modules: list[str], value: _T, pattern: dict[str, _T], what: str) -> dict[str, _T]:
+    """A value for each module: that of the first expression in the pattern that matches it, by PEFT's own rule."""
+    from peft.utils.other import get_pattern_key
+
+    for key in pattern:
+        _compile(key, f"lora.{what} {key!r}")
+    matched = {name: get_pattern_key(pattern, name) for name in modules}  # the name itself where nothing matches
+    for key in pattern:
+        if not any(get_pattern_key([key], name) == key for name in modules):
+            raise UserError(f"lora.{what} {key!r} matches none of the {len(modules)} modules of lora.targets")
+    return {name: pattern.get(key, value) for name, key in matched.items()}
 
 
 def _inject(unet: Any, kind: LoraKind, name: str) -> None:

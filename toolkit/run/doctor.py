@@ -13,7 +13,7 @@ import torch
 from toolkit.config import RunConfig
 from toolkit.data.index import open_shards
 from toolkit.diffusion.layout import make_layout
-from toolkit.model.base import build_unet_on_meta, read_parameterization
+from toolkit.model.base import build_unet_on_meta, describe_unet, read_parameterization
 from toolkit.model.lora import dead_targets, inject_lora, match_targets
 from toolkit.model.tiny import build_unet
 from toolkit.run.framer import check_objective
@@ -28,13 +28,14 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
     raises   UserError for what a run of so many ranks would refuse about its engine, batch, data and objective
     """
     per_rank, _ = check_engine(config, ranks)
-    is_tiny = config.model.base == "tiny"
+    is_tiny, channels = config.model.base == "tiny", 9
     check_objective(config.diffusion, "v" if is_tiny else read_parameterization(config.model))
     if is_tiny:
         with torch.device("meta"):
             unet = build_unet().to("meta")
     else:
         unet = build_unet_on_meta(config.model)
+        channels = describe_unet(config.model).get("in_channels", 8)
     base_params = sum(p.numel() for p in unet.parameters())
     unet.requires_grad_(False)
     modules = match_targets(unet, config.lora.targets)
@@ -64,6 +65,11 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
     else:
         report["notes"].append(f"{config.data.shards} is not on this machine, so clips and steps are not counted")
     report["notes"] += list_dead(dead, config) + list_doubts(config, report["optimizer_steps"])
+    if channels == 8 and "conv_in" not in config.lora.extra_trainable:
+        report["notes"].append(
+            "the base reads eight channels, as plain SVD does, so the mask enters it through zeros and it never saw the "
+            "conditioning of a last still: train these too with lora.extra_trainable [conv_in,mask_token]"
+        )
     return report
 
 

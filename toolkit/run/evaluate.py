@@ -41,10 +41,11 @@ def evaluate_run(
     framer = load_framer(source)
     sampling = Sampling(steps or config.validation.sampler_steps, config.validation.sampler)
     frames_BTCHW = torch.stack([to_signed(torch.from_numpy(c.frames_THWC)) for c in held_out])
-    stills_B2CHW, true_BCHW = frames_BTCHW[:, [0, -1]], frames_BTCHW[:, config.data.frames // 2]
+    middle = config.data.frames // 2  # of an even window, the later of the two
+    stills_B2CHW, true_BCHW = frames_BTCHW[:, [0, -1]], frames_BTCHW[:, middle]
     fps_B = torch.tensor([c.fps for c in held_out])
     motion_B = torch.tensor([c.motion for c in held_out])
-    made = {"linear": stills_B2CHW.mean(1)}
+    made = {"linear": torch.lerp(stills_B2CHW[:, 0], stills_B2CHW[:, 1], middle / (config.data.frames - 1))}
     for name in ("base", "tuned"):
         enable_adapter(framer.base.unet, name == "tuned")
         made[name] = torch.cat([

@@ -11,14 +11,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from toolkit.config import RunConfig, load_config
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
-from toolkit.model.base import NAMED_BASES, PRECISIONS, Base, load_base
-from toolkit.model.formats import AdapterFile, read_peft, untuned, write_diffusers, write_kohya, write_peft
-from toolkit.model.lora import load_adapter, merge_adapters
+from toolkit.model.base import PRECISIONS, build_unet_on_meta, find_unet, load_unet, sign_unet
+from toolkit.model.formats import AdapterFile, read_peft, write_diffusers, write_kohya, write_peft
+from toolkit.model.lora import load_adapter, merge_adapters, refuse_other_base
+from toolkit.model.unet import FramerUNet
 from toolkit.run.checkpoint import find_fault, list_checkpoints
 from toolkit.run.inference import ABOUT_FILE, read_run
 from toolkit.run.pretrain import find_base
@@ -30,30 +32,44 @@ _USE_HERE = (
 _USE_ELSEWHERE = {
     "peft": """\
 from peft import PeftModel
-unet = PeftModel.from_pretrained(unet, "FOLDER")  # a UNetSpatioTemporalConditionModel with nine input channels""",
+IMPORT
+
+unet = UNET.from_pretrained(BASE, subfolder="unet")
+unet = PeftModel.from_pretrained(unet, "FOLDER")""",
     "diffusers": """\
-from diffusers import UNetSpatioTemporalConditionModel
 from diffusers.loaders import PeftAdapterMixin
-class UNet(UNetSpatioTemporalConditionModel, PeftAdapterMixin): ...
+IMPORT
+
+class UNet(UNET, PeftAdapterMixin): ...
 unet = UNet.from_pretrained(BASE, subfolder="unet")
 unet.load_lora_adapter("FOLDER", prefix="unet", use_safetensors=True)""",
     "kohya": """\
-# lora_unet_<layer> is the UNet's layer of diffusers' name, dots as underscores: W += alpha / rank * lora_up @ lora_down
-# with dora_scale, each row of that W is then scaled to this length; .diff and .diff_b are added as they are""",
+# lora_unet_<layer>: diffusers' name of the layer, dots as underscores; Stability's name for temporal layers, as in ComfyUI.
+# W += alpha / rank * lora_up @ lora_down; with dora_scale, each row of that W is then scaled to this length.
+# .diff and .diff_b are added as they are.""",
     "merged": """\
-from diffusers import UNetSpatioTemporalConditionModel
-unet = UNetSpatioTemporalConditionModel.from_pretrained("FOLDER", subfolder="unet")  # leaves out mask_token""",
+IMPORT
+
+unet = UNET.from_pretrained("FOLDER", subfolder="unet")""",
+}
+_IMPORT = {
+    "UNetSpatioTemporalConditionModel": "from diffusers import UNetSpatioTemporalConditionModel",
+    "FramerUNet": "from toolkit import FramerUNet  # diffusers' class has no mask_token",
 }
 
 
-def export_run(run: str, to: str, out: str, checkpoint: str | None = None) -> Path:
+def export_run(run: str, to: str, out: str, checkpoint: str | None = None, precision: str | None = None) -> Path:
     """Write a run's adapter and a model card into a new folder.
 
     to          peft, diffusers, kohya or merged
     checkpoint  the name of one of the run's, such as step_000200; default the newest good one
+    precision   of PRECISIONS, of a merged UNet; adapters are fp32. Default fp16, as Stability ships its weights: bf16 keeps
+                8 bits of a weight, in which much of a small update is lost (docs/LEDGER.md)
     returns     the folder
     raises      UserError where it is not empty, the run has no such checkpoint, or its base is not here and is needed
     """
+    if precision is not None and to != "merged":
+        raise UserError(f"--precision is for --to merged; an adapter in the form {to} is always fp32, so leave it out")
     folder = Path(out).absolute()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{out} is there already; give --out a folder that is new or empty")
@@ -67,9 +83,9 @@ def export_run(run: str, to: str, out: str, checkpoint: str | None = None) -> Pa
         elif to == "diffusers":
             write_diffusers(aside, adapter)
         elif to == "kohya":
-            _write_kohya(aside / f"{config.name}.safetensors", adapter, config)
+            _write_kohya(aside / f"{config.name}.safetensors", adapter, source, config)
         else:
-            _write_merged(aside, source, adapter.metadata, config)
+            _write_merged(aside, source, adapter.metadata | {"precision": precision or "fp16"}, config)
         (aside / "README.md").write_text(make_card(adapter, config, to))
         os.replace(aside, folder)
     finally:
@@ -92,8 +108,7 @@ def find_checkpoint(run: Path, name: str | None) -> tuple[Path, RunConfig]:
 def make_card(adapter: AdapterFile, config: RunConfig, to: str) -> str:
     """A model card in Markdown with front matter for the hub: what it is, how it was trained, how it is used."""
     lora, about = config.lora, adapter.metadata
-    hub_base, hub_unet = NAMED_BASES.get(config.model.base, (config.model.base, None))
-    base = config.model.unet or hub_unet or hub_base
+    base = about.get("base", config.model.unet or config.model.base)
     front: dict[str, Any] = {
         "library_name": "peft" if to == "peft" else "diffusers",
         "license": "other",
@@ -101,20 +116,25 @@ def make_card(adapter: AdapterFile, config: RunConfig, to: str) -> str:
         "pipeline_tag": "image-to-video",
         "tags": ["framer", "stable-video-diffusion", "frame-interpolation", "lora"],
     }
-    if base.count("/") == 1 and not Path(base).exists():  # the hub wants the id of a model there, and no path
+    if _is_hub_id(base):  # the hub wants the id of a model there, and no path
         front["base_model"] = base
     kind = "DoRA" if lora.dora else "LoRA"
     what = f"The UNet of {base} with a {kind} merged into it" if to == "merged" else f"A {kind} for the UNet of {base}"
+    patterns = {f"{name} of {key}": value for name in ("rank", "alpha")
+                for key, value in getattr(lora, f"{name}_pattern").items()}  # fmt: skip
     facts = {
         "base": base,
+        "weights of the base": about.get("base_files", {}).get("unet", "unknown"),
         "rank": lora.rank,
         "alpha": f"{lora.alpha:g}" + " (rsLoRA)" * lora.rslora,
+        **patterns,
         "targets": lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets),
         "adapted layers": len(adapter.kind.ranks),
         "trained whole": ", ".join(lora.extra_trainable) or "nothing",
         "optimizer steps": about.get("step", "unknown"),
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items())
+    notes = "".join(f"\n- {note}" for note in _list_notes(adapter, to))
     return f"""\
 ---
 {yaml.safe_dump(front, sort_keys=False)}---
@@ -136,8 +156,9 @@ In Framer Toolkit:
 Elsewhere:
 
 ```python
-{_USE_ELSEWHERE[to].replace("BASE", repr(base))}
+{_show_use(to, base, bool(adapter.extras))}
 ```
+{notes}
 
 ## How it was trained
 
@@ -151,20 +172,61 @@ These weights derive from others, whose licences apply to them: {about.get("lice
 """
 
 
-def _write_kohya(file: Path, adapter: AdapterFile, config: RunConfig) -> None:
-    unet = _load_base(config).unet if adapter.extras else None  # its own values, to take the differences from
-    write_kohya(file, adapter, {name: untuned(unet, name) for name in adapter.extras} if unet else {})
+def _show_use(to: str, base: str, has_extras: bool) -> str:
+    """Code that loads an export without this toolkit, or with its UNet class alone where the stock one would lose a part."""
+    unet = "FramerUNet" if has_extras or to == "merged" else "UNetSpatioTemporalConditionModel"
+    whole = _is_hub_id(base) or (Path(base) / "unet").is_dir()  # else a file, or a UNet's own folder
+    words = {"IMPORT": _IMPORT[unet], "UNET": unet, "BASE": repr(base if whole else "FOLDER OF THE BASE")}
+    code = _USE_ELSEWHERE[to]
+    for word, meaning in words.items():
+        code = code.replace(word, meaning)
+    return code
+
+
+def _list_notes(adapter: AdapterFile, to: str) -> list[str]:
+    """What others do not do as this toolkit does."""
+    notes = []
+    if to == "diffusers":
+        notes.append(
+            "alpha stands in the file's header (lora_adapter_metadata): a diffusers that does not read it scales by 1."
+        )
+    if adapter.extras and to != "merged":
+        notes.append(
+            f"{', '.join(sorted(adapter.extras))}: trained whole. A UNet of eight input channels (plain SVD) has no place "
+            "for them, and ComfyUI none for mask_token: use this toolkit's FramerPipeline, or an export --to merged."
+        )
+    if adapter.kind.dora and to == "kohya":
+        notes.append("ComfyUI divides by the norm of the base's rows, PEFT and this toolkit by that of W + s B A.")
+    if to == "kohya":
+        notes.append(
+            "ComfyUI itself knows SVD's UNet of eight channels; for Framer's nine, an export --to merged is read there."
+        )
+    return notes
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|")  # regular expressions hold it
+
+
+def _is_hub_id(base: str) -> bool:
+    return base.count("/") == 1 and not Path(base).exists()
+
+
+def _write_kohya(file: Path, adapter: AdapterFile, source: Path, config: RunConfig) -> None:
+    model = find_base(config.model, init_world(join=False))
+    if not adapter.extras:
+        write_kohya(file, adapter, build_unet_on_meta(model).config.layers_per_block, {})
+        return
+    unet = load_unet(find_unet(model), torch.float32, model.variant)  # its own values, to take the differences from
+    refuse_other_base(adapter.metadata, sign_unet(unet), source)
+    base = {name: unet.get_parameter(name).detach() for name in adapter.extras}
+    write_kohya(file, adapter, unet.config.layers_per_block, base)
 
 
 def _write_merged(folder: Path, source: Path, metadata: dict[str, Any], config: RunConfig) -> None:
-    base = _load_base(config)
-    load_adapter(base.unet, source, base.signature)
-    merge_adapters(base.unet)
-    base.unet.to(PRECISIONS[config.engine.precision]).save_pretrained(folder / "unet", safe_serialization=True)
+    model = find_base(config.model, init_world(join=False))
+    unet: FramerUNet = load_unet(find_unet(model), torch.float32, model.variant)  # so that sums are rounded once
+    load_adapter(unet, source, sign_unet(unet))
+    merge_adapters(unet)
+    unet.to(PRECISIONS[metadata["precision"]]).save_pretrained(folder / "unet", safe_serialization=True)
     (folder / ABOUT_FILE).write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n")
-
-
-def _load_base(config: RunConfig) -> Base:
-    """In fp32, so that sums are rounded once."""
-    world = init_world(join=False)
-    return load_base(find_base(config.model, world), world.device, "fp32")

@@ -299,6 +299,8 @@ class Framer:
             stills_B2CHW = torch.stack([first_CHW, last_CHW])[None]
             made = self.generate(stills_B2CHW, torch.tensor([fps]), motion_B, sampling, [start], steering, on_step)
             return torch.cat([first_CHW[None], made[0, 1:-1].cpu(), last_CHW[None]])
+        if self.layout.window % 2 == 0:
+            raise ValueError(f"{frames} frames: windows of {self.layout.window} have no middle to halve a gap at")
 
         def midpoint(left_CHW: Tensor, right_CHW: Tensor, place: int, halvings: int) -> Tensor:
             reach = 2**halvings

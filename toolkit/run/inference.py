@@ -16,8 +16,8 @@ from toolkit.config import ModelConfig, RunConfig, load_config, parse_config
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
 from toolkit.model.attention import choose_attention, set_attention
-from toolkit.model.base import PRECISIONS, Base, load_base
-from toolkit.model.controlnet import load_controlnet
+from toolkit.model.base import Base, load_base
+from toolkit.model.controlnet import FramerControlNet, find_controlnet, load_controlnet
 from toolkit.model.formats import read_metadata
 from toolkit.model.lora import load_adapter, set_adapters
 from toolkit.run.folder import find_adapter, newest_adapter
@@ -35,11 +35,18 @@ class Source:
     adapters: tuple[tuple[Path, float], ...]
     about: dict[str, Any]  # what the first adapter, or the merged UNet, tells of itself
 
+    @property
+    def precision(self) -> str:
+        """A merged UNet's own, since rounding it again would lose the tuning; else the recipe's."""
+        return self.about.get("precision", self.config.engine.precision)
+
     def with_model(self, **changes: Any) -> Source:
         """The same on another base; a base of one's own brings its UNet with it."""
         changes = {name: value for name, value in changes.items() if value is not None}
         if "base" in changes:
             changes = {"unet": None, "revision": None, "unet_revision": None, "variant": None} | changes
+        if "controlnet" in changes:
+            changes = {"controlnet_revision": None} | changes
         model = ModelConfig.model_validate(self.config.model.model_dump() | changes)
         return replace(self, config=self.config.model_copy(update={"model": model}))
 
@@ -99,10 +106,11 @@ def read_about(source: Path) -> dict[str, Any]:
 def load_framer(source: Source) -> Framer:
     """Load the base with the adapters in it."""
     world, config = init_world(join=False), source.config
-    model, dtype = config.model, PRECISIONS[config.engine.precision]
-    base = load_base(find_base(model, world), world.device, config.engine.precision)
-    set_attention(base.unet, choose_attention(model.attention, world.device, dtype))
-    controlnet = load_control(config, base) if model.controlnet else None
+    model = config.model
+    base = load_base(find_base(model, world), world.device, source.precision)
+    attention = choose_attention(model.attention, world.device, base.dtype)
+    set_attention(base.unet, attention)
+    controlnet = load_control(model, base, attention) if model.controlnet else None
     weights = {f"adapter{i}": weight for i, (_, weight) in enumerate(source.adapters)}
     for name, (path, weight) in zip(weights, source.adapters, strict=True):
         load_adapter(base.unet, path, base.signature, name, weight)
@@ -110,7 +118,10 @@ def load_framer(source: Source) -> Framer:
     return Framer(base, config.diffusion, config.data.frames, config.seed, controlnet)
 
 
-def load_control(config: RunConfig, base: Base) -> Any:
-    """Load the recipe's ControlNet for a base, beside it."""
-    assert config.model.controlnet is not None
-    return load_controlnet(config.model.controlnet, base.dtype, base.unet).to(base.unet.device)
+def load_control(model: ModelConfig, base: Base, attention: str) -> FramerControlNet:
+    """Load the ControlNet of a recipe's model section for a base, beside it."""
+    assert model.controlnet is not None
+    place = find_controlnet(model.controlnet, model.controlnet_revision)
+    controlnet = load_controlnet(place, base.dtype, base.unet).to(base.unet.device)
+    set_attention(controlnet, attention)
+    return controlnet

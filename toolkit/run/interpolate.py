@@ -26,7 +26,7 @@ def interpolate_stills(
     source: Source,
     paths: Sequence[str],
     out: str,
-    frames: int,
+    frames: int | None,
     fps: float | None,
     motion: float | None,
     sampling: Sampling,
@@ -37,14 +37,16 @@ def interpolate_stills(
     """Write a video through pictures to out: .mp4, .gif, or a folder of PNG.
 
     paths         two pictures or more
-    frames        of each gap between two pictures, both included
+    frames        of each gap between two pictures, both included; None: the recipe's window, or 5 for layout spec_middle
     fps, motion   None: what the adapter says its clips had
     seeds         one for all gaps, or one per gap; none: the recipe's
-    trajectories   "auto" to match features of the stills, or a JSON file for the one gap between two; None: no steering
+    trajectories  "auto" to match features of the stills, or a JSON file for the one gap between two; None: no steering
     control_scale  of the ControlNet; None: 1 for drawn trajectories, 0.5 for found ones, as Framer's app has it
     """
     config, gaps = source.config, len(paths) - 1
     stills = read_stills(paths)
+    if frames is None:
+        frames = 5 if config.diffusion.layout == "spec_middle" else config.data.frames
     refuse_frames(frames, config)
     refuse_ending(Path(out))
     refuse_steering(config, trajectories, gaps)
@@ -126,9 +128,13 @@ def note_unguided(sampling: Sampling, config: RunConfig) -> None:
 
 def refuse_frames(frames: int, config: RunConfig) -> None:
     """Refuse a number of frames that neither halving nor the recipe's own window gives."""
-    whole_window = config.data.frames if config.diffusion.layout != "spec_middle" else None
-    if frames != whole_window and (frames < 3 or (frames - 1) & (frames - 2)):
-        own = f", and this run's window {whole_window}" if whole_window else ""
+    window = config.data.frames
+    if frames == window and config.diffusion.layout != "spec_middle":
+        return
+    if window % 2 == 0:
+        raise UserError(f"frames is {frames}: this run's windows have {window} frames and no middle; take {window}")
+    if frames < 3 or (frames - 1) & (frames - 2):
+        own = f", and this run's window {window}" if config.diffusion.layout != "spec_middle" else ""
         raise UserError(f"frames is {frames}: halving gives 3, 5, 9, 17, ...{own}; take one of these")
 
 

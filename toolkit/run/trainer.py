@@ -30,7 +30,9 @@ from toolkit.engine.zero2 import Zero2Engine
 from toolkit.errors import UserError
 from toolkit.model.attention import choose_attention, set_attention
 from toolkit.model.base import PRECISIONS, Base, fingerprint_files, load_base, read_parameterization
-from toolkit.model.lora import adapter_dropout, inject_lora, start_from
+from toolkit.model.controlnet import find_controlnet, list_files
+from toolkit.model.dropout import adapter_dropout
+from toolkit.model.lora import inject_lora, start_from
 from toolkit.rng import RNG_VERSION
 from toolkit.run.checkpoint import save_checkpoint
 from toolkit.run.folder import check_folder, find_adapter, find_resume, prepare_folder
@@ -102,12 +104,11 @@ def build_job(config: RunConfig, world: World, fresh: bool) -> Job:
     model = find_base(config.model, world)
     check_objective(config.diffusion, read_parameterization(model))
     base = load_base(model, world.device, config.engine.precision)
-    controlnet = load_control(config, base) if config.diffusion.control else None
+    controlnet = load_control(config.model, base, attention) if config.diffusion.control else None
+    if controlnet is not None and config.model.gradient_checkpointing:
+        controlnet.enable_gradient_checkpointing()  # a trained mask_token sends gradients through it
     framer = Framer(base, config.diffusion, config.data.frames, config.seed, controlnet)
-    identity = {
-        "base": base.name, "base_fingerprint": fingerprint_files(base.files), "data_fingerprint": index.fingerprint,
-        "order_version": ORDER_VERSION, "rng_version": RNG_VERSION,
-    }  # fmt: skip
+    identity = identify(config, base, index)
     parameters = prepare_unet(base, config, attention, start)
     lock = prepare_folder(config, fresh) if world.is_main else None  # last: nothing is moved aside for a faulty recipe
     resume = find_resume(config, identity, world)
@@ -163,18 +164,32 @@ def prepare_unet(
     """
     parameters = inject_lora(base.unet, config.lora, config.seed)
     if start is not None:
-        start_from(base.unet, parameters, start)
+        start_from(base.unet, parameters, start, base.signature)
     set_attention(base.unet, attention)
     if config.model.gradient_checkpointing:
         base.unet.enable_gradient_checkpointing()
     return parameters
 
 
+def identify(config: RunConfig, base: Base, index: DatasetIndex) -> dict[str, Any]:
+    """What must be as it was for a run to go on exactly: weights, data, and what the same seed draws."""
+    identity: dict[str, Any] = {
+        "base": base.name, "base_fingerprint": fingerprint_files(base.files), "data_fingerprint": index.fingerprint,
+        "order_version": ORDER_VERSION, "rng_version": RNG_VERSION,
+    }  # fmt: skip
+    if config.diffusion.control:
+        assert config.model.controlnet is not None  # checked by the config
+        place = find_controlnet(config.model.controlnet, config.model.controlnet_revision)
+        identity["controlnet_fingerprint"] = fingerprint_files(list_files(place))
+    return identity
+
+
 def describe_adapter(config: RunConfig, base: Base, index: DatasetIndex) -> dict[str, Any]:
     """What an adapter's file tells of itself wherever it goes: enough to feed its network as it was trained."""
     lora = config.lora
     return {
-        "base": base.name, "base_signature": base.signature, "rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets,
+        "base": base.name, "base_files": base.sources, "base_signature": base.signature,
+        "rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets,
         "fps": statistics.median(row.clip.fps / config.data.stride for row in index.rows),
         "motion": statistics.median(row.clip.motion for row in index.rows),
         "licence": LICENCE_NOTE, "recipe": config.model_dump(mode="json"),
