@@ -287,11 +287,11 @@ def test_parameterization_is_read_from_the_scheduler(folder: Path, case: str) ->
 
 
 def test_scheduler_defaults_are_those_of_diffusers(folder: Path) -> None:
-    """Without sigma_min and sigma_max, the range is that of the betas, as EulerDiscreteScheduler has it."""
+    """Without sigma_min and sigma_max, the range is that of the betas, as in diffusers' scheduler over all of it."""
     path = folder / "scheduler/scheduler_config.json"
     settings = {name: value for name, value in json.loads(path.read_text()).items() if not name.startswith("sigma_")}
     path.write_text(json.dumps(settings))
-    scheduler = EulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    scheduler = EulerDiscreteScheduler.from_pretrained(folder / "scheduler", timestep_spacing="linspace")
     scheduler.set_timesteps(10)
     loaded = load(folder).scheduler
     assert loaded["sigma_max"] == pytest.approx(scheduler.sigmas[0].item())
@@ -358,7 +358,7 @@ def test_named_base_is_fetched_from_its_repositories(hub: Hub) -> None:
     """framer takes Framer's UNet and the rest of SVD-XT, each at its revision, and downloads no more than it reads."""
     base = load("framer", revision="aaaa", unet_revision="bbbb")
     assert hub.calls == [(SVD_XT, "aaaa"), (FRAMER, "bbbb")]
-    assert same_weights(base.unet, make_unet(seed=5)) and base.name == "framer"
+    assert same_weights(base.unet, make_unet(seed=5)) and base.name == FRAMER
     assert hub.fetched(SVD_XT) == CONFIGS | {name.replace(".fp16", "") for name in HALF}
     assert hub.fetched(FRAMER) == {"unet/config.json", UNET_WEIGHTS}
     assert base.sources["unet"] == f"{FRAMER}@bbbb/{UNET_WEIGHTS}"
@@ -472,7 +472,7 @@ def test_full_size_single_file_is_known_by_its_header(tmp_path: Path, channels: 
 FULL_SIZE_FAULTS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "no mask token": (lambda t: t.pop("mask_token"), "weights of a FramerUNet: missing keys: mask_token"),
     "foreign key": (lambda t: t.update(extra=torch.zeros(1)), "unexpected keys: extra"),
-    "five channels": (lambda t: t.update({"conv_in.weight": torch.empty(320, 5, 3, 3, device="meta")}), "reads 5 channels"),
+    "five channels": (lambda t: t.update({"conv_in.weight": torch.empty(320, 5, 3, 3, device="meta")}), "has in_channels 5"),
     "another shape": (
         lambda t: t.update({"conv_out.bias": torch.empty(7, device="meta")}),
         r"conv_out.bias has the shape \[7\] instead of \[4\]",
@@ -526,7 +526,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no image encoder, no scheduler": (
         lambda f: [shutil.rmtree(f / part) for part in ("image_encoder", "scheduler")], "lacks image_encoder, scheduler",
     ),
-    "five channels": (lambda f: edit_json(f / "unet/config.json", in_channels=5), "5 channels.*9 .Framer. or 8 .SVD"),
+    "five channels": (lambda f: edit_json(f / "unet/config.json", in_channels=5), "in_channels 5.*9 .Framer. or 8 .SVD"),
     "pickled weights": (only_pickle, r"unet must hold.*only diffusion_pytorch_model\.bin: pickles, which are not read"),
     "no unet config": (lambda f: os.remove(f / "unet/config.json"), "config.json"),
     "no scheduler config": (lambda f: os.remove(f / "scheduler/scheduler_config.json"), "scheduler_config.json"),

@@ -172,7 +172,7 @@ def pipeline_call(
         pipeline(
             still, still.height, still.width, num_frames=noisy.shape[1], num_inference_steps=1, max_guidance_scale=1.0,
             fps=int(FPS), motion_bucket_id=int(MOTION), noise_aug_strength=augmentation, generator=generator,
-            latents=noisy / pipeline.scheduler.init_noise_sigma,
+            latents=noisy / (sigma**2 + 1) ** 0.5,  # the pipeline multiplies by that
         )  # fmt: skip
     return spy.calls[0]
 

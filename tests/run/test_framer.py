@@ -245,11 +245,11 @@ def test_conditioning_is_dropped_by_position(base: Base, layout: str) -> None:
 
     Mask, mask token, ids, noise and targets stay, and a clip that loses nothing scores the same to the bit.
     """
-    batch = make_batch(list(range(12)))
+    batch = make_batch(list(range(12)), 3)
     calls, losses = [], []
     for rate in (0.0, 0.2):
         with Spy(base.unet) as spy:
-            losses.append(make_framer(base, layout=layout, conditioning_dropout=rate).compute_loss(batch))
+            losses.append(make_framer(base, 3, layout=layout, conditioning_dropout=rate).compute_loss(batch))
         calls += spy.calls
     whole, dropped = calls
     for b in range(12):

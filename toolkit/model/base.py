@@ -76,8 +76,9 @@ def load_base(model: ModelConfig, device: torch.device, precision: str) -> Base:
     read_unet_config(places["unet"])
     weights = {part: find_weights(places[part], model.variant) for part in WEIGHTED}
 
-    vae = load_part(AutoencoderKLTemporalDecoder, places["vae"], model.variant, dtype=torch.float32)
-    vae.to(device, torch.float32 if vae.config.force_upcast else dtype)
+    upcast = _read_json(places["vae"] / "config.json").get("force_upcast", True)  # diffusers' default
+    vae_dtype = torch.float32 if upcast else dtype
+    vae = load_part(AutoencoderKLTemporalDecoder, places["vae"], model.variant, dtype=vae_dtype).to(device)
     encoder = load_part(CLIPVisionModelWithProjection, places["image_encoder"], model.variant, dtype=dtype).to(device)
     unet = load_unet(places["unet"], dtype, model.variant).to(device)
     if encoder.config.image_size != CLIP_SIZE_PX:
@@ -187,7 +188,7 @@ def read_scheduler(folder: Path) -> tuple[dict[str, Any], Literal["v", "epsilon"
             f"{folder} has prediction_type {prediction} with timestep_type {timesteps}; supported are v_prediction with "
             "continuous timesteps, as SVD and Framer were trained, and epsilon with discrete ones"
         )
-    # left out, they are the ends of the table of sigmas, as in the scheduler itself
+    # left out, they are the ends of the table of sigmas
     for name, place in (("sigma_max", 0), ("sigma_min", -2)):
         settings[name] = float(scheduler.sigmas[place]) if settings[name] is None else settings[name]
     return settings, kind  # type: ignore[return-value]
@@ -280,7 +281,7 @@ def load_part(kind: Any, folder: Path, variant: Literal["fp16"] | None = None, *
     # mismatched shapes are refused below, by name, where the libraries would point to a report that is not shown
     options = {"use_safetensors": True, "variant": weights.variant, "ignore_mismatched_sizes": True} | options
     try:
-        with _quiet_libraries():
+        with quiet_libraries():
             network, report = kind.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot load {folder} as a {kind.__name__}: {in_one_line(error)}") from None
@@ -307,8 +308,11 @@ def load_file(kind: Any, config: dict[str, Any], file: Path, dtype: torch.dtype)
 def find_weights(folder: Path, variant: Literal["fp16"] | None) -> Weights:
     """List the files that hold a part's weights: the wanted variant, else what there is.
 
+    folder  or the one file that holds them all
     raises  UserError naming shards that are missing, or the pickles that stand there instead
     """
+    if folder.is_file():
+        return Weights((folder,), None)
     for tag in dict.fromkeys((variant, None, "fp16")):
         suffix = f".{tag}" if tag else ""
         for stem in STEMS:
@@ -487,7 +491,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Their bars and hints, on every rank, would bury the run's own lines; afterwards they are as their user had them."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

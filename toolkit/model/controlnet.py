@@ -18,7 +18,7 @@ from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedd
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
-from toolkit.model.base import fetch, find_weights, load_file, load_part, refuse_local_revision
+from toolkit.model.base import fetch, load_file, load_part, refuse_local_revision
 from toolkit.model.unet import SVD_CONFIG, FramerUNet
 
 EMBEDDING_CHANNELS = (16, 32, 96, 256)
@@ -186,11 +186,6 @@ def find_controlnet(source: str, revision: str | None = None) -> Path:
             "or a hub id owner/name, such as wwen1997/framer_512x320"
         )
     return fetch(source, revision, ("controlnet",)) / "controlnet"
-
-
-def list_files(place: Path) -> tuple[Path, ...]:
-    """The files that hold a ControlNet's weights, for fingerprint_files."""
-    return (place,) if place.is_file() else find_weights(place, None).files
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ import yaml
 from toolkit.config import RunConfig, load_config
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
-from toolkit.model.base import PRECISIONS, build_unet_on_meta, find_unet, load_unet, sign_unet
+from toolkit.model.base import PRECISIONS, build_unet_on_meta, find_unet, load_unet, quiet_libraries, sign_unet
 from toolkit.model.formats import AdapterFile, read_peft, write_diffusers, write_kohya, write_peft
 from toolkit.model.lora import load_adapter, merge_adapters, refuse_other_base
 from toolkit.model.unet import FramerUNet
@@ -228,5 +228,6 @@ def _write_merged(folder: Path, source: Path, metadata: dict[str, Any], config: 
     unet: FramerUNet = load_unet(find_unet(model), torch.float32, model.variant)  # so that sums are rounded once
     load_adapter(unet, source, sign_unet(unet))
     merge_adapters(unet)
-    unet.to(PRECISIONS[metadata["precision"]]).save_pretrained(folder / "unet", safe_serialization=True)
+    with quiet_libraries():
+        unet.to(PRECISIONS[metadata["precision"]]).save_pretrained(folder / "unet", safe_serialization=True)
     (folder / ABOUT_FILE).write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n")

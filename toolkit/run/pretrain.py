@@ -20,7 +20,7 @@ from toolkit.data.loader import Batch
 from toolkit.data.synth import render_motion
 from toolkit.engine.plain import AdamSettings, PlainEngine
 from toolkit.engine.world import World, init_world
-from toolkit.model.base import load_base
+from toolkit.model.base import load_base, quiet_libraries
 from toolkit.model.tiny import make_tiny_base
 from toolkit.run.framer import Framer
 
@@ -53,7 +53,8 @@ def pretrain_tiny_base(folder: Path, device: torch.device, steps: int) -> None:
     make_tiny_base(aside, SEED)
     base = replace(load_base(ModelConfig(base=str(aside)), device, "fp32"), dtype=torch.bfloat16)  # masters stay fp32
     base.unet.requires_grad_(True)
-    base.vae.to(torch.bfloat16)  # a quarter of the time; the codec needs no more digits
+    with quiet_libraries():
+        base.vae.to(torch.bfloat16)  # a quarter of the time; the codec needs no more digits
     framer = Framer(base, OBJECTIVE, window=3, seed=SEED)
     adam = AdamSettings(weight_decay=0.01, beta1=0.9, beta2=0.99, eps=1e-8, max_grad_norm=1.0)
     engine = PlainEngine(dict(base.unet.named_parameters()), adam, accumulation=1)

@@ -29,8 +29,8 @@ from toolkit.engine.world import World, init_world
 from toolkit.engine.zero2 import Zero2Engine
 from toolkit.errors import UserError
 from toolkit.model.attention import choose_attention, set_attention
-from toolkit.model.base import PRECISIONS, Base, fingerprint_files, load_base, read_parameterization
-from toolkit.model.controlnet import find_controlnet, list_files
+from toolkit.model.base import PRECISIONS, Base, find_weights, fingerprint_files, load_base, read_parameterization
+from toolkit.model.controlnet import find_controlnet
 from toolkit.model.dropout import adapter_dropout
 from toolkit.model.lora import inject_lora, start_from
 from toolkit.rng import RNG_VERSION
@@ -180,7 +180,7 @@ def identify(config: RunConfig, base: Base, index: DatasetIndex) -> dict[str, An
     if config.diffusion.control:
         assert config.model.controlnet is not None  # checked by the config
         place = find_controlnet(config.model.controlnet, config.model.controlnet_revision)
-        identity["controlnet_fingerprint"] = fingerprint_files(list_files(place))
+        identity["controlnet_fingerprint"] = fingerprint_files(find_weights(place, None).files)
     return identity
 
 
