@@ -263,15 +263,15 @@ def test_lora_verbs(trainable_base: Path, adapters: list[Path]) -> None:
     assert not torch.allclose(one, base, atol=1e-3) and torch.equal(make(pipe), base)
     with pytest.warns(UserWarning, match="was trained with layout spec_middle .the pipeline has framer_clip"):
         pipe.load_lora_weights(adapters[1].parent, weight_name=adapters[1].name)
-    assert pipe.get_list_adapters() == {"unet": ["a", "adapter_1"]}
-    pipe.set_adapters(["a", "adapter_1"], [1.0, 0.5])
-    assert pipe.get_active_adapters() == ["a", "adapter_1"]
+    assert pipe.get_list_adapters() == {"unet": ["a", "adapter_0"]}
+    pipe.set_adapters(["a", "adapter_0"], [1.0, 0.5])
+    assert pipe.get_active_adapters() == ["a", "adapter_0"]
     two = make(pipe)
     pipe.disable_lora()
     assert torch.equal(make(pipe), base)
     pipe.enable_lora()
     assert torch.equal(make(pipe), two)
-    pipe.delete_adapters("adapter_1")
+    pipe.delete_adapters("adapter_0")
     assert torch.allclose(make(pipe), one, atol=1e-6) and pipe.get_active_adapters() == ["a"]
     pipe.unload_lora_weights()
     assert torch.equal(make(pipe), base) and pipe.get_list_adapters() == {}
@@ -298,10 +298,27 @@ def test_fusing_is_undone_exactly(trainable_base: Path, adapters: list[Path]) ->
     assert torch.allclose(make(pipe), tuned, atol=1e-5) and pipe.unet.weights == {"a0": 1.0, "a1": 0.5}
     pipe.fuse_lora(lora_scale=0.5)
     assert not torch.allclose(make(pipe), tuned, atol=1e-3)
+    pipe.unfuse_lora()
     pipe.unload_lora_weights()
     after = pipe.unet.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(make(pipe), base)
+
+
+def test_fused_and_unloaded_stays_fused(trainable_base: Path, adapters: list[Path]) -> None:
+    """diffusers' own way to a pipeline without adapters that is tuned: fuse those named, unload, save."""
+    pipe = load(trainable_base)
+    for i in range(2):
+        pipe.load_lora_weights(adapters[0], f"a{i}")
+    pipe.set_adapters("a0")
+    tuned = make(pipe)
+    pipe.set_adapters("a1", 0.0)
+    pipe.fuse_lora(adapter_names=["a0"], lora_scale=1.0)
+    pipe.unload_lora_weights()
+    assert torch.allclose(make(pipe), tuned, atol=1e-4) and pipe.get_list_adapters() == {}
+    assert not any("lora" in name for name in pipe.unet.state_dict())
+    with pytest.raises(ValueError, match="no adapter is fused"):
+        pipe.unfuse_lora()
 
 
 def test_from_a_run(tiny_run: dict[str, Any], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,11 @@ from diffusers import UNetSpatioTemporalConditionModel
 from diffusers.loaders import PeftAdapterMixin
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.launching import ROOT, train_here
-from toolkit.config import ModelConfig, RunConfig, load_config
+from toolkit.config import ModelConfig, RunConfig, dump_config, load_config
 from toolkit.errors import UserError
 from toolkit.model.base import Base, load_base
 from toolkit.model.formats import read_metadata
@@ -25,8 +27,10 @@ from toolkit.model.lora import load_adapter
 from toolkit.model.unet import FramerUNet
 from toolkit.run import export
 from toolkit.run.export import export_run
+from toolkit.run.inference import load_framer, read_source
 
 CPU = torch.device("cpu")
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 ADAPTER_FORMATS = ("peft", "diffusers", "kohya")
 Exported = dict[str, Path]
 
@@ -49,7 +53,8 @@ def run(tiny_run: dict[str, Any]) -> Path:
 @pytest.fixture(scope="module")
 def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     folder = tmp_path_factory.mktemp("exported")
-    return {to: export_run(str(run), to, str(folder / to)) for to in (*ADAPTER_FORMATS, "merged")}
+    made = {to: export_run(str(run), to, str(folder / to)) for to in ADAPTER_FORMATS}
+    return made | {"merged": export_run(str(run), "merged", str(folder / "merged"), precision="fp32")}
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +125,31 @@ def test_merged_unet_is_the_run(exported: Exported, base: Base, trained: FramerU
     assert about["step"] == 2 and about["recipe"]["name"] == "to_export"
 
 
-def test_merged_unet_has_the_precision_of_the_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Summed in fp32 and rounded once to the dtype that the recipe computes in."""
-    whole = export_run(str(run), "merged", str(tmp_path / "fp32"))
-    config = load_config(run / "config.yaml", {"engine.precision": "bf16"})
-    monkeypatch.setattr(export, "find_checkpoint", lambda run, name: (run / "checkpoints/step_000002", config))
-    rounded = export_run(str(run), "merged", str(tmp_path / "bf16"))
-    wanted, found = (FramerUNet.from_pretrained(f / "unet", torch_dtype="auto").state_dict() for f in (whole, rounded))
-    assert all(torch.equal(found[name], tensor.to(torch.bfloat16)) for name, tensor in wanted.items())
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_merged_unet_is_rounded_once(run: Path, exported: Exported, tmp_path: Path, precision: str | None) -> None:
+    """Summed in fp32, then cast: to fp16 unless asked otherwise, and loaded in it again to interpolate."""
+    rounded = export_run(str(run), "merged", str(tmp_path / "out"), precision=precision)
+    dtype = {None: torch.float16, "bf16": torch.bfloat16}[precision]
+    wanted, found = (load_file(f / UNET_FILE) for f in (exported["merged"], rounded))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[n], t.to(dtype)) for n, t in wanted.items())
+    assert load_framer(read_source(unet=str(rounded)).with_model(unet=str(rounded))).base.dtype == dtype
+
+
+def test_precision_is_for_merged_networks(run: Path, tmp_path: Path) -> None:
+    """An adapter is fp32 whatever is asked for, so the flag is refused rather than ignored."""
+    with pytest.raises(UserError, match="--precision is for --to merged; an adapter in the form kohya is always fp32"):
+        export_run(str(run), "kohya", str(tmp_path / "out"), precision="fp16")
+
+
+@pytest.mark.parametrize("to", ["kohya", "merged"])
+def test_another_base_in_the_run_s_place_is_refused(run: Path, tmp_path: Path, tiny_base: Path, to: str) -> None:
+    """What was trained whole is a difference from the base, so the base must be the one that was trained on."""
+    moved = Path(shutil.copytree(run, tmp_path / "run"))
+    config = load_config(run / "config.yaml", {"model.base": str(tiny_base)})
+    (moved / "config.yaml").write_text(dump_config(config))
+    with pytest.raises(UserError, match="weights of the base given here are others"):
+        export_run(str(moved), to, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("to", [*ADAPTER_FORMATS, "merged"])
@@ -146,6 +168,7 @@ def test_model_card_tells_what_it_is(exported: Exported, to: str, trainable_base
 def test_card_names_the_base_on_the_hub(run: Path, exported: Exported) -> None:
     """A base by its short name or its hub id becomes base_model."""
     adapter = export.read_peft(exported["peft"])
+    adapter.metadata.pop("base")  # where the run found it: a folder
     for changes, wanted in (
         ({"model.base": "framer"}, "wwen1997/framer_512x320"),
         ({"model.base": "svd-xt"}, "stabilityai/stable-video-diffusion-img2vid-xt"),

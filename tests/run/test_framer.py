@@ -19,7 +19,7 @@ from toolkit.diffusion.schedule import karras_sigmas
 from toolkit.errors import UserError
 from toolkit.model.base import Base, load_base
 from toolkit.model.controlnet import FramerControlNet
-from toolkit.model.encoders import embed_stills
+from toolkit.model.encoders import decode_latents, embed_stills
 from toolkit.rng import rng
 from toolkit.run.framer import Condition, Framer, Sampling, Steering, check_objective, to_signed, to_uint8
 
@@ -319,15 +319,20 @@ def test_training_steers_by_what_the_stills_show(base: Base, controlnet: FramerC
 
 
 def test_only_training_keeps_a_graph(base: Base) -> None:
-    """The loss can be differentiated by a weight of the UNet; frames cannot, and so hold no activations."""
-    framer, batch = make_framer(base, 3, layout="middle_in_clip"), make_batch([4], 3)
+    """The loss can be differentiated by a weight of the UNet; sampled latents cannot, and so hold no activations."""
+    framer, batch, sampled = make_framer(base, 3), make_batch([4], 3), []
+
+    def on_step(step: int, latents_BTCHW: Tensor) -> Tensor:
+        sampled.append(latents_BTCHW)
+        return latents_BTCHW
+
     base.unet.mask_token.requires_grad_(True)
     try:
         loss_B, zero_B = framer.compute_loss(batch)
-        made = framer.generate(stills_of(batch), batch.fps_B, batch.motion_B, Sampling(1), [0])
+        framer.generate(stills_of(batch), batch.fps_B, batch.motion_B, Sampling(1), [0], on_step=on_step)
     finally:
         base.unet.mask_token.requires_grad_(False)
-    assert loss_B.requires_grad and not zero_B.requires_grad and not made.requires_grad
+    assert loss_B.requires_grad and not zero_B.requires_grad and not sampled[0].requires_grad
 
 
 # ---- objectives
@@ -497,7 +502,7 @@ def test_lcm_draws_new_noise_by_positions(base: Base, parameterization: str) -> 
             sigma = sigma_of(call.time, parameterization)[b]
             wanted = (z[b] + sigma * draw(f"renoise{i}", k, 5)) / (1 + sigma**2).sqrt()
             assert torch.allclose(call.sample[b, :, :4], wanted, atol=2e-4)
-    assert torch.allclose(made, framer.decode(z), atol=1e-4)
+    assert torch.allclose(made, decode_latents(base.vae, z / SCALING), atol=1e-4)
 
 
 @pytest.mark.parametrize(("layout", "sampler"), [("spec_middle", "euler"), ("framer_clip", "lcm")])

@@ -17,7 +17,15 @@ import yaml
 from toolkit.config import RunConfig, load_config
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
-from toolkit.model.base import PRECISIONS, build_unet_on_meta, find_unet, load_unet, quiet_libraries, sign_unet
+from toolkit.model.base import (
+    PRECISIONS,
+    build_unet_on_meta,
+    find_unet,
+    load_unet,
+    name_base,
+    quiet_libraries,
+    sign_unet,
+)
 from toolkit.model.formats import AdapterFile, read_peft, write_diffusers, write_kohya, write_peft
 from toolkit.model.lora import load_adapter, merge_adapters, refuse_other_base
 from toolkit.model.unet import FramerUNet
@@ -108,7 +116,7 @@ def find_checkpoint(run: Path, name: str | None) -> tuple[Path, RunConfig]:
 def make_card(adapter: AdapterFile, config: RunConfig, to: str) -> str:
     """A model card in Markdown with front matter for the hub: what it is, how it was trained, how it is used."""
     lora, about = config.lora, adapter.metadata
-    base = about.get("base", config.model.unet or config.model.base)
+    base = about.get("base") or name_base(config.model)
     front: dict[str, Any] = {
         "library_name": "peft" if to == "peft" else "diffusers",
         "license": "other",
