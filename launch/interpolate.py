@@ -2,20 +2,23 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 
 from toolkit.cli import main
 
+Rate = Annotated[float, Field(gt=0, le=1000)]
+Amount = Annotated[float, Field(ge=0, le=1000)]
 Guidance = Annotated[float, Field(ge=1, le=30)]
 
 
 def interpolate(
     out: str, run: str | None = None, adapter: str | None = None, first: str | None = None, last: str | None = None,
     stills: str | None = None, frames: int | None = None, lora_scale: FiniteFloat = 1.0,
-    weights: FiniteFloat | tuple[FiniteFloat, ...] = (), fps: PositiveFloat | None = None,
-    motion: NonNegativeFloat | None = None, steps: PositiveInt | None = None, sampler: Literal["euler", "lcm"] | None = None,
-    min_guidance: Guidance = 1.0, max_guidance: Guidance = 1.0, seed: NonNegativeInt | tuple[NonNegativeInt, ...] = (),
-    trajectories: str | None = None, controlnet: str | None = None, control_scale: NonNegativeFloat | None = None,
+    weights: FiniteFloat | tuple[FiniteFloat, ...] = (), fps: Rate | None = None,
+    motion: Amount | None = None, steps: PositiveInt | None = None, sampler: Literal["euler", "lcm"] | None = None,
+    min_guidance: Guidance | None = None, max_guidance: Guidance | None = None,
+    seed: NonNegativeInt | tuple[NonNegativeInt, ...] = (), trajectories: str | None = None,
+    controlnet: str | None = None, control_scale: Amount | None = None,
     chunk_frames: PositiveInt | None = None, config: str | None = None, base: str | None = None, unet: str | None = None,
 ) -> None:  # fmt: skip
     """Interpolate with a run's newest adapter, or with exported adapters.
@@ -31,7 +34,7 @@ def interpolate(
     fps, motion   frame rate of the result and motion bucket, which the network is told; default those of the training clips
     steps         sampler steps; default the recipe's
     sampler       default the recipe's; lcm takes few steps, on bases distilled to it
-    min_guidance, max_guidance  classifier-free guidance, rising over the gap; 1 and 1 is none
+    min_guidance, max_guidance  classifier-free guidance, rising over the gap; 1 and 1 is none; default the recipe's
     seed          one for all gaps, or one per gap with commas between; default the recipe's
     trajectories  a JSON of points, or auto to match features of the stills; needs a ControlNet
     control_scale of the ControlNet; default 1 for drawn trajectories, 0.5 for found ones
@@ -40,15 +43,23 @@ def interpolate(
     base          another folder of the recipe's base, UNet included
     unet          another UNet: a merged export, which needs no run or adapter
     """
-    from toolkit.run.framer import Sampling
-    from toolkit.run.inference import read_source
+    from dataclasses import replace
+
+    from toolkit.errors import UserError
+    from toolkit.run.inference import read_source, recipe_sampling
     from toolkit.run.interpolate import interpolate_stills
 
+    if stills and (first or last):
+        raise UserError("both --stills and --first or --last are given; give all pictures as --stills, or just two")
+    if controlnet and trajectories is None:
+        raise UserError("--controlnet follows trajectories, but none are given; add --trajectories auto, or a JSON")
     source = read_source(run, split(adapter), split(weights), lora_scale, config, unet)
     source = source.with_model(base=base, unet=unet, controlnet=controlnet)
-    validation = source.config.validation
-    sampling = Sampling(
-        steps or validation.sampler_steps, sampler or validation.sampler, min_guidance, max_guidance, chunk_frames
+    given = {"steps": steps, "sampler": sampler, "min_guidance": min_guidance, "max_guidance": max_guidance}
+    sampling = replace(
+        recipe_sampling(source.config),
+        **{name: value for name, value in given.items() if value is not None},
+        chunk_frames=chunk_frames,
     )
     paths = split(stills) or [path for path in (first, last) if path]
     written = interpolate_stills(
@@ -60,7 +71,7 @@ def interpolate(
 def split(value: object) -> list:
     """A flag's value as a list: "a,b" => [a, b], (1, 2) => [1, 2], 1 => [1], None => []."""
     if isinstance(value, str):
-        return value.split(",")
+        return [part.strip() for part in value.split(",") if part.strip()]
     return list(value) if isinstance(value, tuple) else [] if value is None else [value]
 
 

@@ -77,6 +77,8 @@ schedule.steps
 schedule.warmup_steps
 seed
 validation.clips
+validation.max_guidance
+validation.min_guidance
 validation.sampler
 validation.sampler_steps
 """

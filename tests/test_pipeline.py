@@ -1,6 +1,7 @@
 """FramerPipeline behaves as diffusers' pipelines do, and samples as the toolkit does. Run: pytest tests/test_pipeline.py"""
 
 import inspect
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +24,11 @@ from tests.launching import train_here
 from tests.model.control import make_controlnet
 from toolkit import FramerPipeline, FramerUNet
 from toolkit.config import LoraConfig
+from toolkit.diffusion.schedule import lcm_sigmas
 from toolkit.model.controlnet import FramerControlNet
+from toolkit.model.formats import read_metadata
 from toolkit.model.lora import inject_lora, save_adapter
+from toolkit.run.folder import newest_adapter
 from toolkit.run.framer import Framer, Sampling, to_signed
 
 SIZE_PX = 32
@@ -89,9 +93,13 @@ def test_calls_have_the_names_of_the_stock_pipeline() -> None:
     shared = [name for name in stock if name in ours]
     assert [name for name in ours if name in stock] == shared
     assert set(stock) - set(shared) == {"sigmas", "num_videos_per_prompt"}
-    other = {"height", "width", "noise_aug_strength", "callback_on_step_end_tensor_inputs"}
+    config = inspect.signature(
+        FramerPipeline.__init__
+    ).parameters  # what a None stands for, unless it was told otherwise
+    other = {"height", "width", "num_frames", "callback_on_step_end_tensor_inputs"}
     for name in set(shared) - other:
-        assert ours[name].default == stock[name].default, name
+        place = "noise_augmentation" if name == "noise_aug_strength" else name
+        assert (config if place in config else ours)[place].default == stock[name].default, name
 
 
 @pytest.mark.parametrize("layout", ["framer_clip", "middle_in_clip", "spec_middle"])
@@ -104,7 +112,7 @@ def test_frames_are_those_of_the_toolkit(trainable_base: Path, layout: str, guid
     given: dict[str, Any] = {"latents": noise, "min_guidance_scale": guidance[0], "max_guidance_scale": guidance[1]}
     latents = make(pipe, output_type="latent", fps=9, motion_bucket_id=50, **given)
     video = make(pipe, fps=9, motion_bucket_id=50, **given)
-    framer: Framer = pipe._make_framer(5, None)
+    framer: Framer = pipe._make_framer(5, 0.0)
     stills = to_signed(torch.from_numpy(np.stack([picture(1), picture(2)])))[None]
     condition = framer.condition(stills, torch.tensor([9.0]), torch.tensor([50.0]))
     wanted = framer.sample(condition, Sampling(2, "euler", *guidance), noise)
@@ -195,6 +203,9 @@ def test_callback_sees_and_changes_latents(pipe: FramerPipeline) -> None:
         ({"generator": [seeded(), seeded()]}, "2 generators for 1 clips"),
         ({"latents": torch.zeros(1, 5, 4, 3, 3)}, r"latents have the shape \(1, 5, 4, 3, 3\); these stills need"),
         ({"trajectories": np.zeros((1, 2, 2))}, "no controlnet"),
+        ({"trajectories": np.zeros((1, 1, 2))}, "no controlnet|K of 2 or more"),
+        ({"num_frames": 0}, "window of 0 frames"),
+        ({"num_inference_steps": 0}, "0 sampler steps: sampler euler takes 1 to 1000"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "has noise; allowed is latents"),
     ],
 )
@@ -204,6 +215,18 @@ def test_bad_input_is_refused(pipe: FramerPipeline, changes: dict[str, Any], mes
         make(pipe, **changes)
 
 
+def timesteps(pipe: FramerPipeline, steps: int) -> list[float]:
+    """What a callback is told in a run of so many steps."""
+    seen: list[float] = []
+
+    def watch(inside: Any, step: int, timestep: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(float(timestep))
+        return {}
+
+    make(pipe, num_inference_steps=steps, callback_on_step_end=watch)
+    return seen
+
+
 def test_scheduler_chooses_the_sampler(trainable_base: Path) -> None:
     """LCM and consistency schedulers take the few-step sampler; one that is not known is refused, not ignored."""
     pipe = load(trainable_base)
@@ -211,6 +234,7 @@ def test_scheduler_chooses_the_sampler(trainable_base: Path) -> None:
     for kind in (LCMScheduler, CMStochasticIterativeScheduler):
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
         assert not torch.allclose(make(pipe), euler, atol=1e-3)
+        assert timesteps(pipe, 4) == pytest.approx([math.log(s) / 4 for s in lcm_sigmas(4, 0.002, 700.0)[:-1]])
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="DDIMScheduler; this pipeline samples with EulerDiscreteScheduler"):
         make(pipe)
@@ -229,6 +253,18 @@ def test_saving_and_loading(trainable_base: Path, tmp_path: Path) -> None:
     assert (again.config.num_frames, again.config.clip_tokens, again.config.noise_augmentation) == (5, "first", 0.1)
     assert torch.equal(make(again), make(pipe))
     assert FramerPipeline.from_pretrained(tmp_path, clip_tokens="mean").config.clip_tokens == "mean"
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "few")
+    assert isinstance(FramerPipeline.from_pretrained(tmp_path / "few").scheduler, LCMScheduler)
+
+
+def test_wrong_settings_are_refused_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An argument that does not exist, and a dtype that cannot be; nothing is looked for on the disk or the hub."""
+    monkeypatch.setattr("toolkit.pipeline.load_base", lambda *_: 1 / 0)
+    with pytest.raises(TypeError, match="from_pretrained knows no layuot; settings are clip_tokens, fps"):
+        FramerPipeline.from_pretrained("framer", layuot="framer_clip")
+    with pytest.raises(ValueError, match="torch_dtype is torch.float64; it must be torch.float32"):
+        FramerPipeline.from_pretrained("framer", torch_dtype=torch.float64)
 
 
 def test_precision_and_device_follow_diffusers(trainable_base: Path) -> None:
@@ -261,7 +297,7 @@ def test_lora_verbs(trainable_base: Path, adapters: list[Path]) -> None:
     one = make(pipe)
     pipe.set_adapters("a", 0.0)
     assert not torch.allclose(one, base, atol=1e-3) and torch.equal(make(pipe), base)
-    with pytest.warns(UserWarning, match="was trained with layout spec_middle .the pipeline has framer_clip"):
+    with pytest.warns(UserWarning, match="was trained with layout spec_middle .here it is framer_clip"):
         pipe.load_lora_weights(adapters[1].parent, weight_name=adapters[1].name)
     assert pipe.get_list_adapters() == {"unet": ["a", "adapter_0"]}
     pipe.set_adapters(["a", "adapter_0"], [1.0, 0.5])
@@ -271,7 +307,10 @@ def test_lora_verbs(trainable_base: Path, adapters: list[Path]) -> None:
     assert torch.equal(make(pipe), base)
     pipe.enable_lora()
     assert torch.equal(make(pipe), two)
+    pipe.disable_lora()
     pipe.delete_adapters("adapter_0")
+    assert torch.equal(make(pipe), base)  # still off
+    pipe.enable_lora()
     assert torch.allclose(make(pipe), one, atol=1e-6) and pipe.get_active_adapters() == ["a"]
     pipe.unload_lora_weights()
     assert torch.equal(make(pipe), base) and pipe.get_list_adapters() == {}
@@ -292,8 +331,14 @@ def test_fusing_is_undone_exactly(trainable_base: Path, adapters: list[Path]) ->
     pipe.fuse_lora()
     assert not any("lora" in name for name in pipe.unet.state_dict())
     assert torch.allclose(make(pipe), tuned, atol=1e-4)
-    with pytest.raises(ValueError, match="fused into the weights; call unfuse_lora"):
-        pipe.load_lora_weights(adapters[0], "more")
+    for call in (
+        lambda: pipe.load_lora_weights(adapters[0], "more"),
+        lambda: pipe.set_adapters("a0"),
+        pipe.disable_lora,
+        pipe.fuse_lora,
+    ):
+        with pytest.raises(ValueError, match="fused into the weights; call unfuse_lora"):
+            call()
     pipe.unfuse_lora()
     assert torch.allclose(make(pipe), tuned, atol=1e-5) and pipe.unet.weights == {"a0": 1.0, "a1": 0.5}
     pipe.fuse_lora(lora_scale=0.5)
@@ -305,16 +350,21 @@ def test_fusing_is_undone_exactly(trainable_base: Path, adapters: list[Path]) ->
     assert torch.equal(make(pipe), base)
 
 
-def test_fused_and_unloaded_stays_fused(trainable_base: Path, adapters: list[Path]) -> None:
-    """diffusers' own way to a pipeline without adapters that is tuned: fuse those named, unload, save."""
+def test_fused_and_unloaded_stays_fused(trainable_base: Path, adapters: list[Path], tmp_path: Path) -> None:
+    """diffusers' own way to a tuned pipeline without adapters: fuse those named, as they are weighed, unload, save."""
     pipe = load(trainable_base)
     for i in range(2):
         pipe.load_lora_weights(adapters[0], f"a{i}")
-    pipe.set_adapters("a0")
+    pipe.set_adapters("a0", 0.6)
     tuned = make(pipe)
-    pipe.set_adapters("a1", 0.0)
-    pipe.fuse_lora(adapter_names=["a0"], lora_scale=1.0)
+    with pytest.raises(ValueError, match="adapters stand beside the weights; call fuse_lora or unload_lora_weights"):
+        pipe.save_pretrained(tmp_path)
+    pipe.fuse_lora(adapter_names=["a0"])
     pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path)
+    again = FramerPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.allclose(make(again), tuned, atol=1e-4)
     assert torch.allclose(make(pipe), tuned, atol=1e-4) and pipe.get_list_adapters() == {}
     assert not any("lora" in name for name in pipe.unet.state_dict())
     with pytest.raises(ValueError, match="no adapter is fused"):
@@ -324,6 +374,7 @@ def test_fused_and_unloaded_stays_fused(trainable_base: Path, adapters: list[Pat
 def test_from_a_run(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     """A run folder brings base, adapter, precision and the recipe's way of feeding; lora_scale 0 is the base."""
     settings = {"name": "run", "runs_dir": str(tmp_path), "engine.kind": "plain", "schedule.steps": 1}
+    settings |= {"validation.sampler": "lcm", "validation.sampler_steps": 3, "validation.max_guidance": 2.0}
     run = train_here(tiny_run | settings | {"diffusion.clip_tokens": "mean", "diffusion.scale_conditioning": True})
     pipe = FramerPipeline.from_run(run)
     pipe.set_progress_bar_config(disable=True)
@@ -332,6 +383,10 @@ def test_from_a_run(tiny_run: dict[str, Any], tmp_path: Path) -> None:
         "mean",
         True,
     )
+    about = read_metadata(newest_adapter(run))
+    assert (pipe.config.fps, pipe.config.motion_bucket_id) == (about["fps"], about["motion"]) != (7, 127)
+    assert (pipe.config.num_inference_steps, pipe.config.max_guidance_scale) == (3, 2.0)
+    assert isinstance(pipe.scheduler, LCMScheduler)
     assert pipe.config.num_frames == 3 and pipe.get_active_adapters() == ["run"]
     assert pipe.unet.conv_out.weight.dtype == torch.bfloat16 and make(pipe).shape[1] == 3
     untuned = FramerPipeline.from_run(run, lora_scale=0.0)

@@ -1,6 +1,7 @@
 """How every command line starts: Fire parses it, and an error the user can mend is one line, not a traceback."""
 
 import difflib
+import functools
 import inspect
 import os
 import re
@@ -20,9 +21,18 @@ def main(function: Callable[..., Any]) -> None:
     function  its annotations are enforced: a flag of the wrong type or out of range is refused before it is called
     """
     checked = validate_call(config=ConfigDict(coerce_numbers_to_str=True))(function)
+
+    @functools.wraps(function)
+    def command(
+        *args: Any, **kwargs: Any
+    ) -> None:  # Fire would offer what pydantic hangs on its own wrapper as commands
+        checked(*args, **kwargs)
+
+    plain = [p.replace(annotation=p.empty) for p in inspect.signature(function).parameters.values()]
+    command.__signature__ = inspect.Signature(plain)  # type: ignore[attr-defined]  # Fire's help would garble the types
     try:
         refuse_unknown_flags(function, sys.argv[1:])
-        fire.Fire(checked)
+        fire.Fire(command)
     except ValidationError as error:
         names = list(inspect.signature(function).parameters)  # Fire passes arguments by position
         where = [names[e["loc"][0]] if isinstance(e["loc"][0], int) else e["loc"][0] for e in error.errors()]
@@ -41,8 +51,8 @@ def main(function: Callable[..., Any]) -> None:
 
 
 def _end(message: str) -> NoReturn:
-    rank = os.environ.get("RANK")
-    print(f"{sys.argv[0]}{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)
+    rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    print(f"{sys.argv[0]}{rank}: {message}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -57,11 +57,11 @@ class LoraConfig(Section):
     init_from: Place | None = None  # start from this adapter: a run, a checkpoint or an exported file of any format
     extra_trainable: list[Literal["conv_in", "mask_token"]] = []  # trained whole, and saved with the adapter
 
-    @field_validator("targets", "extra_trainable", mode="before")
+    @field_validator("targets", "extra_trainable", "rank_pattern", "alpha_pattern", mode="before")
     @classmethod
-    def read_list(cls, value: Any) -> Any:
-        """Fire reads [to_q,to_k] as a list, but leaves [to_q,to_out.0] as it stands."""
-        if isinstance(value, str) and value.startswith("["):
+    def read_text(cls, value: Any) -> Any:
+        """Fire reads [to_q,to_k] as a list, but leaves [to_q,to_out.0] and {attn1.to_q: 3} as they stand."""
+        if isinstance(value, str) and value.startswith(("[", "{")):
             with contextlib.suppress(yaml.YAMLError):  # else an expression such as [a-z].*
                 return yaml.safe_load(value)
         return value
@@ -146,6 +146,9 @@ class ValidationConfig(Section):
     clips: int = Field(8, ge=1)  # held-out clips that launch/evaluate.py scores
     sampler: Literal["euler", "lcm"] = "euler"  # lcm: a few steps, for bases distilled to it
     sampler_steps: int = Field(25, ge=1, le=1000)
+    # classifier-free guidance rises over the window from one to the other; 1 and 1 is none, at half the cost
+    min_guidance: float = Field(1.0, ge=1, le=30)
+    max_guidance: float = Field(1.0, ge=1, le=30)
 
 
 class CheckpointConfig(Section):

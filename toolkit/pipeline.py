@@ -15,11 +15,13 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import PIL.Image
 import torch
@@ -31,19 +33,27 @@ from torch import Tensor
 
 from toolkit.config import DiffusionConfig, ModelConfig
 from toolkit.data.clips import resize_cover
+from toolkit.data.stills import to_rgb
 from toolkit.diffusion.objective import time_input
 from toolkit.engine.world import init_world
+from toolkit.errors import UserError
 from toolkit.model.attention import set_attention
 from toolkit.model.base import PRECISIONS, Base, load_base, sign_unet
-from toolkit.model.formats import linear_layers
-from toolkit.model.lora import enable_adapter, load_adapter, merge_adapters, remove_adapters, set_adapters
+from toolkit.model.formats import AdapterFile, linear_layers, read_adapter
+from toolkit.model.lora import (
+    add_adapter,
+    delete_adapter,
+    enable_adapter,
+    merge_adapters,
+    remove_adapters,
+    set_adapters,
+)
 from toolkit.run.folder import find_adapter
 from toolkit.run.framer import Framer, Sampling, Steering, to_signed
-from toolkit.run.inference import load_control, read_source
+from toolkit.run.inference import FED_BY, list_differences, load_control, read_merged, read_source, recipe_sampling
 from toolkit.run.pretrain import find_base
 
 SAMPLERS = {"EulerDiscreteScheduler": "euler", "LCMScheduler": "lcm", "CMStochasticIterativeScheduler": "lcm"}
-FED_BY = ("layout", "clip_tokens", "scale_conditioning")  # where a recipe and a pipeline must agree
 Images = PIL.Image.Image | list[PIL.Image.Image] | Tensor
 
 
@@ -54,6 +64,15 @@ class FramerPipelineOutput(BaseOutput):
     frames: list[list[PIL.Image.Image]] | np.ndarray | Tensor
 
 
+@contextmanager
+def _value_errors() -> Iterator[None]:
+    """What the command line would print is a ValueError to a program, as in diffusers."""
+    try:
+        yield
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
 class FramerPipeline(DiffusionPipeline):
     """Make the frames between a first and a last still.
 
@@ -61,6 +80,7 @@ class FramerPipeline(DiffusionPipeline):
     controlnet           a FramerControlNet, for trajectories
     layout, clip_tokens, scale_conditioning, noise_augmentation  how the network is fed; see diffusion in a recipe
     num_frames           of a window, both stills included
+    the others           what a call takes where it is not told otherwise
     """
 
     model_cpu_offload_seq = "image_encoder->unet->vae"
@@ -80,6 +100,11 @@ class FramerPipeline(DiffusionPipeline):
         clip_tokens: str = "first_last",
         scale_conditioning: bool = False,
         noise_augmentation: float = 0.02,
+        num_inference_steps: int = 25,
+        min_guidance_scale: float = 1.0,
+        max_guidance_scale: float = 3.0,
+        fps: float = 7,
+        motion_bucket_id: float = 127,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -96,11 +121,17 @@ class FramerPipeline(DiffusionPipeline):
             clip_tokens=clip_tokens,
             scale_conditioning=scale_conditioning,
             noise_augmentation=noise_augmentation,
+            num_inference_steps=num_inference_steps,
+            min_guidance_scale=min_guidance_scale,
+            max_guidance_scale=max_guidance_scale,
+            fps=fps,
+            motion_bucket_id=motion_bucket_id,
         )
+        DiffusionConfig(**{name: self.config[name] for name in FED_BY})  # raises ValueError for what it does not know
         self.video_processor = VideoProcessor(do_resize=False)
         self._schedule = dict(scheduler.config)  # of the base; a scheduler put in its place later chooses the sampler
         self._signature = sign_unet(unet)
-        self._adapters: dict[str, Path] = {}
+        self._adapters: dict[str, tuple[Path, AdapterFile]] = {}
         self._unfused: dict[str, Tensor] = {}  # weights as they were before fuse_lora
         self._fused: dict[str, float] = {}
 
@@ -125,44 +156,66 @@ class FramerPipeline(DiffusionPipeline):
         settings     layout, num_frames and the others of the class; default what save_pretrained wrote
         raises       UserError where something is missing, extra or damaged; the stock loader would drop mask_token
         """
-        folder, saved = Path(pretrained_model_name_or_path), {}
+        known = cls._get_signature_keys(cls)[1]
+        if unknown := settings.keys() - known:
+            raise TypeError(f"from_pretrained knows no {min(unknown)}; settings are {', '.join(sorted(known))}")
+        folder, saved, sampler = Path(pretrained_model_name_or_path), {}, "EulerDiscreteScheduler"
         if (folder / "model_index.json").is_file():
             index = json.loads((folder / "model_index.json").read_text())
             if index.get("_class_name") == cls.__name__:
-                saved = {name: index[name] for name in cls._get_signature_keys(cls)[1] if name in index}
+                saved, sampler = {name: index[name] for name in known if name in index}, index["scheduler"][1]
                 if controlnet is None and (folder / "controlnet").is_dir():
                     controlnet = str(folder)
+        if unet is not None and (recipe := read_merged(Path(unet)).get("recipe")):
+            saved |= {name: recipe["diffusion"][name] for name in FED_BY}
         model = ModelConfig(
             base=str(pretrained_model_name_or_path), unet=unet, revision=revision, unet_revision=unet_revision,
             variant=variant, controlnet=controlnet, controlnet_revision=controlnet_revision,
         )  # fmt: skip
-        return cls._from_model(model, torch_dtype, saved | settings)
+        return cls._from_model(model, torch_dtype, sampler, saved | settings)
 
     @classmethod
     def from_run(cls, run: str | Path, lora_scale: float = 1.0) -> FramerPipeline:
-        """Load a run folder's base and newest adapter, fed as its recipe says."""
+        """Load a run folder's base and newest adapter, fed and sampled as its recipe says.
+
+        One that was trained with diffusion.control has its ControlNet, and wants trajectories in each call.
+        """
         source = read_source(str(run), lora_scale=lora_scale)
-        config = source.config
+        config, sampling = source.config, recipe_sampling(source.config)
         settings = {name: getattr(config.diffusion, name) for name in (*FED_BY, "noise_augmentation")}
-        dtype = PRECISIONS[config.engine.precision]
-        pipeline = cls._from_model(config.model, dtype, settings | {"num_frames": config.data.frames})
+        settings |= {
+            "num_frames": config.data.frames,
+            "num_inference_steps": sampling.steps,
+            "min_guidance_scale": sampling.min_guidance,
+            "max_guidance_scale": sampling.max_guidance,
+            "fps": source.about["fps"],
+            "motion_bucket_id": source.about["motion"],
+        }
+        scheduler = {"euler": "EulerDiscreteScheduler", "lcm": "LCMScheduler"}[sampling.sampler]
+        model = config.model.model_copy(update={} if config.diffusion.control else {"controlnet": None})
+        pipeline = cls._from_model(model, PRECISIONS[config.engine.precision], scheduler, settings)
         for path, scale in source.adapters:
             pipeline.load_lora_weights(path, "run")
             pipeline.set_adapters("run", scale)
         return pipeline
 
     @classmethod
-    def _from_model(cls, model: ModelConfig, dtype: torch.dtype, settings: dict[str, Any]) -> FramerPipeline:
-        from diffusers import EulerDiscreteScheduler
-
-        precision = {value: name for name, value in PRECISIONS.items()}[dtype]
+    def _from_model(
+        cls, model: ModelConfig, dtype: torch.dtype, scheduler: str, settings: dict[str, Any]
+    ) -> FramerPipeline:
+        precision = {value: name for name, value in PRECISIONS.items()}.get(dtype)
+        if precision is None:
+            raise ValueError(f"torch_dtype is {dtype}; it must be torch.float32, torch.bfloat16 or torch.float16")
+        if scheduler not in SAMPLERS:
+            raise ValueError(f"the scheduler is {scheduler}; this pipeline samples with {', '.join(SAMPLERS)}")
         base = load_base(find_base(model, init_world(join=False)), torch.device("cpu"), precision)
         set_attention(base.unet, "sdpa")  # on any device that .to() may choose, and it splits what is too large for it
         control = load_control(model, base, "sdpa") if model.controlnet else None
-        scheduler = EulerDiscreteScheduler.from_config(base.scheduler)
-        return cls(base.vae, base.image_encoder, base.unet, scheduler, controlnet=control, **settings)
+        made = getattr(diffusers, scheduler).from_config(base.scheduler)
+        return cls(base.vae, base.image_encoder, base.unet, made, controlnet=control, **settings)
 
     @torch.no_grad()
+    @_value_errors()
     def __call__(
         self,
         image: Images,
@@ -170,11 +223,11 @@ class FramerPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
-        num_inference_steps: int = 25,
-        min_guidance_scale: float = 1.0,
-        max_guidance_scale: float = 3.0,
-        fps: float = 7,
-        motion_bucket_id: float = 127,
+        num_inference_steps: int | None = None,
+        min_guidance_scale: float | None = None,
+        max_guidance_scale: float | None = None,
+        fps: float | None = None,
+        motion_bucket_id: float | None = None,
         noise_aug_strength: float | None = None,
         decode_chunk_size: int | None = None,
         trajectories: np.ndarray | None = None,
@@ -188,12 +241,14 @@ class FramerPipeline(DiffusionPipeline):
     ) -> Any:
         """Make the frames of a window; its two ends are the stills themselves, untouched but for scaling and cropping.
 
+        What is None is as the pipeline's config has it.
+
         image, last_image    PIL image, list of them, or tensor (B, 3, H, W) in [0, 1]: the two stills of each clip
         height, width        multiples of 8; stills of another size are scaled to cover it and cropped. Default: theirs
-        num_frames           both stills included; default the pipeline's. In layout spec_middle always 3
+        num_frames           both stills included. In layout spec_middle always 3
         min_, max_guidance_scale  classifier-free guidance rises over the window from one to the other; max 1: none
         fps                  of the result, told as fps - 1
-        noise_aug_strength   std of the noise on the stills' pixels; default the pipeline's noise_augmentation
+        noise_aug_strength   std of the noise on the stills' pixels; the config's is noise_augmentation
         decode_chunk_size    frames the VAE decodes at once; default all
         trajectories         (P, K, 2): (x, y) in pixels of P points at K times from the first still to the last
         generator            one for all clips, or a list with one per clip
@@ -205,9 +260,15 @@ class FramerPipeline(DiffusionPipeline):
         """
         stills_B2CHW = self._read_stills(image, last_image, height, width)
         sampling = Sampling(
-            num_inference_steps, self._choose_sampler(), min_guidance_scale, max_guidance_scale, decode_chunk_size
+            self._choose("num_inference_steps", num_inference_steps),
+            self._choose_sampler(),
+            self._choose("min_guidance_scale", min_guidance_scale),
+            self._choose("max_guidance_scale", max_guidance_scale),
+            decode_chunk_size,
         )
-        framer = self._make_framer(num_frames or self.config.num_frames, noise_aug_strength)
+        framer = self._make_framer(
+            self._choose("num_frames", num_frames), self._choose("noise_augmentation", noise_aug_strength)
+        )
         B, device = len(stills_B2CHW), self._execution_device
         if isinstance(generator, list) and len(generator) != B:
             raise ValueError(f"{len(generator)} generators for {B} clips; give one for all, or one per clip")
@@ -216,13 +277,18 @@ class FramerPipeline(DiffusionPipeline):
             raise ValueError(f"callback_on_step_end_tensor_inputs has {min(unknown)}; allowed is latents")
         if trajectories is not None and self.controlnet is None:
             raise ValueError("trajectories are given, but the pipeline has no controlnet that follows them")
+        if trajectories is not None and (np.ndim(trajectories) != 3 or not np.shape(trajectories)[1:] >= (2, 2)):
+            raise ValueError(
+                f"trajectories have the shape {np.shape(trajectories)}; give (P, K, 2) with K of 2 or more"
+            )
 
         def draw(shape: Sequence[int]) -> Tensor:
             return randn_tensor(tuple(shape), generator=generator, device=device, dtype=torch.float32)
 
         stills_B2CHW = stills_B2CHW.to(device)
         augmentation = draw(stills_B2CHW.shape) if framer.settings.noise_augmentation else None
-        fps_B, motion_B = (torch.full((B,), float(value)) for value in (fps, motion_bucket_id))
+        told = self._choose("fps", fps), self._choose("motion_bucket_id", motion_bucket_id)
+        fps_B, motion_B = (torch.full((B,), float(value)) for value in told)
         condition = framer.condition(stills_B2CHW, fps_B, motion_B, augmentation)
         if trajectories is not None:
             steering = Steering(np.asarray(trajectories, float), controlnet_conditioning_scale)
@@ -231,8 +297,8 @@ class FramerPipeline(DiffusionPipeline):
         if latents is not None and latents.shape != shape:
             raise ValueError(f"latents have the shape {tuple(latents.shape)}; these stills need {shape}")
         noise_BTCHW = draw(shape) if latents is None else latents.to(device, torch.float32)
-        timesteps = time_input(framer.make_sigmas(num_inference_steps)[:-1], framer.parameterization, framer.alpha_bar)
-        with self.progress_bar(total=num_inference_steps) as bar:
+        timesteps = time_input(framer.make_sigmas(sampling)[:-1], framer.parameterization, framer.alpha_bar)
+        with self.progress_bar(total=sampling.steps) as bar:
 
             def on_step(step: int, latents_BTCHW: Tensor) -> Tensor:
                 bar.update()
@@ -271,16 +337,17 @@ class FramerPipeline(DiffusionPipeline):
         free = (f"adapter_{i}" for i in itertools.count() if f"adapter_{i}" not in self._adapters)
         name = adapter_name or next(free)
         source = find_adapter(Path(pretrained_model_name_or_path) / (weight_name or ""))
-        about = load_adapter(self.unet, source, self._signature, name)
-        self._adapters[name] = source
-        trained = about.get("recipe", {}).get("diffusion", {})
-        other = [key for key in FED_BY if key in trained and _feeding(trained[key]) != _feeding(self.config[key])]
-        if other:
-            said = ", ".join(f"{key} {trained[key]} (the pipeline has {self.config[key]})" for key in other)
-            warnings.warn(f"{source} was trained with {said}; FramerPipeline.from_run follows the recipe", stacklevel=2)
+        adapter = read_adapter(source, self.unet)
+        add_adapter(self.unet, adapter, source, self._signature, name)
+        self._adapters[name] = source, adapter
+        if other := list_differences(adapter.metadata, self.config):
+            warnings.warn(
+                f"{source} was trained with {other}; FramerPipeline.from_run follows the recipe", stacklevel=2
+            )
 
     def set_adapters(self, adapter_names: str | list[str], adapter_weights: float | list[float] | None = None) -> None:
         """Activate exactly these loaded adapters; a weight multiplies alpha / rank."""
+        self._refuse_while_fused()
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         given = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
         if len(given) != len(names):
@@ -298,10 +365,12 @@ class FramerPipeline(DiffusionPipeline):
 
     def enable_lora(self) -> None:
         """Switch the adapters on again as they were."""
+        self._refuse_while_fused()
         enable_adapter(self.unet, True)
 
     def disable_lora(self) -> None:
         """Switch all adapters off: the untuned base bit for bit."""
+        self._refuse_while_fused()
         enable_adapter(self.unet, False)
 
     def delete_adapters(self, adapter_names: str | list[str]) -> None:
@@ -310,10 +379,9 @@ class FramerPipeline(DiffusionPipeline):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if unknown := set(names) - set(self._adapters):
             raise ValueError(f"no adapter named {min(unknown)} is loaded; loaded are {', '.join(self._adapters)}")
-        weights = {name: weight for name, weight in self.unet.weights.items() if name not in names}
-        self._adapters = {name: source for name, source in self._adapters.items() if name not in names}
-        remove_adapters(self.unet)
-        self._inject_again(weights)
+        for name in names:
+            delete_adapter(self.unet, name)
+            del self._adapters[name]
 
     def unload_lora_weights(self) -> None:
         """Take all adapters out of memory. What fuse_lora folded into the weights stays in them, as in diffusers."""
@@ -325,11 +393,12 @@ class FramerPipeline(DiffusionPipeline):
         """Fold adapters into the weights, so that they cost no time; unfuse_lora undoes it exactly.
 
         lora_scale     multiplies the weight of each
-        adapter_names  default the active ones as they are weighed
+        adapter_names  default the active ones; each as it is weighed, 1 where it is not active
         """
         self._refuse_while_fused()
         if adapter_names is not None:
-            self.set_adapters(adapter_names)
+            set_weights = getattr(self.unet, "weights", {})
+            self.set_adapters(adapter_names, [set_weights.get(name, 1.0) for name in adapter_names])
         self._fused = dict(getattr(self.unet, "weights", {}))
         if not self._fused:
             raise ValueError("no adapter is active; call load_lora_weights first")
@@ -347,19 +416,18 @@ class FramerPipeline(DiffusionPipeline):
         """Bring the weights back bit for bit, with the adapters beside them again."""
         if not self._unfused:
             raise ValueError("no adapter is fused; call fuse_lora first")
-        self._restore()
-        self._inject_again(self._fused)
-
-    def _restore(self) -> None:
         for name, value in self._unfused.items():
             self.unet.get_parameter(name).data.copy_(value)
         self._unfused = {}
+        for name, (source, adapter) in self._adapters.items():
+            add_adapter(self.unet, adapter, source, self._signature, name)
+        set_adapters(self.unet, self._fused)
 
-    def _inject_again(self, weights: dict[str, float]) -> None:
-        for name, source in self._adapters.items():
-            load_adapter(self.unet, source, self._signature, name)
-        if self._adapters:
-            set_adapters(self.unet, weights)
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; adapters are folded in first, or taken out, by their own verbs."""
+        if self._adapters and not self._unfused:
+            raise ValueError("adapters stand beside the weights; call fuse_lora or unload_lora_weights before you save")
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def _refuse_while_fused(self) -> None:
         if self._unfused:
@@ -392,7 +460,7 @@ class FramerPipeline(DiffusionPipeline):
                 f"`{name}` has to be of type `torch.Tensor` or `PIL.Image.Image` or `list[PIL.Image.Image]` but is "
                 f"{type(images)}"
             )
-        return [np.asarray(i.convert("RGB")) for i in listed]
+        return [to_rgb(i) for i in listed]
 
     def _choose_sampler(self) -> Any:
         kind = type(self.scheduler).__name__
@@ -400,8 +468,10 @@ class FramerPipeline(DiffusionPipeline):
             raise ValueError(f"the scheduler is {kind}; this pipeline samples with {', '.join(SAMPLERS)}")
         return SAMPLERS[kind]
 
-    def _make_framer(self, num_frames: int, noise_aug_strength: float | None) -> Framer:
-        strength = self.config.noise_augmentation if noise_aug_strength is None else noise_aug_strength
+    def _choose(self, name: str, given: Any) -> Any:
+        return self.config[name] if given is None else given
+
+    def _make_framer(self, num_frames: int, strength: float) -> Framer:
         settings = DiffusionConfig(**{name: self.config[name] for name in FED_BY}, noise_augmentation=strength)
         if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
             self.vae.to(torch.float32)  # in float16 its activations overflow
@@ -419,8 +489,3 @@ class FramerPipeline(DiffusionPipeline):
             files=(),
         )
         return Framer(base, settings, num_frames, controlnet=self.controlnet, device=self._execution_device)
-
-
-def _feeding(value: Any) -> Any:
-    # the two clip layouts feed the network alike; they differ in what training scores
-    return "framer_clip" if value == "middle_in_clip" else value

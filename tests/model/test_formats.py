@@ -453,6 +453,21 @@ def test_numbers_that_are_none_are_refused(files: dict[str, Any], tmp_path: Path
     assert not lora_parameters(unet)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_adapter_that_lost_layers_is_refused(tmp_path: Path, unet: FramerUNet, form: str) -> None:
+    """Whole layers that are gone leave a file that fits; the number that were trained stands in its header."""
+    trained, parameters = make_trained()
+    save_adapter(tmp_path / "peft", dict(parameters), trained, ABOUT | {"modules": 64})
+    adapter = read_adapter(tmp_path / "peft", unet)
+    load_adapter(make_unet(), write_all(adapter, tmp_path / "whole")[form], SIGNATURE)
+    kept = sorted(adapter.kind.ranks)[::2]
+    kind = LoraKind({m: adapter.kind.ranks[m] for m in kept}, {m: adapter.kind.alphas[m] for m in kept})
+    tensors = {name: t for name, t in adapter.tensors.items() if name.split(".lora_")[0] in kept}
+    half = write_all(AdapterFile(kind, tensors, {}, adapter.metadata), tmp_path / "half")[form]
+    with pytest.raises(UserError, match="holds 32 of the 64 modules that were trained"):
+        load_adapter(unet, half, SIGNATURE)
+
+
 def test_names_in_the_files(files: dict[str, Any]) -> None:
     """One tensor of each kind under the name that each format gives it."""
     names = {

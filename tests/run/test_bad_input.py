@@ -50,7 +50,7 @@ def refused(overrides: dict[str, Any], match: str) -> None:
         ("learning_rate_peak", 1, r"unknown key learning_rate_peak"),
         ("optimizer.lr", 7, r"optimizer\.lr is 7: .*less than or equal to 1"),
         ("lora.rank", "many", r"lora\.rank is 'many': .*integer"),
-        ("data.frames", 4, r"data.frames is 4: layout middle_in_clip needs an odd number"),
+        ("data.frames", 4, r"data.frames is 4: layout spec_middle needs an odd number"),
         ("data.height", 30, r"30x32: both must be multiples of 8"),
         ("engine.micro_batch", 3, r"global_batch 4 must be a multiple of micro_batch 3"),
         ("model.attention", "flash", r"model\.attention is 'flash': .*'auto', 'xformers' or 'sdpa'"),

@@ -28,4 +28,4 @@ def test_full_bench_runs_both_steps(monkeypatch: pytest.MonkeyPatch, precision: 
     assert set(report["kernels"]) == {"sdpa"} and report["frames"] == 3 and report["precision"] == precision
     row = report["kernels"]["sdpa"]
     assert 0 < row["loss"] < 2 and 0 <= row["sample_mean_abs"] <= 1
-    assert row["train_s"] >= row["forward_backward_s"] > 0 and row["sample_s"] > 0 and report["peak_gib"] > 0
+    assert row["forward_backward_s"] > 0 and row["optimizer_s"] > 0 and row["sample_s"] > 0 and row["peak_gib"] > 0

@@ -1,9 +1,13 @@
 """The spec's run, looked over without weights: the spec's figures come out. Run: pytest tests/run/test_doctor.py"""
 
 import json
+import shutil
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.launching import RECIPE, ROOT, run
 from toolkit.config import load_config
@@ -72,3 +76,35 @@ def test_doctor_notes_what_is_probably_not_meant() -> None:
     assert any("4 of 10 steps" in note for note in late["notes"])
     fine = examine(load_config(RECIPE, {"schedule.steps": 100, "diffusion.layout": "middle_in_clip"}), ranks=2)
     assert fine["dead_modules"] == 0 and all("is not on this machine" in note for note in fine["notes"])
+
+
+def test_doctor_looks_local_weights_over(tiny_base: Path, tmp_path: Path) -> None:
+    """A base on this machine is checked by its files: what a run would refuse is refused here, nothing else is said."""
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    ours = {"model.base": str(folder), "schedule.steps": 100, "diffusion.layout": "middle_in_clip"}
+
+    def notes(**changes: Any) -> list[str]:
+        return examine(load_config(RECIPE, ours | changes), ranks=2)["notes"]
+
+    assert all("is not on this machine, so clips" in note for note in notes())
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    tensors = load_file(weights)
+    save_file({name: t for name, t in tensors.items() if name != "mask_token"}, weights)
+    with pytest.raises(UserError, match="missing keys: mask_token"):
+        notes()
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match="cut, damaged or no safetensors file"):
+        notes()
+    weights.write_bytes(whole)
+    for changes, message in (
+        ({"lora.init_from": "nowhere"}, "no adapter at nowhere"),
+        ({"model.controlnet": "./nowhere", "diffusion.control": True}, "no ControlNet at ./nowhere"),
+        ({"model.unet": "./nowhere"}, "no base model at ./nowhere"),
+    ):
+        with pytest.raises(UserError, match=message):
+            notes(**changes)
+    hub = examine(load_config(SPEC, {"model.attention": "auto"}), ranks=1)["notes"]
+    assert any("the weights of framer are not on this machine" in note for note in hub)
+    with pytest.raises(UserError, match="no base model at ./nowhere"):  # another UNet than the tiny base's own
+        examine(load_config(RECIPE, {"model.unet": "./nowhere"}), ranks=1)

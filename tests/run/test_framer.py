@@ -418,7 +418,7 @@ def walk_by_hand(framer: Framer, noise_BTCHW: Tensor, steps: int, ask: Callable[
             return (1 + sigma**2).sqrt() * x_BTCHW - sigma * raw_BTCHW
         return (x_BTCHW - sigma * raw_BTCHW) / (1 + sigma**2).sqrt()
 
-    return sample_euler(denoise, noise_BTCHW, framer.make_sigmas(steps))
+    return sample_euler(denoise, noise_BTCHW, framer.make_sigmas(Sampling(steps)))
 
 
 def make_condition(framer: Framer, batch: Batch, steered: bool = False) -> tuple[Condition, Tensor]:
@@ -488,20 +488,25 @@ def test_guidance_by_hand(
 
 @either
 def test_lcm_draws_new_noise_by_positions(base: Base, parameterization: str) -> None:
-    """Each step but the last noises the denoised latents again, with a draw of its own for each clip's position."""
+    """Each step but the last noises the denoised latents again, with a draw of its own for each clip's position.
+
+    The noise levels are AnimateLCM-SVD's, every tenth of 40 for four steps, or the timesteps of an epsilon base.
+    """
     batch = make_batch([4, 9])
     z = torch.randn(2, 5, 4, LATENT, LATENT, generator=torch.Generator().manual_seed(0))
     framer = make_framer(make_oracle(base, z, parameterization), layout="framer_clip")
     with Spy(framer.base.unet) as spy:
         made = framer.generate(stills_of(batch), batch.fps_B, batch.motion_B, Sampling(4, "lcm"), [4, 9])
     first, *later = spy.calls
-    assert len(later) == 3
+    levels = [sigma_of(call.time, parameterization)[0] for call in spy.calls]
+    wanted = karras_sigmas(40, 0.002, 700.0)[:40:10] if parameterization == "v" else SIGMA[[999, 749, 499, 249]]
+    assert torch.allclose(torch.stack(levels), wanted, rtol=1e-4)
     for b, k in enumerate([4, 9]):
         assert torch.allclose(first.sample[b, :, :4], draw("sample", k, 5), atol=1e-5)
         for i, call in enumerate(later):
-            sigma = sigma_of(call.time, parameterization)[b]
-            wanted = (z[b] + sigma * draw(f"renoise{i}", k, 5)) / (1 + sigma**2).sqrt()
-            assert torch.allclose(call.sample[b, :, :4], wanted, atol=2e-4)
+            sigma = levels[i + 1]
+            noised = (z[b] + sigma * draw(f"renoise{i}", k, 5)) / (1 + sigma**2).sqrt()
+            assert torch.allclose(call.sample[b, :, :4], noised, atol=2e-4)
     assert torch.allclose(made, decode_latents(base.vae, z / SCALING), atol=1e-4)
 
 
@@ -536,6 +541,27 @@ def test_decoder_works_in_chunks(base: Base) -> None:
     finally:
         hook.remove()
     assert decoded == [5, 2, 2, 1]
+
+
+@pytest.mark.parametrize(("sampler", "most"), [("euler", 1000), ("lcm", 40)])
+def test_number_of_steps(sampler: Any, most: int) -> None:
+    """From one to as many as there are noise levels; others are refused before anything is loaded."""
+    for steps in (1, most):
+        assert Sampling(steps, sampler).steps == steps
+    for steps in (0, most + 1):
+        with pytest.raises(UserError, match=f"^{steps} sampler steps: sampler {sampler} takes 1 to {most}"):
+            Sampling(steps, sampler)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "lcm"])
+def test_answers_that_are_no_numbers_are_refused(base: Base, sampler: Any) -> None:
+    """One that is not finite is told as an error, and never decoded to a frame."""
+    z = torch.zeros(1, 5, 4, LATENT, LATENT)
+    z[0, 2, 0, 0, 0] = torch.nan
+    batch = make_batch([4])
+    with pytest.raises(UserError, match="answer is not a finite number"):
+        framer = make_framer(make_oracle(base, z, "v"))
+        framer.generate(stills_of(batch), batch.fps_B, batch.motion_B, Sampling(2, sampler), [0])
 
 
 # ---- gaps

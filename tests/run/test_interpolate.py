@@ -127,7 +127,7 @@ def test_an_adapter_feeds_its_network_as_it_was_trained(
     made = frames_of(adapter=str(adapter))
     bare = Path(shutil.copytree(adapter, tmp_path / "bare"))
     save_file(load_file(bare / "adapter_model.safetensors"), bare / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"bare does not say how it was trained; name a recipe"):
+    with pytest.raises(UserError, match=r"bare does not say how it was trained.*; name a recipe"):
         frames_of(adapter=str(bare))
     assert (frames_of(adapter=str(bare), config=str(trained / "config.yaml")) == made).all()
 
@@ -191,11 +191,14 @@ def test_trajectories_steer(
     path = tmp_path / "points.json"
     path.write_text(json.dumps({"points": [[[8, 8], [24, 20]]]}))
     flags = {"adapter": str(adapter), "controlnet": controlnet}
-    free = frames_of(**flags)
+    free = frames_of(adapter=str(adapter))
     steered = frames_of(**flags, trajectories=str(path))
     assert not nearly(steered, free)
     assert not nearly(frames_of(**flags, trajectories=str(path), control_scale=0.3), steered)
     assert nearly(frames_of(**flags, trajectories=str(path), control_scale=0.0), free)
+    path.write_text(json.dumps({"points": [[[-8, 8], [-24, 20]]]}))
+    with pytest.raises(UserError, match="has no place inside the 32x32 picture"):
+        frames_of(**flags, trajectories=str(path))
     path.write_text(json.dumps({"points": [[[8, 8], [24, 4]]]}))
     assert not nearly(frames_of(**flags, trajectories=str(path)), steered)
 
@@ -225,9 +228,17 @@ def test_found_trajectories(adapter: Path, controlnet: str, frames_of: Frames, t
         ({"run": "RUN", "trajectories": "x.json", "controlnet": "y", "stills": "THREE"}, "is for two stills, not 3"),
         ({"run": "RUN", "trajectories": "x.json", "controlnet": "y"}, "cannot read the trajectories x.json"),
         ({"adapter": "README.md"}, "README.md is not a .safetensors file"),
+        ({"adapter": "README.md,ADAPTER"}, "README.md is not a .safetensors file"),
+        ({"run": "RUN", "stills": "THREE", "first": "x.png"}, "both --stills and --first"),
+        ({"run": "RUN", "controlnet": "x"}, "--controlnet follows trajectories, but none are given"),
+        ({"run": "RUN", "control_scale": 0.5}, "--control_scale is the strength of trajectories, but none"),
+        ({"run": "RUN", "config": "x.yaml"}, "both --run and --config are given"),
+        ({"unet": "nowhere", "lora_scale": 0.5}, "--lora_scale is given, but no adapter"),
+        ({"unet": "nowhere"}, "nowhere does not say how it was trained"),
+        ({"run": "RUN", "sampler": "lcm", "steps": 41}, "41 sampler steps: sampler lcm takes 1 to 40"),
     ],
 )
-def test_flags_that_do_not_go_together(
+def test_flags_that_do_not_go_together_or_lead_nowhere(
     trained: Path, adapter: Path, stills: list[str], frames_of: Frames, flags: dict[str, Any], message: str
 ) -> None:
     """Each is a sentence, told before anything is loaded."""
@@ -236,3 +247,41 @@ def test_flags_that_do_not_go_together(
         frames_of(
             **{name: places.get(value, value) if isinstance(value, str) else value for name, value in flags.items()}
         )
+
+
+def test_an_adapter_that_is_fed_otherwise_is_noted(
+    adapter: Path, tmp_path: Path, frames_of: Frames, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of several adapters the first one's recipe feeds the network; one that was trained otherwise is named."""
+    other = Path(shutil.copytree(adapter, tmp_path / "other"))
+    file = other / "adapter_model.safetensors"
+    header = {key: json.loads(text) for key, text in read_header(file).items()}
+    header["framer_toolkit"]["recipe"]["diffusion"]["clip_tokens"] = "mean"
+    save_file(load_file(file), file, metadata={key: json.dumps(value) for key, value in header.items()})
+    frames_of(adapter=f"{adapter},{adapter}")
+    assert "note:" not in capsys.readouterr().out
+    frames_of(adapter=f"{adapter},{other}")
+    assert "other was trained with clip_tokens mean (here it is first_last)" in capsys.readouterr().out
+
+
+def test_runs_that_asked_for_xformers_can_be_used_without(trained: Path, tmp_path: Path, frames_of: Frames) -> None:
+    """The kernel is a matter of the machine, not of the adapter."""
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("attention: auto", "attention: xformers"))
+    assert "xformers" in config.read_text()
+    assert (frames_of(run=str(run)) == frames_of(run=str(trained))).all()
+
+
+def test_frames_are_not_mixed_with_what_is_there(trained: Path, stills: list[str], tmp_path: Path) -> None:
+    """A folder that holds anything is refused before any work, so no old frame stays in a new video."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/007.png").write_bytes(b"")
+    with pytest.raises(UserError, match="full is there already; give --out a folder that is new or empty"):
+        interpolate(str(tmp_path / "full"), run=str(trained), first=stills[0], last=stills[1])
+
+
+def test_numbers_that_explode_are_no_picture(adapter: Path, frames_of: Frames) -> None:
+    """A sampling that ends in NaN or infinity says so instead of writing black frames."""
+    with pytest.raises(UserError, match="not a finite number; lower lora_scale"):
+        frames_of(adapter=str(adapter), lora_scale=1e30)

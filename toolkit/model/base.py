@@ -242,13 +242,16 @@ def find_unet(model: ModelConfig) -> Path:
 
 def load_unet(place: Path, dtype: torch.dtype, variant: Literal["fp16"] | None = None) -> FramerUNet:
     """Read a UNet folder or file as a 9-channel FramerUNet; an 8-channel SVD UNet is widened, its output unchanged."""
+    config = read_unet_config(place)
+    kind = _unet_class(config)
+    unet = load_part(kind, place, variant, dtype=dtype) if place.is_dir() else load_file(kind, config, place, dtype)
+    return unet if kind is FramerUNet else widen_conv_in(unet)
+
+
+def _unet_class(config: dict[str, Any]) -> Any:
     from diffusers import UNetSpatioTemporalConditionModel
 
-    config = read_unet_config(place)
-    is_svd = config.get("in_channels", 8) == 8
-    kind = UNetSpatioTemporalConditionModel if is_svd else FramerUNet
-    unet = load_part(kind, place, variant, dtype=dtype) if place.is_dir() else load_file(kind, config, place, dtype)
-    return widen_conv_in(unet) if is_svd else unet
+    return FramerUNet if config.get("in_channels", 8) == 9 else UNetSpatioTemporalConditionModel
 
 
 def describe_unet(model: ModelConfig) -> dict[str, Any]:
@@ -259,6 +262,27 @@ def describe_unet(model: ModelConfig) -> dict[str, Any]:
         return PUBLISHED_CONFIGS[source]
     revision = model.unet_revision if unet else model.revision
     return read_unet_config(_find_unet(source, revision, None, configs_only=True))
+
+
+def check_weights(model: ModelConfig) -> bool:
+    """Look the files of a base over without reading their tensors; False where a hub has them, and nothing is checked.
+
+    raises  UserError as load_base does where a part is missing, cut, pickled, or is not the whole UNet
+    """
+    base, unet = _resolve_names(model)
+    if not all(Path(source).exists() for source in (base, unet) if source is not None):
+        return False
+    places = _find_parts(model)
+    read_scheduler(places["scheduler"])
+    for part in WEIGHTED:
+        files = find_weights(places[part], model.variant).files
+        names = {name for file in files for name in open_weights(file).keys()}  # noqa: SIM118
+        if part == "unet":
+            config = read_unet_config(places[part])
+            kind = _unet_class(config)
+            wanted = _build_on_meta(kind, config).state_dict().keys()
+            _refuse_faults(places[part], kind, wanted - names, names - wanted)
+    return True
 
 
 def build_unet_on_meta(model: ModelConfig) -> FramerUNet:

@@ -109,7 +109,7 @@ def read_adapter(source: Path, unet: nn.Module) -> AdapterFile:
     unet    resolves kohya's names, in which dots are underscores, and its deltas
     raises  UserError where it is no adapter, is damaged, or is of a kind that cannot be read
     """
-    file = _find_file(source)
+    file = find_file(source)
     if file.name == PEFT_FILES[0]:
         return read_peft(source)
     tensors, header = _read_tensors(file), _read_header(file)
@@ -137,7 +137,7 @@ def read_peft(folder: Path) -> AdapterFile:
 
 def read_metadata(source: Path) -> dict[str, Any]:
     """Read only what the toolkit wrote about an adapter of any format; empty for adapters of other programs."""
-    return _find_metadata(_read_header(_find_file(source)))
+    return _find_metadata(_read_header(find_file(source)))
 
 
 def write_peft(folder: Path, adapter: AdapterFile) -> None:
@@ -203,6 +203,11 @@ def refuse_misfit(adapter: AdapterFile, unet: nn.Module, source: Path) -> None:
                 f"the adapter in {source} has rank {rank} and alpha {adapter.kind.alphas[module]} in {module}; a rank is at "
                 "least 1, and alpha a finite number"
             )
+    if adapter.metadata.get("modules", len(adapter.kind.ranks)) != len(adapter.kind.ranks):
+        raise UserError(
+            f"the adapter in {source} holds {len(adapter.kind.ranks)} of the {adapter.metadata['modules']} modules that "
+            "were trained; copy or export it again"
+        )
     for name, tensor in (adapter.tensors | adapter.extras).items():
         if not tensor.isfinite().all():
             raise UserError(f"the adapter in {source} holds NaN or infinity in {name}; take another checkpoint or copy")
@@ -241,7 +246,8 @@ _WHAT_IS_READ = (
 )
 
 
-def _find_file(source: Path) -> Path:
+def find_file(source: Path) -> Path:
+    """The file that holds an adapter's tensors; UserError where there is none that can be read."""
     if source.suffix in _PICKLES and not source.is_dir():
         raise UserError(f"{source} is a pickle, which can run code, and is not read; {_WHAT_IS_READ}")
     if source.is_file():

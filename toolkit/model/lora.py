@@ -92,20 +92,27 @@ def inject_lora(unet: Any, settings: LoraConfig, seed: int) -> dict[str, nn.Para
     returns  {parameter name: fp32 parameter}, sorted; extra_trainable's tensors under their own names
     raises   UserError where targets, rank_pattern or alpha_pattern match nothing
     """
-    modules = match_targets(unet, settings.targets)
-    kind = LoraKind(
-        _apply_pattern(modules, settings.rank, settings.rank_pattern, "rank_pattern"),
-        _apply_pattern(modules, settings.alpha, settings.alpha_pattern, "alpha_pattern"),
-        settings.rslora,
-        settings.dora,
-    )
-    _inject(unet, kind, "default")
+    _inject(unet, choose_kind(unet, settings), "default")
     if settings.dropout:
         for name, layer in _adapted(unet).items():
             layer.lora_dropout["default"] = KeyedDropout(settings.dropout, name)
     adapter = lora_parameters(unet)
     _draw_start(adapter, seed)
     return dict(sorted((adapter | _free_extras(unet, settings.extra_trainable)).items()))
+
+
+def choose_kind(unet: nn.Module, settings: LoraConfig) -> LoraKind:
+    """Which layers a recipe adapts, and how; the UNet may be on meta, so a wrong recipe is refused before weights are read.
+
+    raises   UserError where targets, rank_pattern or alpha_pattern match nothing
+    """
+    modules = match_targets(unet, settings.targets)
+    return LoraKind(
+        _apply_pattern(modules, settings.rank, settings.rank_pattern, "rank_pattern"),
+        _apply_pattern(modules, settings.alpha, settings.alpha_pattern, "alpha_pattern"),
+        settings.rslora,
+        settings.dora,
+    )
 
 
 def lora_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
@@ -133,18 +140,31 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], unet: nn.Module, meta
 def load_adapter(
     unet: Any, source: Path, signature: list[float], name: str = "default", scale: float = 1.0
 ) -> dict[str, Any]:
-    """Read an adapter of any format into the base it was trained on, beside those that are loaded already.
+    """Read an adapter of any format into the base it was trained on; see add_adapter.
 
+    returns  the adapter's metadata, empty for adapters of other programs
+    """
+    adapter = read_adapter(source, unet)
+    add_adapter(unet, adapter, source, signature, name, scale)
+    return adapter.metadata
+
+
+def add_adapter(
+    unet: Any, adapter: AdapterFile, source: Path, signature: list[float], name: str = "default", scale: float = 1.0
+) -> None:
+    """Put an adapter into the base it was trained on, beside those that are there, and switch it on.
+
+    Its matrices stay fp32, whatever the base is in: run the network under torch.autocast, as Framer.predict does.
+    source     where it was read, for errors
     signature  of the loaded base; an adapter that names another one is refused
     name       of the adapter, for set_adapters
     scale      multiplies alpha / rank, it does not replace it; zero is the base bit for bit
-    Its matrices stay fp32, whatever the base is in: run the network under torch.autocast, as Framer.predict does.
-    returns    the adapter's metadata, empty for adapters of other programs
-    raises     UserError where it is no adapter, belongs to another base, or does not fit
+    raises     UserError where it belongs to another base, does not fit, or has a name that cannot be
     """
-    adapter = read_adapter(source, unet)
     refuse_other_base(adapter.metadata, signature, source)
     refuse_misfit(adapter, unet, source)
+    if not re.fullmatch(r"\w[\w-]*", name):
+        raise UserError(f"an adapter cannot be named {name!r}: letters, digits, _ and - are allowed")
     if name in getattr(unet, "peft_config", {}):
         raise UserError(f"an adapter named {name} is loaded already; give {source} another name")
     _inject(unet, adapter.kind, name)
@@ -153,7 +173,24 @@ def load_adapter(
     _remember(unet, adapter.extras)
     unet.tuned[name] = adapter.extras
     set_adapters(unet, {**unet.weights, name: scale})
-    return adapter.metadata
+
+
+def delete_adapter(unet: Any, name: str) -> None:
+    """Take one adapter out of memory; the others stay as they are, on or off."""
+    off = any(layer.disable_adapters for layer in _adapted(unet).values())
+    weights = {other: weight for other, weight in unet.weights.items() if other != name}
+    if list(unet.peft_config) == [name]:
+        remove_adapters(unet)
+        return
+    set_adapters(unet, weights)
+    for layer in _adapted(unet).values():
+        layer.delete_adapter(name)
+    del unet.peft_config[name], unet.tuned[name]
+    for path, layer in _adapted(unet).items():
+        if not layer.lora_A:  # only the deleted adapter was here
+            _replace(unet, path, layer.get_base_layer())
+    if off:
+        enable_adapter(unet, False)
 
 
 def refuse_other_base(metadata: dict[str, Any], signature: Sequence[float], source: Path) -> None:
@@ -173,8 +210,9 @@ def set_adapters(unet: Any, weights: dict[str, float]) -> None:
              goes to B A alone, as in PEFT: the magnitudes stay, unless the scale is zero.
     raises   UserError for a name that is not loaded
     """
-    if unknown := weights.keys() - getattr(unet, "peft_config", {}).keys():
-        raise UserError(f"no adapter named {min(unknown)} is loaded; loaded are {', '.join(unet.peft_config)}")
+    loaded = getattr(unet, "peft_config", {})
+    if unknown := weights.keys() - loaded.keys():
+        raise UserError(f"no adapter named {min(unknown)} is loaded; loaded are {', '.join(loaded) or 'none'}")
     # an adapter scaled by zero is left out altogether: the base bit for bit, whatever its kind
     active = {name: weight for name, weight in weights.items() if weight}
     for layer in _adapted(unet).values():
@@ -348,10 +386,14 @@ def _fill(unet: nn.Module, values: dict[str, Tensor]) -> None:
 
 def _unwrap(unet: Any) -> None:
     for name, layer in _adapted(unet).items():
-        parent, _, child = name.rpartition(".")
-        setattr(unet.get_submodule(parent), child, layer.get_base_layer())
+        _replace(unet, name, layer.get_base_layer())
     for attribute in ("peft_config", "untuned", "tuned", "weights", "set_aside"):
         unet.__dict__.pop(attribute, None)
+
+
+def _replace(unet: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(unet.get_submodule(parent), child, module)
 
 
 def _adapted(unet: nn.Module) -> dict[str, Any]:

@@ -13,9 +13,11 @@ import torch
 from toolkit.config import RunConfig
 from toolkit.data.index import open_shards
 from toolkit.diffusion.layout import make_layout
-from toolkit.model.base import build_unet_on_meta, describe_unet, read_parameterization
+from toolkit.model.base import build_unet_on_meta, check_weights, describe_unet, read_parameterization
+from toolkit.model.controlnet import find_controlnet
 from toolkit.model.lora import dead_targets, inject_lora, match_targets
 from toolkit.model.tiny import build_unet
+from toolkit.run.folder import find_adapter
 from toolkit.run.framer import check_objective
 from toolkit.run.trainer import check_clips, check_engine, total_steps
 
@@ -25,12 +27,18 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
 
     returns  {base_params, lora_modules, lora_params, dead_modules, extra_params, adapter_mb_fp32, accumulation, clips,
              optimizer_steps, notes}; clips and optimizer_steps are None where the shards are not on this machine
-    raises   UserError for what a run of so many ranks would refuse about its engine, batch, data and objective
+    raises   UserError for what a run of so many ranks would refuse about its engine, batch, data, objective, and weights
+             where they are on this machine
     """
     per_rank, _ = check_engine(config, ranks)
-    is_tiny, channels = config.model.base == "tiny", 9
+    is_tiny, channels = config.model.base == "tiny", 9  # which has no folder before it is made
     check_objective(config.diffusion, "v" if is_tiny else read_parameterization(config.model))
-    if is_tiny:
+    is_checked = is_tiny or check_weights(config.model)
+    if config.lora.init_from is not None:
+        find_adapter(Path(config.lora.init_from))
+    if config.diffusion.control:
+        find_controlnet(str(config.model.controlnet), config.model.controlnet_revision)
+    if is_tiny and config.model.unet is None:
         with torch.device("meta"):
             unet = build_unet().to("meta")
     else:
@@ -64,6 +72,8 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
         report["optimizer_steps"] = total_steps(config, len(index))
     else:
         report["notes"].append(f"{config.data.shards} is not on this machine, so clips and steps are not counted")
+    if not is_checked:
+        report["notes"].append(f"the weights of {config.model.base} are not on this machine, so they are not checked")
     report["notes"] += list_dead(dead, config) + list_doubts(config, report["optimizer_steps"])
     if channels == 8 and "conv_in" not in config.lora.extra_trainable:
         report["notes"].append(

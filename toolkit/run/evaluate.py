@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from toolkit.config import RunConfig
 from toolkit.data.clips import Clip, ClipSettings, load_clip
 from toolkit.data.format import BadSample
 from toolkit.data.index import open_shards
+from toolkit.data.trajectory import match_stills
 from toolkit.errors import UserError
 from toolkit.model.lora import enable_adapter
-from toolkit.run.framer import Sampling, to_signed, to_uint8
-from toolkit.run.inference import load_framer, read_source
+from toolkit.run.framer import FOUND_SCALE, Steering, to_signed, to_uint8
+from toolkit.run.inference import load_framer, read_source, recipe_sampling
 
 TILE_PX = 192  # height of one picture in a strip
 
@@ -38,8 +40,12 @@ def evaluate_run(
     source = read_source(run).with_model(base=base)
     config = source.config
     held_out = load_held_out(config, clips or config.validation.clips)
-    framer = load_framer(source)
-    sampling = Sampling(steps or config.validation.sampler_steps, config.validation.sampler)
+    sampling = recipe_sampling(config)
+    sampling = sampling if steps is None else replace(sampling, steps=steps)
+    framer = load_framer(source, steered=config.diffusion.control)
+    steering: list[Steering | None] = [None] * len(held_out)
+    if config.diffusion.control:  # as in training
+        steering = [Steering(match_stills(c.frames_THWC[0], c.frames_THWC[-1]), FOUND_SCALE) for c in held_out]
     frames_BTCHW = torch.stack([to_signed(torch.from_numpy(c.frames_THWC)) for c in held_out])
     middle = config.data.frames // 2  # of an even window, the later of the two
     stills_B2CHW, true_BCHW = frames_BTCHW[:, [0, -1]], frames_BTCHW[:, middle]
@@ -50,7 +56,7 @@ def evaluate_run(
         enable_adapter(framer.base.unet, name == "tuned")
         made[name] = torch.cat([
             framer.generate_middle(
-                stills_B2CHW[i : i + 1], fps_B[i : i + 1], motion_B[i : i + 1], sampling, [i]
+                stills_B2CHW[i : i + 1], fps_B[i : i + 1], motion_B[i : i + 1], sampling, [i], steering[i]
             ).cpu()
             for i in _with_bar(range(len(held_out)), f"{name} model")
         ])  # fmt: skip

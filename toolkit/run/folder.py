@@ -21,6 +21,7 @@ from toolkit.config import RunConfig, diff_configs, dump_config, load_config
 from toolkit.engine.plain import State
 from toolkit.engine.world import World
 from toolkit.errors import UserError
+from toolkit.model.formats import find_file
 from toolkit.run.checkpoint import (
     checkpoint_folder,
     checkpoint_step,
@@ -110,7 +111,13 @@ def find_adapter(source: Path) -> Path:
     """Turn what a user names, a run, a checkpoint, an exported folder or a file, into the adapter's own folder or file."""
     if not source.exists():
         raise UserError(f"no adapter at {source}: give a run folder, a checkpoint, or an exported folder or file")
-    return newest_adapter(source) if (source / "config.yaml").exists() else source
+    if (source / "unet").is_dir():
+        raise UserError(
+            f"{source} holds a whole UNet, such as a merged export, and no adapter; give it as the UNet: --unet"
+        )
+    place = newest_adapter(source) if (source / "config.yaml").exists() else source
+    find_file(place)
+    return place
 
 
 def describe_host() -> dict[str, Any]:

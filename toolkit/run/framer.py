@@ -38,7 +38,9 @@ from toolkit.diffusion.objective import (
 )
 from toolkit.diffusion.sampler import bisect, sample_euler, sample_lcm
 from toolkit.diffusion.schedule import (
+    LCM_LEVELS,
     karras_sigmas,
+    lcm_sigmas,
     lognormal_sigma,
     make_alpha_bar,
     trailing_sigmas,
@@ -74,6 +76,11 @@ class Sampling:
     min_guidance: float = 1.0  # classifier-free guidance rises over the window from this ...
     max_guidance: float = 1.0  # ... to this; 1 and 1 is none, at half the cost
     chunk_frames: int | None = None  # frames that the VAE decodes at once; fewer need less memory
+
+    def __post_init__(self) -> None:
+        most = LCM_LEVELS if self.sampler == "lcm" else 1000
+        if not 1 <= self.steps <= most:
+            raise UserError(f"{self.steps} sampler steps: sampler {self.sampler} takes 1 to {most}")
 
 
 class Framer:
@@ -157,6 +164,7 @@ class Framer:
 
     def steer(self, condition: Condition, steering: Steering, size_px: Sequence[int]) -> Condition:
         """Draw where points shall go, the same in every clip of a condition; size_px (height, width) of its stills."""
+        assert self.controlnet is not None, "points need a ControlNet that follows them"
         heatmaps = steering.draw(self.layout.in_window, self.layout.window, size_px).to(self.device)
         heatmaps_BTCHW = heatmaps.expand(len(condition.ends_B2CHW), *heatmaps.shape)
         return replace(condition, heatmaps_BTCHW=heatmaps_BTCHW, control_scale=steering.scale)
@@ -214,17 +222,24 @@ class Framer:
                 raw_BTCHW = guide(known_BTCHW, free_BTCHW, scale_T)
             return to_denoised(raw_BTCHW, x_BTCHW, sigma_B, self.parameterization)
 
-        sigmas = self.make_sigmas(sampling.steps)
+        sigmas = self.make_sigmas(sampling)
         if sampling.sampler == "lcm":
             assert renoise is not None
-            return sample_lcm(denoise, noise_BTCHW, sigmas, renoise, on_step)
-        return sample_euler(denoise, noise_BTCHW, sigmas, on_step)
+            latents_BTCHW = sample_lcm(denoise, noise_BTCHW, sigmas, renoise, on_step)
+        else:
+            latents_BTCHW = sample_euler(denoise, noise_BTCHW, sigmas, on_step)
+        if not latents_BTCHW.isfinite().all():
+            raise UserError("the network's answer is not a finite number; lower lora_scale, guidance, fps or motion")
+        return latents_BTCHW
 
-    def make_sigmas(self, steps: int) -> Tensor:
-        """Noise levels of a sampling, (steps + 1,) falling to 0: SVD's own range, or the table of an epsilon base."""
+    def make_sigmas(self, sampling: Sampling) -> Tensor:
+        """Noise levels of a sampling, (steps + 1,) falling to 0: of SVD's own range, or of the table of an epsilon base."""
         if self.parameterization == "epsilon":
-            return trailing_sigmas(steps, self.alpha_bar)
-        return karras_sigmas(steps, self.base.scheduler["sigma_min"], self.base.scheduler["sigma_max"])
+            if sampling.steps > len(self.alpha_bar):
+                raise UserError(f"{sampling.steps} sampler steps: this base knows {len(self.alpha_bar)} timesteps")
+            return trailing_sigmas(sampling.steps, self.alpha_bar)
+        make = lcm_sigmas if sampling.sampler == "lcm" else karras_sigmas
+        return make(sampling.steps, self.base.scheduler["sigma_min"], self.base.scheduler["sigma_max"])
 
     def decode(self, latents_BTCHW: Tensor, chunk_frames: int | None = None) -> Tensor:
         """Scaled latents to pixels; returns frames_BTCHW fp32 in [-1, 1]."""
@@ -290,7 +305,8 @@ class Framer:
 
         frames   first and last included: the window's own number for a clip layout, else 2^n + 1 by halving
         fps      of the result
-        start    place of the first still in the whole video: the frame at place k draws the noise of position k
+        start    place of the first still in the whole video: a frame made by halving at place k draws the noise of
+                 position k, a window filled at once that of start
         returns  frames_TCHW fp32 in [-1, 1]; the ends are the stills, untouched
         raises   ValueError for another number of frames
         """
@@ -306,8 +322,8 @@ class Framer:
             reach = 2**halvings
             # the network sees a whole window between the two: its frames are spaced by gap / (window - 1)
             fps_B = torch.tensor([fps * (self.layout.window - 1) / (2 * reach)])
-            begin, end = ((place + side * reach) / (frames - 1) for side in (-1, 1))
-            part = steering and replace(steering, begin=begin, end=end)
+            shares = ((place + side * reach) / (frames - 1) for side in (-1, 1))
+            part = steering and steering.cut(*shares)
             stills_B2CHW = torch.stack([left_CHW, right_CHW])[None]
             made = self.generate_middle(stills_B2CHW, fps_B, motion_B, sampling, [start + place], part, on_step)
             return made[0].cpu()
@@ -376,6 +392,11 @@ class Steering:
     scale: float = 1.0
     begin: float = 0.0
     end: float = 1.0
+
+    def cut(self, begin: float, end: float) -> Steering:
+        """The same points over a part of this part of the gap."""
+        length = self.end - self.begin
+        return replace(self, begin=self.begin + length * begin, end=self.begin + length * end)
 
     def draw(self, in_window: Sequence[int], window: int, size_px: Sequence[int]) -> Tensor:
         """Heatmaps of the frames of a window that enter the UNet, (T, 3, H_px, W_px) in 0..255."""

@@ -7,7 +7,7 @@ run folder, and in the header of every adapter that this toolkit wrote.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from toolkit.model.controlnet import FramerControlNet, find_controlnet, load_con
 from toolkit.model.formats import read_metadata
 from toolkit.model.lora import load_adapter, set_adapters
 from toolkit.run.folder import find_adapter, newest_adapter
-from toolkit.run.framer import Framer
+from toolkit.run.framer import Framer, Sampling
 from toolkit.run.pretrain import find_base
 
 ABOUT_FILE = "framer_toolkit.json"  # beside a merged UNet, whose weights' header belongs to diffusers
+FED_BY = ("layout", "clip_tokens", "scale_conditioning")  # of diffusion: where a network and its adapters must agree
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Source:
         """The same on another base; a base of one's own brings its UNet with it."""
         changes = {name: value for name, value in changes.items() if value is not None}
         if "base" in changes:
-            changes = {"unet": None, "revision": None, "unet_revision": None, "variant": None} | changes
+            changes = {"unet": None, "revision": None, "variant": None} | changes
+        if "base" in changes or "unet" in changes:
+            changes = {"unet_revision": None} | changes
         if "controlnet" in changes:
             changes = {"controlnet_revision": None} | changes
         model = ModelConfig.model_validate(self.config.model.model_dump() | changes)
@@ -74,6 +77,8 @@ def read_source(
     """
     if run is not None and adapters:
         raise UserError("both --run and --adapter are given; give one of them")
+    if run is not None and config is not None:
+        raise UserError(f"both --run and --config are given, but {run} has its own recipe; give one of them")
     if weights and len(weights) != len(adapters):
         raise UserError(f"{len(weights)} weights for {len(adapters)} adapters; give --weights one number per --adapter")
     found = [newest_adapter(Path(run))] if run is not None else [find_adapter(Path(adapter)) for adapter in adapters]
@@ -81,36 +86,60 @@ def read_source(
         raise UserError(
             "nothing to interpolate with; give --run, a run folder, or --adapter, or --unet, a merged export"
         )
-    about = read_about(found[0] if found else Path(str(unet)))
+    if not found and lora_scale != 1:
+        raise UserError("--lora_scale is given, but no adapter; the tuning in a merged UNet cannot be scaled")
+    abouts = [read_metadata(place) for place in found] or [read_merged(Path(str(unet)))]
     if config is not None or run is not None:
         recipe = load_config(config or Path(str(run)) / "config.yaml")
-    elif "recipe" in about:
-        recipe = parse_config(about["recipe"], found[0] if found else str(unet))
+    elif "recipe" in abouts[0]:
+        recipe = parse_config(abouts[0]["recipe"], found[0] if found else str(unet))
     else:
         raise UserError(
-            f"{adapters[0] if adapters else unet} does not say how it was trained; name a recipe that feeds the network "
-            "as it was trained: --config RECIPE"
+            f"{adapters[0] if adapters else unet} does not say how it was trained, as exports of this toolkit do; name a "
+            "recipe that feeds the network as it was trained: --config RECIPE"
         )
+    for place, about in zip(found, abouts, strict=False):
+        if other := list_differences(about, recipe.diffusion.model_dump()):
+            print(f"note: {place} was trained with {other}")
     scales = [lora_scale * weight for weight in weights or [1.0] * len(found)]
-    return Source(recipe, tuple(zip(found, scales, strict=True)), about)
+    return Source(recipe, tuple(zip(found, scales, strict=True)), abouts[0])
 
 
-def read_about(source: Path) -> dict[str, Any]:
-    """What an adapter, or a merged UNet, tells of itself; empty for those of other programs."""
-    if (source / "unet").is_dir():
-        merged = source / ABOUT_FILE
-        return json.loads(merged.read_text()) if merged.is_file() else {}
-    return read_metadata(source)
+def list_differences(about: dict[str, Any], diffusion: Mapping[str, Any]) -> str:
+    """Say where an adapter's recipe feeds the network otherwise than these settings; empty where it does not."""
+    trained = about.get("recipe", {}).get("diffusion", {})
+    other = [key for key in FED_BY if key in trained and _feeding(trained[key]) != _feeding(diffusion[key])]
+    return ", ".join(f"{key} {trained[key]} (here it is {diffusion[key]})" for key in other)
 
 
-def load_framer(source: Source) -> Framer:
-    """Load the base with the adapters in it."""
+def _feeding(value: Any) -> Any:
+    # the two clip layouts feed the network alike; they differ in what training scores
+    return "framer_clip" if value == "middle_in_clip" else value
+
+
+def read_merged(folder: Path) -> dict[str, Any]:
+    """What a merged export tells of itself; empty for a UNet of other programs."""
+    file = folder / ABOUT_FILE
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def recipe_sampling(config: RunConfig) -> Sampling:
+    """How a recipe samples, where nobody asks for something else."""
+    ours = config.validation
+    return Sampling(ours.sampler_steps, ours.sampler, ours.min_guidance, ours.max_guidance)
+
+
+def load_framer(source: Source, steered: bool = False) -> Framer:
+    """Load the base with the adapters in it, and with its ControlNet where trajectories shall steer."""
     world, config = init_world(join=False), source.config
     model = config.model
-    base = load_base(find_base(model, world), world.device, source.precision)
-    attention = choose_attention(model.attention, world.device, base.dtype)
+    # on a CPU, half precision would be slower than full
+    precision = "fp32" if world.device.type == "cpu" and source.precision == "fp16" else source.precision
+    base = load_base(find_base(model, world), world.device, precision)
+    # a run that asked for xformers can be used where there is none
+    attention = choose_attention("sdpa" if model.attention == "sdpa" else "auto", world.device, base.dtype)
     set_attention(base.unet, attention)
-    controlnet = load_control(model, base, attention) if model.controlnet else None
+    controlnet = load_control(model, base, attention) if steered else None
     weights = {f"adapter{i}": weight for i, (_, weight) in enumerate(source.adapters)}
     for name, (path, weight) in zip(weights, source.adapters, strict=True):
         load_adapter(base.unet, path, base.signature, name, weight)
@@ -123,5 +152,12 @@ def load_control(model: ModelConfig, base: Base, attention: str) -> FramerContro
     assert model.controlnet is not None
     place = find_controlnet(model.controlnet, model.controlnet_revision)
     controlnet = load_controlnet(place, base.dtype, base.unet).to(base.unet.device)
+    factors = (len(controlnet.config.conditioning_embedding_out_channels), len(base.vae.config.block_out_channels))
+    if factors[0] != factors[1]:
+        reads, needs = (2 ** (levels - 1) for levels in factors)
+        raise UserError(
+            f"the ControlNet {model.controlnet} shrinks heatmaps {reads} times, the base's VAE pictures {needs} times; give "
+            "the ControlNet of this base"
+        )
     set_attention(controlnet, attention)
     return controlnet

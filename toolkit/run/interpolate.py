@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from toolkit.config import RunConfig
 from toolkit.data.clips import resize_cover
+from toolkit.data.stills import read_stills
 from toolkit.data.trajectory import match_stills, read_trajectories
 from toolkit.data.video import write_video
 from toolkit.errors import UserError
@@ -43,13 +44,18 @@ def interpolate_stills(
     trajectories  "auto" to match features of the stills, or a JSON file for the one gap between two; None: no steering
     control_scale  of the ControlNet; None: 1 for drawn trajectories, 0.5 for found ones, as Framer's app has it
     """
+    if len(paths) < 2:
+        raise UserError("give --first and --last, or --stills with two pictures or more")
     config, gaps = source.config, len(paths) - 1
+    if trajectories is None and config.diffusion.control:
+        trajectories = "auto"
+        print("the run was trained with trajectories found between the stills, so they are found here too")
     stills = read_stills(paths)
     if frames is None:
         frames = 5 if config.diffusion.layout == "spec_middle" else config.data.frames
     refuse_frames(frames, config)
     refuse_ending(Path(out))
-    refuse_steering(config, trajectories, gaps)
+    refuse_steering(config, trajectories, control_scale, gaps)
     if len(seeds) not in (0, 1, gaps):
         raise UserError(f"{len(seeds)} seeds for {gaps} gaps; give one --seed for all, or one per gap")
     height_px, width_px = stills.shape[1:3]
@@ -60,8 +66,8 @@ def interpolate_stills(
             "the size the run was trained at"
         )
     cut = resize_cover(stills, *size_px)
-    points = find_points(trajectories, cut, (height_px, width_px))
-    framer = load_framer(source)
+    points = find_points(trajectories, cut, (height_px, width_px), config.diffusion.control)
+    framer = load_framer(source, steered=any(p is not None for p in points))
     note_unguided(sampling, config)
     fps = fps if fps is not None else source.about.get("fps", 7.0)
     motion = motion if motion is not None else source.about.get("motion", 127.0)
@@ -99,21 +105,33 @@ def fill_gaps(
 
 
 def find_points(
-    trajectories: str | None, stills_NHWC: np.ndarray, source_size: tuple[int, int]
+    trajectories: str | None, stills_NHWC: np.ndarray, source_size: tuple[int, int], always: bool = False
 ) -> list[np.ndarray | None]:
-    """Where points go in each gap, (P, K, 2) in pixels of the stills as the network sees them."""
+    """Where points go in each gap, (P, K, 2) in pixels of the stills as the network sees them.
+
+    always   steer without any point too, as training does; else None where nothing is matched: Framer's own ControlNet
+             never saw a gap without points
+    """
     pairs = list(zip(stills_NHWC[:-1], stills_NHWC[1:], strict=True))
     if trajectories is None:
         return [None] * len(pairs)
     if trajectories != "auto":
-        return [read_trajectories(Path(trajectories), source_size, stills_NHWC.shape[1:3])]
+        height_px, width_px = stills_NHWC.shape[1:3]
+        points = read_trajectories(Path(trajectories), source_size, (height_px, width_px))
+        if not ((points >= 0) & (points < (width_px, height_px))).all(-1).any():
+            raise UserError(
+                f"{trajectories} has no place inside the {width_px}x{height_px} picture that the network sees"
+            )
+        return [points]
     found = [match_stills(first, last) for first, last in pairs]
     print(f"trajectories: {', '.join(str(len(points)) for points in found)} points matched between the stills")
-    return list(found)
+    return [points if len(points) or always else None for points in found]
 
 
-def refuse_steering(config: RunConfig, trajectories: str | None, gaps: int) -> None:
-    """Refuse trajectories that nothing would follow."""
+def refuse_steering(config: RunConfig, trajectories: str | None, control_scale: float | None, gaps: int) -> None:
+    """Refuse trajectories that nothing would follow, and a strength of none."""
+    if trajectories is None and control_scale is not None:
+        raise UserError("--control_scale is the strength of trajectories, but none are given; add --trajectories")
     if trajectories is not None and config.model.controlnet is None:
         raise UserError("trajectories need a ControlNet that follows them; give --controlnet, a folder, file or hub id")
     if trajectories not in (None, "auto") and gaps > 1:
@@ -139,36 +157,19 @@ def refuse_frames(frames: int, config: RunConfig) -> None:
 
 
 def refuse_ending(out: Path) -> None:
-    """Refuse a file that could not be written at the end of the work."""
-    if out.is_dir() if out.suffix else out.is_file():
-        raise UserError(f"{out} is there already, as a {'folder' if out.suffix else 'file'}; choose another --out")
+    """Refuse a place that could not be written at the end of the work, or whose content would be mixed with the frames."""
     if out.suffix not in (".mp4", ".gif", ""):
         raise UserError(f"cannot write {out}: the ending must be .mp4 or .gif, or none for a folder of PNG")
-
-
-def read_stills(paths: Sequence[str]) -> np.ndarray:
-    """Read pictures of one size as uint8 (N, H, W, 3)."""
-    if len(paths) < 2:
-        raise UserError("give --first and --last, or --stills with two pictures or more")
-    stills = [read_still(path) for path in paths]
-    sizes = {f"{s.shape[1]}x{s.shape[0]}": None for s in stills}
-    if len(sizes) > 1:
-        raise UserError(f"the stills have different sizes, {' and '.join(sizes)}; give pictures of one size")
-    return np.stack(stills)
-
-
-def read_still(path: str) -> np.ndarray:
-    """Read a picture as uint8 (H, W, 3)."""
-    try:
-        return np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))  # phones store pictures turned
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read {path} as a picture: {error}") from None
+    if out.suffix and out.is_dir():
+        raise UserError(f"{out} is there already, as a folder; choose another --out")
+    if not out.suffix and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
+        raise UserError(f"{out} is there already; give --out a folder that is new or empty")
+    out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def write_frames(out: Path, frames_THWC: Tensor, fps: float) -> Path:
     """Write uint8 frames as a video, an animation, or numbered pictures, by the ending of out."""
     pictures = frames_THWC.numpy()
-    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".mp4":
         write_video(out, pictures, fps)
     elif out.suffix == ".gif":

@@ -29,10 +29,18 @@ from toolkit.engine.world import World, init_world
 from toolkit.engine.zero2 import Zero2Engine
 from toolkit.errors import UserError
 from toolkit.model.attention import choose_attention, set_attention
-from toolkit.model.base import PRECISIONS, Base, find_weights, fingerprint_files, load_base, read_parameterization
+from toolkit.model.base import (
+    PRECISIONS,
+    Base,
+    build_unet_on_meta,
+    find_weights,
+    fingerprint_files,
+    load_base,
+    read_parameterization,
+)
 from toolkit.model.controlnet import find_controlnet
 from toolkit.model.dropout import adapter_dropout
-from toolkit.model.lora import inject_lora, start_from
+from toolkit.model.lora import choose_kind, inject_lora, match_targets, start_from
 from toolkit.rng import RNG_VERSION
 from toolkit.run.checkpoint import save_checkpoint
 from toolkit.run.folder import check_folder, find_adapter, find_resume, prepare_folder
@@ -103,6 +111,9 @@ def build_job(config: RunConfig, world: World, fresh: bool) -> Job:
     start = find_adapter(Path(config.lora.init_from)) if config.lora.init_from is not None else None
     model = find_base(config.model, world)
     check_objective(config.diffusion, read_parameterization(model))
+    choose_kind(build_unet_on_meta(model), config.lora)  # refuses what matches nothing, before weights are read
+    if config.diffusion.control:
+        find_controlnet(str(config.model.controlnet), config.model.controlnet_revision)
     base = load_base(model, world.device, config.engine.precision)
     controlnet = load_control(config.model, base, attention) if config.diffusion.control else None
     if controlnet is not None and config.model.gradient_checkpointing:
@@ -190,6 +201,7 @@ def describe_adapter(config: RunConfig, base: Base, index: DatasetIndex) -> dict
     return {
         "base": base.name, "base_files": base.sources, "base_signature": base.signature,
         "rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets,
+        "modules": len(match_targets(base.unet, lora.targets)),
         "fps": statistics.median(row.clip.fps / config.data.stride for row in index.rows),
         "motion": statistics.median(row.clip.motion for row in index.rows),
         "licence": LICENCE_NOTE, "recipe": config.model_dump(mode="json"),

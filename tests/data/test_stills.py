@@ -1,0 +1,98 @@
+"""Every picture a user may have is read as it is seen, or refused in a sentence. Run: pytest tests/data/test_stills.py"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from toolkit.data.stills import read_still, read_stills, to_rgb
+from toolkit.errors import UserError
+
+GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
+RGB = np.stack([GREY, 255 - GREY, GREY // 2], axis=-1)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK"])
+def test_opaque_pictures_are_what_pillow_shows(tmp_path: Path, mode: str) -> None:
+    """Colour, grey, palette, black and white, print colours."""
+    image = Image.fromarray(RGB).convert(mode)
+    image.save(tmp_path / ("x.tif" if mode == "CMYK" else "x.png"))
+    file = next(tmp_path.iterdir())
+    assert np.array_equal(read_still(str(file)), np.asarray(Image.open(file).convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pictures_lie_on_white(tmp_path: Path, mode: str) -> None:
+    """What is hidden by transparency stays hidden, as every viewer shows it; half of it is half seen."""
+    alpha = np.full((16, 16), 255, np.uint8)
+    alpha[:8], alpha[8:12] = 0, 128
+    if mode == "P":
+        image = Image.fromarray(np.where(GREY < 128, 0, 1).astype(np.uint8), "P")
+        image.putpalette([255, 0, 0, 0, 0, 255])
+        image.save(tmp_path / "x.png", transparency=0)
+        assert (read_still(str(tmp_path / "x.png"))[GREY < 128] == 255).all()
+        return
+    Image.fromarray(np.dstack([RGB, alpha])).convert(mode).save(tmp_path / "x.png")
+    still, opaque = read_still(str(tmp_path / "x.png")), Image.fromarray(RGB).convert(mode[:-1]).convert("RGB")
+    assert (still[:8] == 255).all() and np.array_equal(still[12:], np.asarray(opaque)[12:])
+    half = (np.asarray(opaque)[8:12].astype(int) * 128 + 255 * 127) / 255
+    assert np.abs(still[8:12] - half).max() <= 1
+
+
+@pytest.mark.parametrize("image", [Image.fromarray(GREY.astype(np.uint16) * 257), Image.fromarray(GREY / 255)], ids=str)
+def test_deep_pictures_are_refused(tmp_path: Path, image: Image.Image) -> None:
+    """16 bits and floats: Pillow would cut them off at 255, which makes them white or black."""
+    image = image if image.mode != "F" else image.convert("F")
+    image.save(tmp_path / "x.tif")
+    with pytest.raises(
+        UserError, match=r"cannot read .*x\.tif as a picture: its pixels have more than 8 bits .mode [IF]"
+    ):
+        read_still(str(tmp_path / "x.tif"))
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        to_rgb(image)
+
+
+def test_turned_pictures_are_upright(tmp_path: Path) -> None:
+    """Phones store how they were held."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turn by 90 degrees clockwise
+    Image.fromarray(RGB[:8]).save(tmp_path / "x.png", exif=exif)
+    assert np.array_equal(read_still(str(tmp_path / "x.png")), np.rot90(RGB[:8], -1))
+
+
+@pytest.mark.parametrize("content", [b"", b"words", b"P6 x y 255\n", None], ids=str)
+def test_what_is_no_picture_is_a_sentence(tmp_path: Path, content: bytes | None) -> None:
+    """An empty file, text, a header without numbers, a folder, and nothing at all."""
+    path = tmp_path / "x.ppm"
+    path.mkdir() if content is None else path.write_bytes(content)
+    for place in (path, tmp_path / "nowhere.png"):
+        with pytest.raises(UserError, match=f"cannot read {place} as a picture: .+; give an 8-bit picture"):
+            read_still(str(place))
+
+
+@given(st.sampled_from(["PNG", "JPEG", "BMP", "GIF", "TIFF", "PPM"]), st.data())
+def test_damaged_pictures_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, kind: str, data: Any) -> None:
+    """Cut or with a wrong byte anywhere: a picture or a UserError, never another exception."""
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    Image.fromarray(RGB).save(path, kind)
+    content = bytearray(path.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        assert read_still(str(path)).shape[2] == 3
+    except UserError as error:
+        assert "as a picture" in str(error)
+
+
+def test_stills_of_one_video_have_one_size(tmp_path: Path) -> None:
+    """Two sizes are both named."""
+    for i, height in enumerate((16, 16, 8)):
+        Image.fromarray(RGB[:height]).save(tmp_path / f"{i}.png")
+    paths = [str(tmp_path / f"{i}.png") for i in range(3)]
+    assert read_stills(paths[:2]).shape == (2, 16, 16, 3)
+    with pytest.raises(UserError, match="different sizes, 16x16 and 16x8"):
+        read_stills(paths)
