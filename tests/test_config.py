@@ -207,6 +207,20 @@ def test_settings_that_contradict_are_refused(recipe: Path, overrides: dict[str,
         load_config(recipe, overrides)
 
 
+def test_the_user_s_own_folder_is_found(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """~ in a recipe means what it means in a shell, wherever a path can stand."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = load_config(recipe, {"model.base": "~/svd", "data.shards": "~/x", "lora.init_from": "a/~b"})
+    assert (config.model.base, config.data.shards) == ("/home/someone/svd", "/home/someone/x")
+    assert config.lora.init_from == "a/~b"
+
+
+def test_patterns_are_read_from_the_command_line(recipe: Path) -> None:
+    """Fire leaves {attn1.to_q: 3} as text, since it is no Python; it is read as YAML."""
+    config = load_config(recipe, {"lora.rank_pattern": "{attn1.to_q: 3}", "lora.alpha_pattern": "{to_v: 0.5}"})
+    assert config.lora.rank_pattern == {"attn1.to_q": 3} and config.lora.alpha_pattern == {"to_v": 0.5}
+
+
 def test_override_reaches_an_empty_section(recipe: Path) -> None:
     """`lora:` with nothing under it in the file is an empty section, not an unknown key."""
     recipe.write_text("name: a\ndata: {shards: s}\nlora:\n")

@@ -48,6 +48,7 @@ from toolkit.model.lora import (
     remove_adapters,
     set_adapters,
 )
+from toolkit.model.quiet import quiet_libraries
 from toolkit.run.folder import find_adapter
 from toolkit.run.framer import Framer, Sampling, Steering, to_signed
 from toolkit.run.inference import FED_BY, list_differences, load_control, read_merged, read_source, recipe_sampling
@@ -178,7 +179,7 @@ class FramerPipeline(DiffusionPipeline):
     def from_run(cls, run: str | Path, lora_scale: float = 1.0) -> FramerPipeline:
         """Load a run folder's base and newest adapter, fed and sampled as its recipe says.
 
-        One that was trained with diffusion.control has its ControlNet, and wants trajectories in each call.
+        A run that was trained with diffusion.control wants trajectories in each call.
         """
         source = read_source(str(run), lora_scale=lora_scale)
         config, sampling = source.config, recipe_sampling(source.config)
@@ -192,8 +193,7 @@ class FramerPipeline(DiffusionPipeline):
             "motion_bucket_id": source.about["motion"],
         }
         scheduler = {"euler": "EulerDiscreteScheduler", "lcm": "LCMScheduler"}[sampling.sampler]
-        model = config.model.model_copy(update={} if config.diffusion.control else {"controlnet": None})
-        pipeline = cls._from_model(model, PRECISIONS[config.engine.precision], scheduler, settings)
+        pipeline = cls._from_model(config.model, PRECISIONS[config.engine.precision], scheduler, settings)
         for path, scale in source.adapters:
             pipeline.load_lora_weights(path, "run")
             pipeline.set_adapters("run", scale)
@@ -211,7 +211,8 @@ class FramerPipeline(DiffusionPipeline):
         base = load_base(find_base(model, init_world(join=False)), torch.device("cpu"), precision)
         set_attention(base.unet, "sdpa")  # on any device that .to() may choose, and it splits what is too large for it
         control = load_control(model, base, "sdpa") if model.controlnet else None
-        made = getattr(diffusers, scheduler).from_config(base.scheduler)
+        with quiet_libraries():  # a scheduler of another kind warns of each setting that it does not have
+            made = getattr(diffusers, scheduler).from_config(base.scheduler)
         return cls(base.vae, base.image_encoder, base.unet, made, controlnet=control, **settings)
 
     @torch.no_grad()

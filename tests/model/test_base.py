@@ -28,6 +28,7 @@ from toolkit.model.base import (
     same_base,
     sign_unet,
 )
+from toolkit.model.controlnet import find_controlnet
 from toolkit.model.unet import PUBLISHED_CONFIGS, widen_conv_in
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -74,6 +75,21 @@ def test_base_is_frozen_and_in_its_precision(tiny_base: Path, precision: str) ->
         assert {p.dtype for p in part.parameters()} == {dtype}
     assert base.name == str(tiny_base) and base.scheduler["sigma_max"] == 700.0
     assert base.dtype == dtype and base.parameterization == "v"
+
+
+def test_loading_leaves_the_libraries_as_they_were(tiny_base: Path) -> None:
+    """Their hints and bars are silenced while they load for us, not for the program that uses us."""
+    from diffusers.utils import logging as theirs
+
+    before = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_info()
+    theirs.enable_progress_bar()
+    try:
+        load(tiny_base)
+        assert theirs.get_verbosity() == theirs.INFO and theirs.is_progress_bar_enabled()
+    finally:
+        theirs.set_verbosity(before[0])
+        theirs.enable_progress_bar() if before[1] else theirs.disable_progress_bar()
 
 
 def test_vae_that_must_upcast_stays_fp32(folder: Path) -> None:
@@ -374,6 +390,25 @@ def test_half_precision_download(hub: Hub) -> None:
     assert base.sources["vae"].endswith("@c0ffee/vae/diffusion_pytorch_model.fp16.safetensors")
 
 
+def test_controlnet_is_fetched_at_its_revision(hub: Hub) -> None:
+    """A hub id of a ControlNet can be pinned, and only its own folder is downloaded."""
+    assert find_controlnet(FRAMER, "bbbb").parent.name == "bbbb" and hub.calls == [(FRAMER, "bbbb")]
+    assert hub.fetched(FRAMER) == {"controlnet/config.json", "controlnet/diffusion_pytorch_model.safetensors"}
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), OSError(""), RuntimeError("first\nsecond")], ids=repr)
+def test_what_the_hub_says_is_told_whole(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """On one line, the reason on a later line too; an error without words gives its kind."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    said = " ".join(str(error).split()) or type(error).__name__
+    with pytest.raises(UserError, match=f"cannot get {SVD_XT} from the hub: {said}; check the name"):
+        load("svd-xt")
+
+
 def test_another_unet_takes_a_named_base_s_place(hub: Hub, tmp_path: Path) -> None:
     """`unet` beside a name replaces the UNet that the name stands for."""
     make_unet(seed=9).save_pretrained(tmp_path / "mine")
@@ -548,6 +583,32 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut unet": (lambda f: cut(f / UNET_WEIGHTS), "cannot read .*unet/diff.*cut, damaged"),
     "cut image encoder": (lambda f: cut(f / "image_encoder/model.safetensors"), "cannot read .*image_encoder/model"),
     "empty weights": (lambda f: (f / VAE_WEIGHTS).write_bytes(b""), "cannot read .*vae/diff"),
+    "NaN": (
+        lambda f: edit_weights(f / UNET_WEIGHTS, lambda t: t.update({"conv_in.bias": t["conv_in.bias"] / 0})),
+        "unet holds NaN or infinity in conv_in.bias; it is damaged",
+    ),
+    "another image encoder's weights": (
+        lambda f: edit_weights(
+            f / "image_encoder/model.safetensors", lambda t: t.update({"visual_projection.weight": torch.zeros(5, 7)})
+        ),
+        r"image_encoder does not hold .*visual_projection.weight has the shape \[5, 7\] instead of \[32, 32\]",
+    ),
+    "larger pictures": (
+        lambda f: (
+            edit_json(f / "image_encoder/config.json", image_size=256),
+            edit_weights(
+                f / "image_encoder/model.safetensors",
+                lambda t: t.update({"vision_model.embeddings.position_embedding.weight": torch.zeros(65, 32)}),
+            ),
+        ),
+        "image_encoder reads pictures of 256 pixels; SVD's reads 224",
+    ),
+    "channels in words": (lambda f: edit_json(f / "unet/config.json", in_channels="9"), "has in_channels '9'; a base must"),
+    "a list for a config": (lambda f: (f / "unet/config.json").write_text("[]"), "config.json: it holds no object"),
+    "a UNet alone": (
+        lambda f: [shutil.rmtree(f / part) for part in ("vae", "image_encoder", "scheduler")],
+        "lacks vae, image_encoder, scheduler.*a UNet alone is given as model.unet, with svd-xt as model.base",
+    ),
     "HTML for weights": (lambda f: (f / VAE_WEIGHTS).write_text("<html>Not found</html>"), "cannot read .*vae/diff"),
 }  # fmt: skip
 

@@ -220,3 +220,21 @@ def test_command_line(run: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and f"wrote {tmp_path}/out" in done.stdout, done.stderr
     assert read_metadata(tmp_path / "out")["step"] == 2
+
+
+def test_merged_unet_of_a_pinned_base_is_read(run: Path, tmp_path: Path) -> None:
+    """The base's own revision of its UNet says nothing of the merged one, which is local."""
+    merged = export_run(str(run), "merged", str(tmp_path / "out"))
+    about = json.loads((merged / "framer_toolkit.json").read_text())
+    about["recipe"]["model"] |= {"unet": "owner/name", "unet_revision": "abc"}
+    (merged / "framer_toolkit.json").write_text(json.dumps(about))
+    source = read_source(unet=str(merged)).with_model(unet=str(merged))
+    assert (source.config.model.unet, source.config.model.unet_revision) == (str(merged), None)
+
+
+def test_merged_unet_is_no_adapter(exported: Exported) -> None:
+    """Given in an adapter's place, it is told apart."""
+    with pytest.raises(
+        UserError, match="holds a whole UNet, such as a merged export, and no adapter; give it as the UNet"
+    ):
+        read_source(adapters=[str(exported["merged"])])

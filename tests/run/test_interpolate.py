@@ -285,3 +285,14 @@ def test_numbers_that_explode_are_no_picture(adapter: Path, frames_of: Frames) -
     """A sampling that ends in NaN or infinity says so instead of writing black frames."""
     with pytest.raises(UserError, match="not a finite number; lower lora_scale"):
         frames_of(adapter=str(adapter), lora_scale=1e30)
+
+
+def test_a_controlnet_of_another_codec_is_refused(
+    adapter: Path, trainable_base: Path, frames_of: Frames, stills: list[str], tmp_path: Path
+) -> None:
+    """Heatmaps shrink with the pictures: a ControlNet for a VAE of factor 8 does not fit one of factor 2."""
+    unet = load_base(ModelConfig(base=str(trainable_base)), torch.device("cpu"), "fp32").unet
+    make_controlnet(unet, factor=8).save_pretrained(tmp_path / "eight")
+    (tmp_path / "points.json").write_text(json.dumps({"points": [[[8, 8], [24, 20]]]}))
+    with pytest.raises(UserError, match="shrinks heatmaps 8 times, the base's VAE pictures 2 times"):
+        frames_of(adapter=str(adapter), controlnet=str(tmp_path / "eight"), trajectories=str(tmp_path / "points.json"))

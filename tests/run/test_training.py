@@ -12,7 +12,9 @@ from tests.launching import RECIPE, adapter_bytes, read_numbers, train_here
 from tests.model.control import make_controlnet
 from toolkit.config import ModelConfig, load_config
 from toolkit.engine.world import init_world
+from toolkit.errors import UserError
 from toolkit.model.base import load_base
+from toolkit.run.evaluate import evaluate_run
 from toolkit.run.folder import newest_adapter
 from toolkit.run.trainer import build_job
 
@@ -108,3 +110,37 @@ def test_controlnet_in_training_is_off_unless_asked_for(
     }.items():
         losses[name] = read_numbers(train_here(plain | {"name": name, "schedule.steps": 1} | extra), "loss")
     assert losses["without"] == losses["named"] != losses["steered"]
+
+
+def test_another_controlnet_on_resume_is_refused(plain: dict[str, Any], trainable_base: Path, tmp_path: Path) -> None:
+    """Where it steers in training, the ControlNet is part of what a run must go on with."""
+    unet = load_base(ModelConfig(base=str(trainable_base)), torch.device("cpu"), "fp32").unet
+    control = make_controlnet(unet, awake=True)
+    control.save_pretrained(tmp_path / "control")
+    overrides = plain | {"name": "run", "model.controlnet": str(tmp_path / "control"), "diffusion.control": True}
+    train_here(overrides | {"schedule.steps": 1})
+    control.conv_in.bias.data += 0.1
+    control.save_pretrained(tmp_path / "control")
+    with pytest.raises(UserError, match="was made with controlnet fingerprint [0-9a-f]+, but it is [0-9a-f]+ now"):
+        train_here(overrides | {"schedule.steps": 1})
+
+
+def test_a_wrong_lora_section_is_refused_before_weights_are_read(
+    plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading takes minutes at full size; targets, patterns and the ControlNet's place are known before."""
+    monkeypatch.setattr("toolkit.run.trainer.load_base", lambda *_: 1 / 0)
+    for changes, message in (
+        ({"lora.targets": "attn9"}, "lora.targets 'attn9' matches no linear layer"),
+        ({"lora.rank_pattern": {"attn9": 2}}, "lora.rank_pattern 'attn9' matches none"),
+        ({"model.controlnet": "./nowhere", "diffusion.control": True}, "no ControlNet at ./nowhere"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train_here(plain | {"name": "run"} | changes)
+
+
+def test_framers_even_windows_train(plain: dict[str, Any], tmp_path: Path) -> None:
+    """Framer was trained on 14 frames: an even window in framer_clip trains, and is scored at the later middle."""
+    run = train_here(plain | {"name": "run", "diffusion.layout": "framer_clip", "data.frames": 4, "schedule.steps": 1})
+    report = evaluate_run(str(run), clips=2, steps=1)
+    assert report["clips"] == 2 and report["psnr_linear"] > 15

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,6 +21,7 @@ from torch import nn
 from toolkit.config import ModelConfig
 from toolkit.errors import UserError, in_one_line
 from toolkit.model.encoders import CLIP_SIZE_PX
+from toolkit.model.quiet import quiet_libraries
 from toolkit.model.unet import PUBLISHED_CONFIGS, SVD_CONFIG, FramerUNet, widen_conv_in
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # fp16 for inference only
@@ -512,23 +512,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return content
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; a base in SVD layout has it") from None
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Their bars and hints, on every rank, would bury the run's own lines; afterwards they are as their user had them."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    libraries = (diffusers_logging, transformers_logging)
-    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, (verbosity, bars) in zip(libraries, before, strict=True):
-            library.set_verbosity(verbosity)
-            if bars:
-                library.enable_progress_bar()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolkit.model.quiet import quiet_libraries
+
 # CLIP's normalisation; SVD's feature extractor holds the standard values.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -52,7 +54,8 @@ def embed_stills(image_encoder: Any, stills_B2CHW: Tensor) -> Tensor:
                   [-1, 1], then [0, 1], then CLIP's mean and std
     """
     # The pipeline's own private helper rather than a copy of it: a test compares with the pipeline at each upgrade.
-    from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+    with quiet_libraries():  # its image processor misses torchvision, which is not needed
+        from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 
     B, N = stills_B2CHW.shape[:2]
     small = _resize_with_antialiasing(stills_B2CHW.flatten(0, 1).float(), (CLIP_SIZE_PX, CLIP_SIZE_PX))

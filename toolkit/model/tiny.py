@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from toolkit.model.quiet import quiet_libraries
 from toolkit.rng import derive_seed
 
 CHANNELS = 96  # three per group of GroupNorm's fixed 32
@@ -41,7 +42,8 @@ SCHEDULER = {
 
 def make_tiny_base(folder: Path, seed: int) -> None:
     """Write unet, vae, image_encoder, scheduler and feature_extractor as a diffusers folder of safetensors."""
-    from transformers import CLIPImageProcessor
+    with quiet_libraries():  # it misses torchvision, which is not needed
+        from transformers import CLIPImageProcessor
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "tiny_base"))

@@ -21,6 +21,7 @@ from toolkit.errors import UserError
 from toolkit.model.attention import choose_attention, set_attention
 from toolkit.model.base import PRECISIONS, Base
 from toolkit.model.lora import enable_adapter
+from toolkit.model.quiet import quiet_libraries
 from toolkit.model.tiny import SCHEDULER
 from toolkit.model.unet import SVD_CONFIG, FramerUNet
 from toolkit.rng import rng
@@ -133,7 +134,8 @@ def make_random_base(device: torch.device, dtype: torch.dtype) -> Base:
         vae = AutoencoderKLTemporalDecoder(**VAE_CONFIG)
         encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP_CONFIG))
     for i, (part, part_dtype) in enumerate(((unet, dtype), (vae, torch.float32), (encoder, dtype))):
-        part.to(part_dtype).to_empty(device=device)
+        with quiet_libraries():
+            part.to(part_dtype).to_empty(device=device)
         _randomise(part, rng(0, "random_base", i))
         part.requires_grad_(False).eval()
     return Base("random", unet, vae, encoder, SCHEDULER, "v", dtype, signature=[], sources={}, files=())

@@ -17,17 +17,10 @@ import yaml
 from toolkit.config import RunConfig, load_config
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
-from toolkit.model.base import (
-    PRECISIONS,
-    build_unet_on_meta,
-    find_unet,
-    load_unet,
-    name_base,
-    quiet_libraries,
-    sign_unet,
-)
+from toolkit.model.base import PRECISIONS, build_unet_on_meta, find_unet, load_unet, name_base, sign_unet
 from toolkit.model.formats import AdapterFile, read_peft, write_diffusers, write_kohya, write_peft
 from toolkit.model.lora import load_adapter, merge_adapters, refuse_other_base
+from toolkit.model.quiet import quiet_libraries
 from toolkit.model.unet import FramerUNet
 from toolkit.run.checkpoint import find_fault, list_checkpoints
 from toolkit.run.inference import ABOUT_FILE, read_run

@@ -20,7 +20,8 @@ from toolkit.data.loader import Batch
 from toolkit.data.synth import render_motion
 from toolkit.engine.plain import AdamSettings, PlainEngine
 from toolkit.engine.world import World, init_world
-from toolkit.model.base import load_base, quiet_libraries
+from toolkit.model.base import load_base
+from toolkit.model.quiet import quiet_libraries
 from toolkit.model.tiny import make_tiny_base
 from toolkit.run.framer import Framer
 
