@@ -10,9 +10,10 @@ from toolkit.cli import main
 CALLS: list[tuple] = []
 
 
-def work(folder: str, steps: PositiveInt = 5, fresh: bool = False) -> None:
+def work(folder: str, steps: PositiveInt = 5, fresh: bool = False) -> str:
     """Stands for a long job."""
     CALLS.append((folder, steps, fresh))
+    return f"worked in {folder}"
 
 
 def start(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -25,6 +26,31 @@ def test_values_arrive_in_their_types(monkeypatch):
     """A folder named 7 stays text, a number is a number, and --fresh false is not fresh."""
     start(monkeypatch, "7", "--steps", "3", "--fresh", "false")
     assert CALLS == [("7", 3, False)]
+
+
+def test_what_is_returned_is_printed(monkeypatch, capsys):
+    """A summary reaches the terminal."""
+    start(monkeypatch, "x")
+    assert capsys.readouterr().out == "worked in x\n"
+
+
+def test_help_shows_the_flags_and_does_no_work(monkeypatch, capsys):
+    """--help ends with 0; it offers the job's own flags, and nothing of pydantic's."""
+    with pytest.raises(SystemExit) as ended:
+        start(monkeypatch, "--help")
+    shown = "".join(capsys.readouterr())
+    assert ended.value.code == 0 and CALLS == []
+    assert "Stands for a long job." in shown and "--steps=STEPS" in shown and "raw_function" not in shown
+
+
+def test_a_rank_is_named_where_there_are_several(monkeypatch, capsys):
+    """One process is just the command."""
+    for world, name in (("1", "job.py: "), ("2", "job.py (rank 1): ")):
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", world)
+        with pytest.raises(SystemExit):
+            start(monkeypatch, "x", "--steps", "-3")
+        assert capsys.readouterr().err.startswith(name)
 
 
 @pytest.mark.parametrize(

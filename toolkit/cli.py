@@ -22,11 +22,9 @@ def main(function: Callable[..., Any]) -> None:
     """
     checked = validate_call(config=ConfigDict(coerce_numbers_to_str=True))(function)
 
-    @functools.wraps(function)
-    def command(
-        *args: Any, **kwargs: Any
-    ) -> None:  # Fire would offer what pydantic hangs on its own wrapper as commands
-        checked(*args, **kwargs)
+    @functools.wraps(function)  # what pydantic hangs on its own wrapper, Fire would offer as commands
+    def command(*args: Any, **kwargs: Any) -> Any:
+        return checked(*args, **kwargs)
 
     plain = [p.replace(annotation=p.empty) for p in inspect.signature(function).parameters.values()]
     command.__signature__ = inspect.Signature(plain)  # type: ignore[attr-defined]  # Fire's help would garble the types
