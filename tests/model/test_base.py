@@ -16,19 +16,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from tests.model.conftest import SMALL, make_unet
 from toolkit.config import ModelConfig
 from toolkit.errors import UserError
-from toolkit.model.base import (
-    NAMED_BASES,
-    PARTS,
-    Base,
-    build_unet_on_meta,
-    fingerprint_files,
-    load_base,
-    load_unet,
-    name_source,
-    same_base,
-    sign_unet,
-)
+from toolkit.model.base import Base, build_unet_on_meta, load_base, load_unet, same_base, sign_unet
 from toolkit.model.controlnet import find_controlnet
+from toolkit.model.sources import NAMED_BASES, PARTS, fingerprint_files, name_source
 from toolkit.model.unet import PUBLISHED_CONFIGS, widen_conv_in
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"

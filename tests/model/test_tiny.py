@@ -11,8 +11,9 @@ from transformers import CLIPVisionModelWithProjection
 from toolkit.config import ModelConfig
 from toolkit.data.format import file_sha256
 from toolkit.metrics import psnr_db
-from toolkit.model.base import PARTS, Base, load_base
+from toolkit.model.base import Base, load_base
 from toolkit.model.encoders import decode_latents, encode_frames
+from toolkit.model.sources import PARTS
 from toolkit.model.tiny import SCALING, make_tiny_base
 
 

@@ -6,42 +6,32 @@ checked before the first is read, because reading takes minutes.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from toolkit.config import ModelConfig
-from toolkit.errors import UserError, in_one_line
+from toolkit.errors import UserError
 from toolkit.model.encoders import CLIP_SIZE_PX
-from toolkit.model.quiet import quiet_libraries
+from toolkit.model.sources import (
+    NAMED_BASES,
+    PARTS,
+    WEIGHTED,
+    fetch,
+    find_weights,
+    name_source,
+    open_weights,
+    read_json,
+    refuse_local_revision,
+)
 from toolkit.model.unet import PUBLISHED_CONFIGS, SVD_CONFIG, FramerUNet, widen_conv_in
+from toolkit.model.weights import build_on_meta, load_file, load_part, refuse_faults, refuse_non_finite
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # fp16 for inference only
-WEIGHTED = ("unet", "vae", "image_encoder")
-PARTS = (*WEIGHTED, "scheduler")
-# name -> hub ids of the base and of the UNet that replaces its own; "tiny" is a folder (toolkit/run/pretrain.py)
-NAMED_BASES: dict[str, tuple[str, str | None]] = {
-    "framer": ("stabilityai/stable-video-diffusion-img2vid-xt", "wwen1997/framer_512x320"),
-    "svd": ("stabilityai/stable-video-diffusion-img2vid", None),
-    "svd-xt": ("stabilityai/stable-video-diffusion-img2vid-xt", None),
-}
-STEMS = ("diffusion_pytorch_model", "model")  # how diffusers and transformers call a part's weights
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-
-
-class Weights(NamedTuple):
-    """The files that hold one part's weights, and the variant that they are."""
-
-    files: tuple[Path, ...]
-    variant: Literal["fp16"] | None
 
 
 @dataclass(frozen=True)
@@ -76,7 +66,7 @@ def load_base(model: ModelConfig, device: torch.device, precision: str) -> Base:
     read_unet_config(places["unet"])
     weights = {part: find_weights(places[part], model.variant) for part in WEIGHTED}
 
-    upcast = _read_json(places["vae"] / "config.json").get("force_upcast", True)  # diffusers' default
+    upcast = read_json(places["vae"] / "config.json").get("force_upcast", True)  # diffusers' default
     vae_dtype = torch.float32 if upcast else dtype
     vae = load_part(AutoencoderKLTemporalDecoder, places["vae"], model.variant, dtype=vae_dtype).to(device)
     encoder = load_part(CLIPVisionModelWithProjection, places["image_encoder"], model.variant, dtype=dtype).to(device)
@@ -86,7 +76,7 @@ def load_base(model: ModelConfig, device: torch.device, precision: str) -> Base:
             f"{places['image_encoder']} reads pictures of {encoder.config.image_size} pixels; SVD's reads {CLIP_SIZE_PX}"
         )
     for part, network in zip(WEIGHTED, (unet, vae, encoder), strict=True):
-        _refuse_non_finite(network, places[part])
+        refuse_non_finite(network, places[part])
         network.requires_grad_(False).eval()
     settings_file = places["scheduler"] / "scheduler_config.json"
     read = {part: found.files for part, found in weights.items()} | {"scheduler": (settings_file,)}
@@ -135,25 +125,10 @@ def same_base(a: Sequence[float], b: Sequence[float]) -> bool:
     return len(a) == len(b) and all(abs(x - y) <= 1e-2 * max(abs(x), abs(y)) + 1e-6 for x, y in zip(a, b, strict=True))
 
 
-def fingerprint_files(files: Iterable[Path]) -> str:
-    """Hash the content of files in their order, for exact resuming: sha256 hex, first 16 digits; seconds per gigabyte."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
 def name_base(model: ModelConfig) -> str:
     """Where a base's UNet comes from: the hub id behind a short name, or the folder, file or id as it was given."""
     base, unet = _resolve_names(model)
     return unet or base
-
-
-def name_source(path: Path) -> str:
-    """Name a file for reports: a file of the hub's cache as owner/name@commit/file, any other by its path."""
-    cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/([^/]+)/(.+)$", path.as_posix())
-    return "{}/{}@{}/{}".format(*cached.groups()) if cached else str(path)
 
 
 # ---- what a base consists of
@@ -167,7 +142,7 @@ def read_scheduler(folder: Path) -> tuple[dict[str, Any], Literal["v", "epsilon"
     """
     from diffusers import EulerDiscreteScheduler
 
-    given = _read_json(folder / "scheduler_config.json")
+    given = read_json(folder / "scheduler_config.json")
     try:
         scheduler = EulerDiscreteScheduler.from_config({**given, "_class_name": "EulerDiscreteScheduler"})
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
@@ -204,7 +179,7 @@ def read_parameterization(model: ModelConfig) -> Literal["v", "epsilon"]:
 
 def read_unet_config(place: Path) -> dict[str, Any]:
     """Read the configuration of a UNet folder, or infer that of a single file; refuses UNets of other channels."""
-    config = _read_json(place / "config.json") if place.is_dir() else _infer_unet_config(place)
+    config = read_json(place / "config.json") if place.is_dir() else _infer_unet_config(place)
     channels = config.get("in_channels", 8)  # diffusers' default
     if type(channels) is not int or channels not in (8, 9):
         raise UserError(f"{place} has in_channels {channels!r}; a base must read 9 (Framer) or 8 (SVD)")
@@ -225,7 +200,7 @@ def _infer_unet_config(file: Path) -> dict[str, Any]:
     if width == SVD_CONFIG["block_out_channels"][0]:
         return SVD_CONFIG | {"in_channels": channels}
     if (beside := file.with_name("config.json")).is_file():
-        return _read_json(beside)
+        return read_json(beside)
     raise UserError(
         f"{file} is not of the size of SVD's UNet ({width} instead of 320 channels after conv_in); put its config.json "
         "beside it"
@@ -280,151 +255,14 @@ def check_weights(model: ModelConfig) -> bool:
         if part == "unet":
             config = read_unet_config(places[part])
             kind = _unet_class(config)
-            wanted = _build_on_meta(kind, config).state_dict().keys()
-            _refuse_faults(places[part], kind, wanted - names, names - wanted)
+            wanted = build_on_meta(kind, config).state_dict().keys()
+            refuse_faults(places[part], kind, wanted - names, names - wanted)
     return True
 
 
 def build_unet_on_meta(model: ModelConfig) -> FramerUNet:
     """Build the UNet without weights, to count and inspect."""
-    return _build_on_meta(FramerUNet, {**describe_unet(model), "in_channels": 9})
-
-
-# ---- reading weights
-
-
-def load_part(kind: Any, folder: Path, variant: Literal["fp16"] | None = None, **options: Any) -> Any:
-    """Load one network, strictly: from_pretrained alone fills a missing weight with random numbers and a warning.
-
-    options  of from_pretrained; with `dtype`, each tensor is cast as it is read, so there is never a copy in fp32
-    """
-    weights = find_weights(folder, variant)
-    for file in weights.files:
-        with open_weights(file):
-            pass
-    # mismatched shapes are refused below, by name, where the libraries would point to a report that is not shown
-    options = {"use_safetensors": True, "variant": weights.variant, "ignore_mismatched_sizes": True} | options
-    try:
-        with quiet_libraries():
-            network, report = kind.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load {folder} as a {kind.__name__}: {in_one_line(error)}") from None
-    _refuse_shapes(folder, kind, {name: (given, wanted) for name, given, wanted in report["mismatched_keys"]})
-    _refuse_faults(folder, kind, report["missing_keys"], report["unexpected_keys"])
-    return network
-
-
-def load_file(kind: Any, config: dict[str, Any], file: Path, dtype: torch.dtype) -> Any:
-    """Load one diffusers network from a single safetensors file, as strictly as load_part."""
-    network = _build_on_meta(kind, config)
-    wanted = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
-    with open_weights(file) as tensors:
-        names = tensors.keys()
-        given = {name: tensors.get_slice(name).get_shape() for name in names}
-        _refuse_faults(file, kind, wanted.keys() - given.keys(), given.keys() - wanted.keys())
-        _refuse_shapes(file, kind, {n: (given[n], wanted[n]) for n in wanted if wanted[n] != given[n]})
-        # copied, because what is read is a view of the file, and the file may change
-        weights = {name: tensors.get_tensor(name).to(dtype, copy=True) for name in names}
-    network.load_state_dict(weights, assign=True)
-    return network
-
-
-def find_weights(folder: Path, variant: Literal["fp16"] | None) -> Weights:
-    """List the files that hold a part's weights: the wanted variant, else what there is.
-
-    folder  or the one file that holds them all
-    raises  UserError naming shards that are missing, or the pickles that stand there instead
-    """
-    if folder.is_file():
-        return Weights((folder,), None)
-    for tag in dict.fromkeys((variant, None, "fp16")):
-        suffix = f".{tag}" if tag else ""
-        for stem in STEMS:
-            whole, index = folder / f"{stem}{suffix}.safetensors", folder / f"{stem}.safetensors.index{suffix}.json"
-            if index.is_file():
-                files = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
-                if lost := [file.name for file in files if not file.is_file()]:
-                    raise UserError(
-                        f"{folder} lacks {', '.join(lost[:3])}, which {index.name} lists; copy or fetch it again"
-                    )
-                return Weights(tuple(files), tag)
-            if whole.is_file():
-                return Weights((whole,), tag)
-    pickles = sorted(file.name for file in folder.glob("*") if file.suffix in PICKLES)
-    held = (
-        f"only {', '.join(pickles[:3])}: pickles, which are not read, because they can run code" if pickles else "none"
-    )
-    raise UserError(
-        f"{folder} must hold its weights as {STEMS[0]}.safetensors or {STEMS[1]}.safetensors; it holds {held}"
-    )
-
-
-def open_weights(file: Path) -> Any:
-    """Open a safetensors file without reading its tensors; refuses one that is damaged."""
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot read {file}: {error}; it is cut, damaged or no safetensors file, so copy or fetch it again"
-        ) from None
-
-
-def _refuse_faults(place: Path, kind: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    # older transformers saved CLIP's position_ids, a constant
-    faults = {
-        "missing keys": sorted(missing),
-        "unexpected keys": sorted(n for n in unexpected if "position_ids" not in n),
-    }
-    said = [f"{fault}: {', '.join(names[:3])}" for fault, names in faults.items() if names]
-    if said:
-        raise UserError(f"{place} does not hold the weights of a {kind.__name__}: {'; '.join(said)}")
-
-
-def _refuse_shapes(place: Path, kind: Any, mismatched: dict[str, tuple[Any, Any]]) -> None:
-    for name, (given, wanted) in sorted(mismatched.items())[:1]:
-        raise UserError(
-            f"{place} does not hold the weights of this {kind.__name__}: {name} has the shape {list(given)} instead of "
-            f"{list(wanted)}"
-        )
-
-
-def _refuse_non_finite(network: nn.Module, place: Path) -> None:
-    for name, parameter in network.named_parameters():
-        if not parameter.isfinite().all():
-            raise UserError(f"{place} holds NaN or infinity in {name}; it is damaged, so copy or fetch it again")
-
-
-def _build_on_meta(kind: Any, config: dict[str, Any]) -> Any:
-    with torch.device("meta"):
-        # .to("meta") once more: AlphaBlender's mix_factor ignores the device context
-        return kind.from_config(config).to("meta")
-
-
-# ---- finding folders and files
-
-
-def fetch(
-    source: str,
-    revision: str | None,
-    parts: tuple[str, ...],
-    configs_only: bool = False,
-    variant: Literal["fp16"] | None = None,
-) -> Path:
-    """Find a local folder, or download the wanted parts of a hub repository (JSON and safetensors only)."""
-    folder = Path(source)
-    refuse_local_revision(folder, revision)
-    if not folder.exists():
-        if source.startswith((".", "/", "~")) or source.count("/") != 1:
-            raise UserError(
-                f"no base model at {source}: give {', '.join(NAMED_BASES)} or tiny, a folder in diffusers layout, or a "
-                "hub id owner/name"
-            )
-        folder = _download(source, revision, parts, configs_only, variant)
-    missing = [part for part in parts if not (folder / part).is_dir()]
-    if missing:
-        hint = "; a UNet alone is given as model.unet, with svd-xt as model.base" if "unet" not in missing else ""
-        raise UserError(f"{source} lacks {', '.join(missing)}; a base in SVD layout holds {', '.join(PARTS)}{hint}")
-    return folder
+    return build_on_meta(FramerUNet, {**describe_unet(model), "in_channels": 9})
 
 
 def _resolve_names(model: ModelConfig) -> tuple[str, str | None]:
@@ -456,59 +294,3 @@ def _find_unet(source: str, revision: str | None, variant: Literal["fp16"] | Non
         refuse_local_revision(place, revision)
         return place
     return fetch(source, revision, ("unet",), configs_only, variant) / "unet"
-
-
-def refuse_local_revision(place: Path, revision: str | None) -> None:
-    if revision and place.exists():
-        raise UserError(f"revision {revision} is given for {place}, which is local and has none; leave it out")
-
-
-def _download(
-    source: str, revision: str | None, parts: Sequence[str], configs_only: bool, variant: Literal["fp16"] | None
-) -> Path:
-    """Fetch JSON and the wanted variant's weights; then, for parts that have none of it, the other's."""
-    weights = [] if configs_only else [pattern for part in parts for pattern in _weight_patterns(part, variant)]
-    folder = _snapshot(source, revision, [f"{part}/*.json" for part in parts] + weights)
-    bare = [
-        part for part in parts if (folder / part / "config.json").is_file() and not _has_weights(folder / part, variant)
-    ]
-    if bare and not configs_only:
-        other = None if variant else "fp16"
-        # the same commit, so that both land in one folder
-        _snapshot(source, folder.name, [pattern for part in bare for pattern in _weight_patterns(part, other)])
-    return folder
-
-
-def _weight_patterns(part: str, variant: str | None) -> list[str]:
-    suffix = f".{variant}" if variant else ""
-    return [f"{part}/{stem}{suffix}{shard}.safetensors" for stem in STEMS for shard in ("", "-*-of-?????")]
-
-
-def _has_weights(folder: Path, variant: Literal["fp16"] | None) -> bool:
-    try:
-        return bool(find_weights(folder, variant))
-    except UserError:
-        return False
-
-
-def _snapshot(source: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-    except Exception as error:
-        raise UserError(
-            f"cannot get {source} from the hub: {in_one_line(error)}; check the name, the revision and the network; "
-            "if it is gated, as SVD-XT may be, accept its licence on its page and log in with a token (hf auth login); or "
-            "download it elsewhere and give the folder"
-        ) from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("it holds no object of settings")
-        return content
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}; a base in SVD layout has it") from None

@@ -18,8 +18,9 @@ from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedd
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
-from toolkit.model.base import fetch, load_file, load_part, refuse_local_revision
+from toolkit.model.sources import fetch, refuse_local_revision
 from toolkit.model.unet import SVD_CONFIG, FramerUNet
+from toolkit.model.weights import load_file, load_part
 
 EMBEDDING_CHANNELS = (16, 32, 96, 256)
 # controlnet/config.json of wwen1997/framer_512x320, less what serves only the point features that nobody trained

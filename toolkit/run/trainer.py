@@ -29,18 +29,11 @@ from toolkit.engine.world import World, init_world
 from toolkit.engine.zero2 import Zero2Engine
 from toolkit.errors import UserError
 from toolkit.model.attention import choose_attention, set_attention
-from toolkit.model.base import (
-    PRECISIONS,
-    Base,
-    build_unet_on_meta,
-    find_weights,
-    fingerprint_files,
-    load_base,
-    read_parameterization,
-)
+from toolkit.model.base import PRECISIONS, Base, build_unet_on_meta, load_base, read_parameterization
 from toolkit.model.controlnet import find_controlnet
 from toolkit.model.dropout import adapter_dropout
 from toolkit.model.lora import choose_kind, inject_lora, match_targets, start_from
+from toolkit.model.sources import find_weights, fingerprint_files
 from toolkit.rng import RNG_VERSION
 from toolkit.run.checkpoint import save_checkpoint
 from toolkit.run.folder import check_folder, find_adapter, find_resume, prepare_folder
