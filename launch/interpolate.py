@@ -8,12 +8,13 @@ from toolkit.cli import main
 
 Rate = Annotated[float, Field(gt=0, le=1000)]
 Amount = Annotated[float, Field(ge=0, le=1000)]
+Names = str | tuple[str, ...] | None  # Fire makes a tuple of a,b and leaves a/x,b/y as it is
 Guidance = Annotated[float, Field(ge=1, le=30)]
 
 
 def interpolate(
-    out: str, run: str | None = None, adapter: str | None = None, first: str | None = None, last: str | None = None,
-    stills: str | None = None, frames: int | None = None, lora_scale: FiniteFloat = 1.0,
+    out: str, run: str | None = None, adapter: Names = None, first: str | None = None, last: str | None = None,
+    stills: Names = None, frames: int | None = None, lora_scale: FiniteFloat = 1.0,
     weights: FiniteFloat | tuple[FiniteFloat, ...] = (), fps: Rate | None = None,
     motion: Amount | None = None, steps: PositiveInt | None = None, sampler: Literal["euler", "lcm"] | None = None,
     min_guidance: Guidance | None = None, max_guidance: Guidance | None = None,
@@ -51,8 +52,6 @@ def interpolate(
 
     if stills and (first or last):
         raise UserError("both --stills and --first or --last are given; give all pictures as --stills, or just two")
-    if controlnet and trajectories is None:
-        raise UserError("--controlnet follows trajectories, but none are given; add --trajectories auto, or a JSON")
     source = read_source(run, split(adapter), split(weights), lora_scale, config, unet)
     source = source.with_model(base=base, unet=unet, controlnet=controlnet)
     given = {"steps": steps, "sampler": sampler, "min_guidance": min_guidance, "max_guidance": max_guidance}
@@ -63,7 +62,7 @@ def interpolate(
     )
     paths = split(stills) or [path for path in (first, last) if path]
     written = interpolate_stills(
-        source, paths, out, frames, fps, motion, sampling, split(seed), trajectories, control_scale
+        source, paths, out, frames, fps, motion, sampling, split(seed), trajectories, control_scale, controlnet
     )
     print(f"wrote {written}")
 

@@ -51,6 +51,10 @@ def test_a_rank_is_named_where_there_are_several(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             start(monkeypatch, "x", "--steps", "-3")
         assert capsys.readouterr().err.startswith(name)
+    monkeypatch.delenv("RANK")
+    with pytest.raises(SystemExit):
+        start(monkeypatch, "x", "--steps", "-3")
+    assert capsys.readouterr().err.startswith("job.py: ")
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,8 @@ def main(function: Callable[..., Any]) -> None:
 
 
 def _end(message: str) -> NoReturn:
-    rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    print(f"{sys.argv[0]}{rank}: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    print(f"{sys.argv[0]}{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)
     sys.exit(2)
 
 

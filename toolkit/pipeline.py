@@ -15,8 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,16 +30,16 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
-from toolkit.config import DiffusionConfig, ModelConfig
+from toolkit.config import DiffusionConfig, ModelConfig, RunConfig, parse_config
 from toolkit.data.clips import resize_cover
 from toolkit.data.stills import to_rgb
 from toolkit.diffusion.objective import time_input
 from toolkit.engine.world import init_world
-from toolkit.errors import UserError
 from toolkit.model.attention import set_attention
 from toolkit.model.base import PRECISIONS, Base, load_base, sign_unet
 from toolkit.model.formats import AdapterFile, linear_layers, read_adapter
 from toolkit.model.lora import (
+    adapted_layers,
     add_adapter,
     delete_adapter,
     enable_adapter,
@@ -63,15 +62,6 @@ class FramerPipelineOutput(BaseOutput):
     """frames: a list of PIL images per clip, or (B, T, H, W, 3) in [0, 1] for "np", or (B, T, 3, H, W) for "pt"."""
 
     frames: list[list[PIL.Image.Image]] | np.ndarray | Tensor
-
-
-@contextmanager
-def _value_errors() -> Iterator[None]:
-    """What the command line would print is a ValueError to a program, as in diffusers."""
-    try:
-        yield
-    except UserError as error:
-        raise ValueError(str(error)) from None
 
 
 class FramerPipeline(DiffusionPipeline):
@@ -128,7 +118,7 @@ class FramerPipeline(DiffusionPipeline):
             fps=fps,
             motion_bucket_id=motion_bucket_id,
         )
-        DiffusionConfig(**{name: self.config[name] for name in FED_BY})  # raises ValueError for what it does not know
+        self._make_settings(noise_augmentation)  # raises ValueError for what it does not know
         self.video_processor = VideoProcessor(do_resize=False)
         self._schedule = dict(scheduler.config)  # of the base; a scheduler put in its place later chooses the sampler
         self._signature = sign_unet(unet)
@@ -154,21 +144,22 @@ class FramerPipeline(DiffusionPipeline):
 
         unet         folder, hub id or .safetensors file that replaces the base's UNet
         torch_dtype  float32, bfloat16 or float16; a VAE whose config says force_upcast stays in float32
-        settings     layout, num_frames and the others of the class; default what save_pretrained wrote
-        raises       UserError where something is missing, extra or damaged; the stock loader would drop mask_token
+        settings     layout, num_frames and the others of the class; default what save_pretrained wrote into a local folder,
+                     or what a merged export tells of itself
+        raises       UserError, a ValueError: something is missing, extra or damaged; the stock loader drops mask_token
         """
         known = cls._get_signature_keys(cls)[1]
         if unknown := settings.keys() - known:
             raise TypeError(f"from_pretrained knows no {min(unknown)}; settings are {', '.join(sorted(known))}")
-        folder, saved, sampler = Path(pretrained_model_name_or_path), {}, "EulerDiscreteScheduler"
+        folder, saved, sampler = Path(pretrained_model_name_or_path).expanduser(), {}, "EulerDiscreteScheduler"
         if (folder / "model_index.json").is_file():
             index = json.loads((folder / "model_index.json").read_text())
             if index.get("_class_name") == cls.__name__:
                 saved, sampler = {name: index[name] for name in known if name in index}, index["scheduler"][1]
                 if controlnet is None and (folder / "controlnet").is_dir():
                     controlnet = str(folder)
-        if unet is not None and (recipe := read_merged(Path(unet)).get("recipe")):
-            saved |= {name: recipe["diffusion"][name] for name in FED_BY}
+        if unet is not None and (about := read_merged(Path(unet))):
+            saved |= _follow(parse_config(about["recipe"], unet), about)
         model = ModelConfig(
             base=str(pretrained_model_name_or_path), unet=unet, revision=revision, unet_revision=unet_revision,
             variant=variant, controlnet=controlnet, controlnet_revision=controlnet_revision,
@@ -182,17 +173,9 @@ class FramerPipeline(DiffusionPipeline):
         A run that was trained with diffusion.control wants trajectories in each call.
         """
         source = read_source(str(run), lora_scale=lora_scale)
-        config, sampling = source.config, recipe_sampling(source.config)
-        settings = {name: getattr(config.diffusion, name) for name in (*FED_BY, "noise_augmentation")}
-        settings |= {
-            "num_frames": config.data.frames,
-            "num_inference_steps": sampling.steps,
-            "min_guidance_scale": sampling.min_guidance,
-            "max_guidance_scale": sampling.max_guidance,
-            "fps": source.about["fps"],
-            "motion_bucket_id": source.about["motion"],
-        }
-        scheduler = {"euler": "EulerDiscreteScheduler", "lcm": "LCMScheduler"}[sampling.sampler]
+        config = source.config
+        scheduler = {"euler": "EulerDiscreteScheduler", "lcm": "LCMScheduler"}[config.validation.sampler]
+        settings = _follow(config, source.about)
         pipeline = cls._from_model(config.model, PRECISIONS[config.engine.precision], scheduler, settings)
         for path, scale in source.adapters:
             pipeline.load_lora_weights(path, "run")
@@ -216,7 +199,6 @@ class FramerPipeline(DiffusionPipeline):
         return cls(base.vae, base.image_encoder, base.unet, made, controlnet=control, **settings)
 
     @torch.no_grad()
-    @_value_errors()
     def __call__(
         self,
         image: Images,
@@ -278,10 +260,9 @@ class FramerPipeline(DiffusionPipeline):
             raise ValueError(f"callback_on_step_end_tensor_inputs has {min(unknown)}; allowed is latents")
         if trajectories is not None and self.controlnet is None:
             raise ValueError("trajectories are given, but the pipeline has no controlnet that follows them")
-        if trajectories is not None and (np.ndim(trajectories) != 3 or not np.shape(trajectories)[1:] >= (2, 2)):
-            raise ValueError(
-                f"trajectories have the shape {np.shape(trajectories)}; give (P, K, 2) with K of 2 or more"
-            )
+        given = (1, 2, 2) if trajectories is None else np.shape(trajectories)
+        if len(given) != 3 or given[1] < 2 or given[2] != 2:
+            raise ValueError(f"trajectories have the shape {given}; give (P, K, 2) with K of 2 or more")
 
         def draw(shape: Sequence[int]) -> Tensor:
             return randn_tensor(tuple(shape), generator=generator, device=device, dtype=torch.float32)
@@ -380,7 +361,7 @@ class FramerPipeline(DiffusionPipeline):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if unknown := set(names) - set(self._adapters):
             raise ValueError(f"no adapter named {min(unknown)} is loaded; loaded are {', '.join(self._adapters)}")
-        for name in names:
+        for name in dict.fromkeys(names):
             delete_adapter(self.unet, name)
             del self._adapters[name]
 
@@ -397,13 +378,12 @@ class FramerPipeline(DiffusionPipeline):
         adapter_names  default the active ones; each as it is weighed, 1 where it is not active
         """
         self._refuse_while_fused()
-        if adapter_names is not None:
-            set_weights = getattr(self.unet, "weights", {})
-            self.set_adapters(adapter_names, [set_weights.get(name, 1.0) for name in adapter_names])
-        self._fused = dict(getattr(self.unet, "weights", {}))
-        if not self._fused:
-            raise ValueError("no adapter is active; call load_lora_weights first")
-        set_adapters(self.unet, {name: weight * lora_scale for name, weight in self._fused.items()})
+        active = dict(getattr(self.unet, "weights", {}))
+        chosen = active if adapter_names is None else {name: active.get(name, 1.0) for name in adapter_names}
+        if not chosen or any(layer.disable_adapters for layer in adapted_layers(self.unet).values()):
+            raise ValueError("no adapter is active; call load_lora_weights, or enable_lora, first")
+        set_adapters(self.unet, {name: weight * lora_scale for name, weight in chosen.items()})
+        self._fused = active  # what unfuse_lora comes back to
         adapted = {
             n: layer
             for n, layer in linear_layers(self.unet).items()
@@ -428,6 +408,8 @@ class FramerPipeline(DiffusionPipeline):
         """As in diffusers; adapters are folded in first, or taken out, by their own verbs."""
         if self._adapters and not self._unfused:
             raise ValueError("adapters stand beside the weights; call fuse_lora or unload_lora_weights before you save")
+        with quiet_libraries():  # what the base is goes along, whatever scheduler stands for the sampler
+            self.register_modules(scheduler=type(self.scheduler).from_config(self._read_schedule()))
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _refuse_while_fused(self) -> None:
@@ -472,21 +454,41 @@ class FramerPipeline(DiffusionPipeline):
     def _choose(self, name: str, given: Any) -> Any:
         return self.config[name] if given is None else given
 
+    def _make_settings(self, strength: float) -> DiffusionConfig:
+        return DiffusionConfig(**{name: self.config[name] for name in FED_BY} | {"noise_augmentation": strength})
+
+    def _read_schedule(self) -> dict[str, Any]:
+        """The base's own schedule, over the range of sigmas that the scheduler in use may have of its own."""
+        ranges = {name: self.scheduler.config.get(name) for name in ("sigma_min", "sigma_max")}
+        return self._schedule | {name: value for name, value in ranges.items() if value is not None}
+
     def _make_framer(self, num_frames: int, strength: float) -> Framer:
-        settings = DiffusionConfig(**{name: self.config[name] for name in FED_BY}, noise_augmentation=strength)
         if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
             self.vae.to(torch.float32)  # in float16 its activations overflow
-        ranges = {name: self.scheduler.config.get(name) for name in ("sigma_min", "sigma_max")}
         base = Base(
             name="pipeline",
             unet=self.unet,
             vae=self.vae,
             image_encoder=self.image_encoder,
-            scheduler=self._schedule | {name: value for name, value in ranges.items() if value is not None},
+            scheduler=self._read_schedule(),
             parameterization="epsilon" if self._schedule["prediction_type"] == "epsilon" else "v",
             dtype=self.unet.conv_out.weight.dtype,
             signature=self._signature,
             sources={},
             files=(),
         )
+        settings = self._make_settings(strength)
         return Framer(base, settings, num_frames, controlnet=self.controlnet, device=self._execution_device)
+
+
+def _follow(config: RunConfig, about: dict[str, Any]) -> dict[str, Any]:
+    """A pipeline's settings by which it feeds and samples as a recipe does; about: what the adapter tells of itself."""
+    sampling = recipe_sampling(config)
+    return {name: getattr(config.diffusion, name) for name in FED_BY} | {
+        "num_frames": config.data.frames,
+        "num_inference_steps": sampling.steps,
+        "min_guidance_scale": sampling.min_guidance,
+        "max_guidance_scale": sampling.max_guidance,
+        "fps": about["fps"],
+        "motion_bucket_id": about["motion"],
+    }

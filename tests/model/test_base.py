@@ -594,6 +594,19 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "image_encoder reads pictures of 256 pixels; SVD's reads 224",
     ),
     "channels in words": (lambda f: edit_json(f / "unet/config.json", in_channels="9"), "has in_channels '9'; a base must"),
+    "a network that cannot be": (
+        lambda f: edit_json(f / "unet/config.json", block_out_channels=[31, 64]), "no FramerUNet can be built as its conf",
+    ),
+    "widths in one number": (
+        lambda f: edit_json(f / "unet/config.json", block_out_channels=32), "no FramerUNet can be built as its conf",
+    ),
+    "layers in a list": (
+        lambda f: edit_json(f / "unet/config.json", layers_per_block=[1, 1]), r"layers_per_block \[1, 1\]; it must be one",
+    ),
+    "an index of nothing": (
+        lambda f: (os.remove(f / UNET_WEIGHTS), (f / f"{UNET_WEIGHTS}.index.json").write_text("{}")),
+        "index.json lists no weights; copy or fetch it again",
+    ),
     "a list for a config": (lambda f: (f / "unet/config.json").write_text("[]"), "config.json: it holds no object"),
     "a UNet alone": (
         lambda f: [shutil.rmtree(f / part) for part in ("vae", "image_encoder", "scheduler")],

@@ -468,6 +468,21 @@ def test_an_adapter_that_lost_layers_is_refused(tmp_path: Path, unet: FramerUNet
         load_adapter(unet, half, SIGNATURE)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_adapter_that_lost_its_mask_token_is_refused(
+    files: dict[str, Any], tmp_path: Path, unet: FramerUNet, form: str
+) -> None:
+    """What was trained whole is named in the header, so that it is never dropped silently."""
+    adapter = read_adapter(files["extras"]["peft"], unet)
+    about = ABOUT | {"extras": sorted(adapter.extras)}
+    whole = write_all(AdapterFile(adapter.kind, adapter.tensors, adapter.extras, about), tmp_path / "whole")[form]
+    load_adapter(make_unet(), whole, SIGNATURE)
+    extras = {name: tensor for name, tensor in adapter.extras.items() if name != "mask_token"}
+    torn = write_all(AdapterFile(adapter.kind, adapter.tensors, extras, about), tmp_path / "torn")[form]
+    with pytest.raises(UserError, match="lacks mask_token, which was trained"):
+        load_adapter(unet, torn, SIGNATURE)
+
+
 def test_names_in_the_files(files: dict[str, Any]) -> None:
     """One tensor of each kind under the name that each format gives it."""
     names = {

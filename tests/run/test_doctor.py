@@ -105,6 +105,7 @@ def test_doctor_looks_local_weights_over(tiny_base: Path, tmp_path: Path) -> Non
         with pytest.raises(UserError, match=message):
             notes(**changes)
     hub = examine(load_config(SPEC, {"model.attention": "auto"}), ranks=1)["notes"]
-    assert any("the weights of framer are not on this machine" in note for note in hub)
+    both = "stabilityai/stable-video-diffusion-img2vid-xt, wwen1997/framer_512x320"
+    assert f"not on this machine, so their weights are not checked: {both}" in hub
     with pytest.raises(UserError, match="no base model at ./nowhere"):  # another UNet than the tiny base's own
         examine(load_config(RECIPE, {"model.unet": "./nowhere"}), ranks=1)

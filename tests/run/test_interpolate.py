@@ -1,7 +1,10 @@
 """What launch/interpolate.py makes of runs, exports and stills. Run: pytest tests/run/test_interpolate.py"""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from launch.interpolate import interpolate
-from tests.launching import train_here
+from tests.launching import ROOT, train_here
 from tests.model.control import make_controlnet
 from toolkit.config import ModelConfig
 from toolkit.errors import UserError
@@ -230,8 +233,8 @@ def test_found_trajectories(adapter: Path, controlnet: str, frames_of: Frames, t
         ({"adapter": "README.md"}, "README.md is not a .safetensors file"),
         ({"adapter": "README.md,ADAPTER"}, "README.md is not a .safetensors file"),
         ({"run": "RUN", "stills": "THREE", "first": "x.png"}, "both --stills and --first"),
-        ({"run": "RUN", "controlnet": "x"}, "--controlnet follows trajectories, but none are given"),
-        ({"run": "RUN", "control_scale": 0.5}, "--control_scale is the strength of trajectories, but none"),
+        ({"run": "RUN", "controlnet": "x"}, "--controlnet is for trajectories, but none are given"),
+        ({"run": "RUN", "control_scale": 0.5}, "--control_scale is for trajectories, but none"),
         ({"run": "RUN", "config": "x.yaml"}, "both --run and --config are given"),
         ({"unet": "nowhere", "lora_scale": 0.5}, "--lora_scale is given, but no adapter"),
         ({"unet": "nowhere"}, "nowhere does not say how it was trained"),
@@ -271,6 +274,31 @@ def test_runs_that_asked_for_xformers_can_be_used_without(trained: Path, tmp_pat
     config.write_text(config.read_text().replace("attention: auto", "attention: xformers"))
     assert "xformers" in config.read_text()
     assert (frames_of(run=str(run)) == frames_of(run=str(trained))).all()
+
+
+@pytest.mark.launch
+def test_lists_of_bare_names_on_the_command_line(adapter: Path, stills: list[str], tmp_path: Path) -> None:
+    """a,b without slashes is a list to Fire, with slashes it is text: both are lists to us."""
+    for name in ("a", "b"):
+        shutil.copytree(adapter, tmp_path / name)
+    for still in stills:
+        shutil.copy(still, tmp_path)
+    command = [
+        sys.executable,
+        str(ROOT / "launch/interpolate.py"),
+        "--adapter",
+        "a,b",
+        "--weights",
+        "0.5,0.5",
+        "--steps",
+        "1",
+    ]
+    command += ["--stills", "0.png,1.png,2.png", "--frames", "3", "--out", "made"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "made").iterdir())) == 5
 
 
 def test_frames_are_not_mixed_with_what_is_there(trained: Path, stills: list[str], tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Loads the frozen base: UNet, VAE, CLIP image encoder and scheduler settings, by name, from folders, hub ids or one file.
 
-Test: pytest tests/model. Only safetensors are read. Nothing here trains; see lora.py for what does. Each part is found and
-checked before the first is read, because reading takes minutes.
+Test: pytest tests/model. Only safetensors are read. Nothing here trains; see lora.py for what does. The files of each part,
+and the names in the UNet's, are checked before the first is read, because reading takes minutes.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def load_base(model: ModelConfig, device: torch.device, precision: str) -> Base:
     dtype = PRECISIONS[precision]
     places = _find_parts(model)
     scheduler, parameterization = read_scheduler(places["scheduler"])
-    read_unet_config(places["unet"])
+    _check_places(places, model.variant)
     weights = {part: find_weights(places[part], model.variant) for part in WEIGHTED}
 
     upcast = read_json(places["vae"] / "config.json").get("force_upcast", True)  # diffusers' default
@@ -183,6 +183,8 @@ def read_unet_config(place: Path) -> dict[str, Any]:
     channels = config.get("in_channels", 8)  # diffusers' default
     if type(channels) is not int or channels not in (8, 9):
         raise UserError(f"{place} has in_channels {channels!r}; a base must read 9 (Framer) or 8 (SVD)")
+    if type(layers := config.get("layers_per_block", 2)) is not int:
+        raise UserError(f"{place} has layers_per_block {layers!r}; it must be one number, as SVD's is")
     return config
 
 
@@ -239,25 +241,35 @@ def describe_unet(model: ModelConfig) -> dict[str, Any]:
     return read_unet_config(_find_unet(source, revision, None, configs_only=True))
 
 
-def check_weights(model: ModelConfig) -> bool:
-    """Look the files of a base over without reading their tensors; False where a hub has them, and nothing is checked.
+def check_weights(model: ModelConfig) -> list[str]:
+    """Look the files of a base over without reading their tensors; returns the sources that are not on this machine.
 
-    raises  UserError as load_base does where a part is missing, cut, pickled, or is not the whole UNet
+    raises  UserError as load_base does where a part is missing, cut, pickled, or not the whole network
     """
     base, unet = _resolve_names(model)
-    if not all(Path(source).exists() for source in (base, unet) if source is not None):
-        return False
-    places = _find_parts(model)
-    read_scheduler(places["scheduler"])
-    for part in WEIGHTED:
-        files = find_weights(places[part], model.variant).files
-        names = {name for file in files for name in open_weights(file).keys()}  # noqa: SIM118
+    away = [source for source in (base, unet) if source is not None and not Path(source).exists()]
+    places: dict[str, Path] = {}
+    if base not in away:
+        parts = PARTS if unet is None else PARTS[1:]
+        folder = fetch(base, model.revision, parts)
+        places = {part: folder / part for part in parts}
+        read_scheduler(places["scheduler"])
+    if unet is not None and unet not in away:
+        places["unet"] = find_unet(model)
+    _check_places(places, model.variant)
+    return away
+
+
+def _check_places(places: dict[str, Path], variant: Literal["fp16"] | None) -> None:
+    """Compare the names in the headers of a base's weights with what its networks need, as reading would, but at once."""
+    for part in [part for part in WEIGHTED if part in places]:
+        place = places[part]
+        names = {n for file in find_weights(place, variant).files for n in open_weights(file).keys()}  # noqa: SIM118
         if part == "unet":
-            config = read_unet_config(places[part])
+            config = read_unet_config(place)
             kind = _unet_class(config)
             wanted = build_on_meta(kind, config).state_dict().keys()
-            refuse_faults(places[part], kind, wanted - names, names - wanted)
-    return True
+            refuse_faults(place, kind, wanted - names, names - wanted)
 
 
 def build_unet_on_meta(model: ModelConfig) -> FramerUNet:

@@ -18,7 +18,7 @@ from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedd
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
-from toolkit.model.sources import fetch, refuse_local_revision
+from toolkit.model.sources import fetch, is_hub_id, refuse_local_revision
 from toolkit.model.unet import SVD_CONFIG, FramerUNet
 from toolkit.model.weights import load_file, load_part
 
@@ -181,7 +181,7 @@ def find_controlnet(source: str, revision: str | None = None) -> Path:
     for folder in (place / "controlnet", place):
         if (folder / "config.json").is_file():
             return folder
-    if place.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
+    if not is_hub_id(source):
         raise UserError(
             f"no ControlNet at {source}: give a folder with its config.json or with controlnet/ in it, a .safetensors file, "
             "or a hub id owner/name, such as wwen1997/framer_512x320"

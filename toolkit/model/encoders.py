@@ -3,6 +3,7 @@
 Test: pytest tests/model (against StableVideoDiffusionPipeline). Legend: frames are fp32 in [-1, 1], axes BTCHW in pixels.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -53,12 +54,16 @@ def embed_stills(image_encoder: Any, stills_B2CHW: Tensor) -> Tensor:
     source        diffusers, StableVideoDiffusionPipeline._encode_image: antialiased resize to 224 without crop in
                   [-1, 1], then [0, 1], then CLIP's mean and std
     """
-    # The pipeline's own private helper rather than a copy of it: a test compares with the pipeline at each upgrade.
-    with quiet_libraries():  # its image processor misses torchvision, which is not needed
-        from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
-
     B, N = stills_B2CHW.shape[:2]
-    small = _resize_with_antialiasing(stills_B2CHW.flatten(0, 1).float(), (CLIP_SIZE_PX, CLIP_SIZE_PX))
+    small = _find_resize()(stills_B2CHW.flatten(0, 1).float(), (CLIP_SIZE_PX, CLIP_SIZE_PX))
     mean, std = (torch.tensor(v, device=small.device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     pixels = ((small + 1) / 2 - mean) / std
     return image_encoder(pixels.to(image_encoder.dtype)).image_embeds.unflatten(0, (B, N))
+
+
+@functools.cache
+def _find_resize() -> Any:
+    """The pipeline's own private helper rather than a copy of it: a test compares with the pipeline at each upgrade."""
+    with quiet_libraries():  # its image processor misses torchvision, which is not needed
+        from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+    return _resize_with_antialiasing

@@ -208,6 +208,8 @@ def refuse_misfit(adapter: AdapterFile, unet: nn.Module, source: Path) -> None:
             f"the adapter in {source} holds {len(adapter.kind.ranks)} of the {adapter.metadata['modules']} modules that "
             "were trained; copy or export it again"
         )
+    if lost := set(adapter.metadata.get("extras", ())) - adapter.extras.keys():
+        raise UserError(f"the adapter in {source} lacks {min(lost)}, which was trained; copy or export it again")
     for name, tensor in (adapter.tensors | adapter.extras).items():
         if not tensor.isfinite().all():
             raise UserError(f"the adapter in {source} holds NaN or infinity in {name}; take another checkpoint or copy")

@@ -94,7 +94,7 @@ def inject_lora(unet: Any, settings: LoraConfig, seed: int) -> dict[str, nn.Para
     """
     _inject(unet, choose_kind(unet, settings), "default")
     if settings.dropout:
-        for name, layer in _adapted(unet).items():
+        for name, layer in adapted_layers(unet).items():
             layer.lora_dropout["default"] = KeyedDropout(settings.dropout, name)
     adapter = lora_parameters(unet)
     _draw_start(adapter, seed)
@@ -163,8 +163,10 @@ def add_adapter(
     """
     refuse_other_base(adapter.metadata, signature, source)
     refuse_misfit(adapter, unet, source)
-    if not re.fullmatch(r"\w[\w-]*", name):
-        raise UserError(f"an adapter cannot be named {name!r}: letters, digits, _ and - are allowed")
+    if not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict, name):  # PEFT keeps adapters in ModuleDicts
+        raise UserError(
+            f"an adapter cannot be named {name!r}; letters, digits, _ and - are allowed, and no word of torch's"
+        )
     if name in getattr(unet, "peft_config", {}):
         raise UserError(f"an adapter named {name} is loaded already; give {source} another name")
     _inject(unet, adapter.kind, name)
@@ -177,16 +179,16 @@ def add_adapter(
 
 def delete_adapter(unet: Any, name: str) -> None:
     """Take one adapter out of memory; the others stay as they are, on or off."""
-    off = any(layer.disable_adapters for layer in _adapted(unet).values())
+    off = any(layer.disable_adapters for layer in adapted_layers(unet).values())
     weights = {other: weight for other, weight in unet.weights.items() if other != name}
     if list(unet.peft_config) == [name]:
         remove_adapters(unet)
         return
     set_adapters(unet, weights)
-    for layer in _adapted(unet).values():
+    for layer in adapted_layers(unet).values():
         layer.delete_adapter(name)
     del unet.peft_config[name], unet.tuned[name]
-    for path, layer in _adapted(unet).items():
+    for path, layer in adapted_layers(unet).items():
         if not layer.lora_A:  # only the deleted adapter was here
             _replace(unet, path, layer.get_base_layer())
     if off:
@@ -215,7 +217,7 @@ def set_adapters(unet: Any, weights: dict[str, float]) -> None:
         raise UserError(f"no adapter named {min(unknown)} is loaded; loaded are {', '.join(loaded) or 'none'}")
     # an adapter scaled by zero is left out altogether: the base bit for bit, whatever its kind
     active = {name: weight for name, weight in weights.items() if weight}
-    for layer in _adapted(unet).values():
+    for layer in adapted_layers(unet).values():
         layer.enable_adapters(True)
         layer.set_adapter(list(active), inference_mode=True)
         for name, weight in active.items():
@@ -230,7 +232,7 @@ def set_adapters(unet: Any, weights: dict[str, float]) -> None:
 def enable_adapter(unet: Any, enabled: bool) -> None:
     """Switch all adapters off, which gives the untuned base bit for bit, or on again as they were."""
     trainable = {name: p.requires_grad for name, p in lora_parameters(unet).items()}
-    for layer in _adapted(unet).values():
+    for layer in adapted_layers(unet).values():
         layer.enable_adapters(enabled)
     for name, parameter in lora_parameters(unet).items():
         parameter.requires_grad_(trainable[name])  # PEFT's switch freezes them when off, and frees them when on
@@ -245,8 +247,9 @@ def enable_adapter(unet: Any, enabled: bool) -> None:
 
 def remove_adapters(unet: Any) -> None:
     """Take every adapter out: the stock UNet again, the base bit for bit."""
+    like = unet.conv_out.weight  # where .to() may have taken the network since
     for name, base in getattr(unet, "untuned", {}).items():
-        unet.get_parameter(name).data = base
+        unet.get_parameter(name).data = base.to(like)
     _unwrap(unet)
 
 
@@ -257,7 +260,7 @@ def merge_adapters(unet: Any) -> None:
     Computed in fp32, then cast to the weight's dtype. Equations: y = (W + s B A) x, and with DoRA m (W + s B A) x, each row
     divided by its norm before (arXiv 2402.09353, eq. 5).
     """
-    for layer in _adapted(unet).values():
+    for layer in adapted_layers(unet).values():
         if layer.disable_adapters:
             continue
         base = layer.get_base_layer().weight
@@ -271,9 +274,9 @@ def merge_adapters(unet: Any) -> None:
                 norm = torch.linalg.norm(base.data.float() + update, dim=1)
                 merged = merged * (layer.lora_magnitude_vector[name].weight.float() / norm)[:, None]
         base.data = merged.to(base.dtype)
-    for name, value in getattr(unet, "untuned", {}).items():
+    for name in getattr(unet, "untuned", {}):
         parameter = unet.get_parameter(name)
-        parameter.data = parameter.data.to(value.dtype)
+        parameter.data = parameter.data.to(unet.conv_out.weight.dtype)
     _unwrap(unet)
 
 
@@ -332,7 +335,7 @@ def _inject(unet: Any, kind: LoraKind, name: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
         peft.inject_adapter_in_model(peft.LoraConfig(**kind.to_peft()), unet, name)
-    for layer in _adapted(unet).values():
+    for layer in adapted_layers(unet).values():
         # PEFT casts each layer's input to the adapter's fp32; under autocast that only costs memory and a cast back. DoRA
         # needs it: the cast decides in which precision the norms are taken that the fp32 magnitudes are divided by.
         layer.cast_input_dtype_enabled = bool(layer.lora_magnitude_vector)
@@ -385,7 +388,7 @@ def _fill(unet: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 def _unwrap(unet: Any) -> None:
-    for name, layer in _adapted(unet).items():
+    for name, layer in adapted_layers(unet).items():
         _replace(unet, name, layer.get_base_layer())
     for attribute in ("peft_config", "untuned", "tuned", "weights", "set_aside"):
         unet.__dict__.pop(attribute, None)
@@ -396,14 +399,15 @@ def _replace(unet: nn.Module, name: str, module: nn.Module) -> None:
     setattr(unet.get_submodule(parent), child, module)
 
 
-def _adapted(unet: nn.Module) -> dict[str, Any]:
+def adapted_layers(unet: nn.Module) -> dict[str, Any]:
+    """PEFT's layers in place of the UNet's own, by the names of those."""
     from peft.tuners.lora import LoraLayer
 
     return {name: module for name, module in unet.named_modules() if isinstance(module, LoraLayer)}
 
 
 def _find_kind(unet: nn.Module, adapter: str) -> LoraKind:
-    layers = {name: layer for name, layer in sorted(_adapted(unet).items()) if adapter in layer.lora_A}
+    layers = {name: layer for name, layer in sorted(adapted_layers(unet).items()) if adapter in layer.lora_A}
     return LoraKind(
         {name: layer.r[adapter] for name, layer in layers.items()},
         {name: layer.lora_alpha[adapter] for name, layer in layers.items()},

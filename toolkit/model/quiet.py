@@ -6,6 +6,8 @@ Test: pytest tests/model/test_base.py
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
@@ -13,7 +15,7 @@ def quiet_libraries() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    libraries = (diffusers_logging, transformers_logging)
+    libraries, hub_is_silent = (diffusers_logging, transformers_logging), are_progress_bars_disabled()
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     for library in libraries:
         library.set_verbosity_error()
@@ -25,3 +27,5 @@ def quiet_libraries() -> Iterator[None]:
             library.set_verbosity(verbosity)
             if bars:
                 library.enable_progress_bar()
+        if hub_is_silent:  # transformers' switch is the hub's too
+            disable_progress_bars()

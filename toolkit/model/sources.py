@@ -46,7 +46,7 @@ def fetch(
     folder = Path(source)
     refuse_local_revision(folder, revision)
     if not folder.exists():
-        if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        if not is_hub_id(source):
             raise UserError(
                 f"no base model at {source}: give {', '.join(NAMED_BASES)} or tiny, a folder in diffusers layout, or a "
                 "hub id owner/name"
@@ -57,6 +57,11 @@ def fetch(
         hint = "; a UNet alone is given as model.unet, with svd-xt as model.base" if "unet" not in missing else ""
         raise UserError(f"{source} lacks {', '.join(missing)}; a base in SVD layout holds {', '.join(PARTS)}{hint}")
     return folder
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source can only be meant for the hub: owner/name, and nothing of that name is here."""
+    return not source.startswith((".", "/", "~")) and source.count("/") == 1 and not Path(source).exists()
 
 
 def find_weights(folder: Path, variant: Literal["fp16"] | None) -> Weights:
@@ -72,7 +77,10 @@ def find_weights(folder: Path, variant: Literal["fp16"] | None) -> Weights:
         for stem in STEMS:
             whole, index = folder / f"{stem}{suffix}.safetensors", folder / f"{stem}.safetensors.index{suffix}.json"
             if index.is_file():
-                files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+                shards = read_json(index).get("weight_map")
+                if not isinstance(shards, dict) or not shards:
+                    raise UserError(f"{index} lists no weights; copy or fetch it again")
+                files = [folder / name for name in sorted(set(shards.values()))]
                 if lost := [file.name for file in files if not file.is_file()]:
                     raise UserError(
                         f"{folder} lacks {', '.join(lost[:3])}, which {index.name} lists; copy or fetch it again"

@@ -31,7 +31,7 @@ def load_part(kind: Any, folder: Path, variant: Literal["fp16"] | None = None, *
     try:
         with quiet_libraries():
             network, report = kind.from_pretrained(folder, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot load {folder} as a {kind.__name__}: {in_one_line(error)}") from None
     _refuse_shapes(folder, kind, {name: (given, wanted) for name, given, wanted in report["mismatched_keys"]})
     refuse_faults(folder, kind, report["missing_keys"], report["unexpected_keys"])
@@ -54,9 +54,13 @@ def load_file(kind: Any, config: dict[str, Any], file: Path, dtype: torch.dtype)
 
 
 def build_on_meta(kind: Any, config: dict[str, Any]) -> Any:
-    with torch.device("meta"):
-        # .to("meta") once more: AlphaBlender's mix_factor ignores the device context
-        return kind.from_config(config).to("meta")
+    """Build a network of shapes without weights; UserError where the configuration describes none."""
+    try:
+        with torch.device("meta"):
+            # .to("meta") once more: AlphaBlender's mix_factor ignores the device context
+            return kind.from_config(config).to("meta")
+    except (TypeError, ValueError) as error:
+        raise UserError(f"no {kind.__name__} can be built as its configuration says: {in_one_line(error)}") from None
 
 
 def refuse_faults(place: Path, kind: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:

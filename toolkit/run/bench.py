@@ -43,6 +43,10 @@ def bench_full(config: RunConfig) -> dict[str, Any]:
              forward_backward_s, optimizer_s, sample_s, loss, sample_mean_abs, peak_gib}}}; on a GPU of the second of two
              runs, since the first one compiles and warms up; on a CPU the peak is the process's
     """
+    if config.diffusion.control:
+        raise UserError(
+            "diffusion.control is on, but there are no weights of a ControlNet here; switch it off to measure"
+        )
     world = init_world(join=False)
     base = make_random_base(world.device, PRECISIONS[config.engine.precision])
     base_params = sum(p.numel() for p in base.unet.parameters())

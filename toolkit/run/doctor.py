@@ -16,6 +16,7 @@ from toolkit.diffusion.layout import make_layout
 from toolkit.model.base import build_unet_on_meta, check_weights, describe_unet, read_parameterization
 from toolkit.model.controlnet import find_controlnet
 from toolkit.model.lora import dead_targets, inject_lora, match_targets
+from toolkit.model.sources import is_hub_id
 from toolkit.model.tiny import build_unet
 from toolkit.run.folder import find_adapter
 from toolkit.run.framer import check_objective
@@ -31,19 +32,23 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
              where they are on this machine
     """
     per_rank, _ = check_engine(config, ranks)
-    is_tiny, channels = config.model.base == "tiny", 9  # which has no folder before it is made
-    check_objective(config.diffusion, "v" if is_tiny else read_parameterization(config.model))
-    is_checked = is_tiny or check_weights(config.model)
+    # the tiny base has no folder before it is made, at the first run
+    is_tiny, channels, model = config.model.base == "tiny", 9, config.model
+    check_objective(config.diffusion, "v" if is_tiny else read_parameterization(model))
+    away = [source for source in check_weights(model) if source != "tiny"]
     if config.lora.init_from is not None:
         find_adapter(Path(config.lora.init_from))
-    if config.diffusion.control:
-        find_controlnet(str(config.model.controlnet), config.model.controlnet_revision)
-    if is_tiny and config.model.unet is None:
+    if config.diffusion.control and model.controlnet is not None:
+        if is_hub_id(model.controlnet):
+            away.append(model.controlnet)  # its gigabytes are fetched by the run
+        else:
+            find_controlnet(model.controlnet, model.controlnet_revision)
+    if is_tiny and model.unet is None:
         with torch.device("meta"):
             unet = build_unet().to("meta")
     else:
-        unet = build_unet_on_meta(config.model)
-        channels = describe_unet(config.model).get("in_channels", 8)
+        unet = build_unet_on_meta(model)
+        channels = describe_unet(model).get("in_channels", 8)
     base_params = sum(p.numel() for p in unet.parameters())
     unet.requires_grad_(False)
     modules = match_targets(unet, config.lora.targets)
@@ -72,8 +77,8 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
         report["optimizer_steps"] = total_steps(config, len(index))
     else:
         report["notes"].append(f"{config.data.shards} is not on this machine, so clips and steps are not counted")
-    if not is_checked:
-        report["notes"].append(f"the weights of {config.model.base} are not on this machine, so they are not checked")
+    if away:
+        report["notes"].append(f"not on this machine, so their weights are not checked: {', '.join(away)}")
     report["notes"] += list_dead(dead, config) + list_doubts(config, report["optimizer_steps"])
     if channels == 8 and "conv_in" not in config.lora.extra_trainable:
         report["notes"].append(

@@ -17,10 +17,11 @@ import yaml
 from toolkit.config import RunConfig, load_config
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
-from toolkit.model.base import PRECISIONS, build_unet_on_meta, find_unet, load_unet, name_base, sign_unet
+from toolkit.model.base import PRECISIONS, build_unet_on_meta, describe_unet, find_unet, load_unet, name_base, sign_unet
 from toolkit.model.formats import AdapterFile, read_peft, write_diffusers, write_kohya, write_peft
 from toolkit.model.lora import load_adapter, merge_adapters, refuse_other_base
 from toolkit.model.quiet import quiet_libraries
+from toolkit.model.sources import is_hub_id
 from toolkit.model.unet import FramerUNet
 from toolkit.run.checkpoint import find_fault, list_checkpoints
 from toolkit.run.inference import ABOUT_FILE, read_run
@@ -117,7 +118,7 @@ def make_card(adapter: AdapterFile, config: RunConfig, to: str) -> str:
         "pipeline_tag": "image-to-video",
         "tags": ["framer", "stable-video-diffusion", "frame-interpolation", "lora"],
     }
-    if _is_hub_id(base):  # the hub wants the id of a model there, and no path
+    if is_hub_id(base):  # the hub wants the id of a model there, and no path
         front["base_model"] = base
     kind = "DoRA" if lora.dora else "LoRA"
     what = f"The UNet of {base} with a {kind} merged into it" if to == "merged" else f"A {kind} for the UNet of {base}"
@@ -157,7 +158,7 @@ In Framer Toolkit:
 Elsewhere:
 
 ```python
-{_show_use(to, base, bool(adapter.extras))}
+{_show_use(to, base, _count_channels(config), bool(adapter.extras))}
 ```
 {notes}
 
@@ -173,15 +174,30 @@ These weights derive from others, whose licences apply to them: {about.get("lice
 """
 
 
-def _show_use(to: str, base: str, has_extras: bool) -> str:
-    """Code that loads an export without this toolkit, or with its UNet class alone where the stock one would lose a part."""
-    unet = "FramerUNet" if has_extras or to == "merged" else "UNetSpatioTemporalConditionModel"
-    whole = _is_hub_id(base) or (Path(base) / "unet").is_dir()  # else a file, or a UNet's own folder
+def _show_use(to: str, base: str, channels: int, has_extras: bool) -> str:
+    """Code that loads an export without this toolkit, or with its UNet class where the stock one would lose a part."""
+    if channels == 8 and has_extras and to in ("peft", "diffusers"):
+        return (
+            "from toolkit import FramerPipeline  # it widens the base's eight channels to nine\n\n"
+            f'pipe = FramerPipeline.from_pretrained({base!r})\npipe.load_lora_weights("FOLDER")'
+        )
+    unet = "FramerUNet" if channels == 9 or to == "merged" else "UNetSpatioTemporalConditionModel"
+    whole = is_hub_id(base) or (Path(base) / "unet").is_dir()  # else a file, or a UNet's own folder
     words = {"IMPORT": _IMPORT[unet], "UNET": unet, "BASE": repr(base if whole else "FOLDER OF THE BASE")}
     code = _USE_ELSEWHERE[to]
     for word, meaning in words.items():
         code = code.replace(word, meaning)
     return code
+
+
+def _count_channels(config: RunConfig) -> int:
+    """Input channels of a base's UNet, as far as it can be looked at here; the tiny base has Framer's nine."""
+    try:
+        return (
+            9 if config.model.base == "tiny" and not config.model.unet else describe_unet(config.model)["in_channels"]
+        )
+    except (UserError, KeyError):
+        return 9
 
 
 def _list_notes(adapter: AdapterFile, to: str) -> list[str]:
@@ -207,10 +223,6 @@ def _list_notes(adapter: AdapterFile, to: str) -> list[str]:
 
 def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|")  # regular expressions hold it
-
-
-def _is_hub_id(base: str) -> bool:
-    return base.count("/") == 1 and not Path(base).exists()
 
 
 def _write_kohya(file: Path, adapter: AdapterFile, source: Path, config: RunConfig) -> None:

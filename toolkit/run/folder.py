@@ -109,6 +109,7 @@ def newest_adapter(run: Path) -> Path:
 
 def find_adapter(source: Path) -> Path:
     """Turn what a user names, a run, a checkpoint, an exported folder or a file, into the adapter's own folder or file."""
+    source = source.expanduser()
     if not source.exists():
         raise UserError(f"no adapter at {source}: give a run folder, a checkpoint, or an exported folder or file")
     if (source / "unet").is_dir():

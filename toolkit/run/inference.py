@@ -19,13 +19,18 @@ from toolkit.model.attention import choose_attention, set_attention
 from toolkit.model.base import Base, load_base
 from toolkit.model.controlnet import FramerControlNet, find_controlnet, load_controlnet
 from toolkit.model.formats import read_metadata
-from toolkit.model.lora import load_adapter, set_adapters
+from toolkit.model.lora import load_adapter
 from toolkit.run.folder import find_adapter, newest_adapter
 from toolkit.run.framer import Framer, Sampling
 from toolkit.run.pretrain import find_base
 
 ABOUT_FILE = "framer_toolkit.json"  # beside a merged UNet, whose weights' header belongs to diffusers
-FED_BY = ("layout", "clip_tokens", "scale_conditioning")  # of diffusion: where a network and its adapters must agree
+FED_BY = (
+    "layout",
+    "clip_tokens",
+    "scale_conditioning",
+    "noise_augmentation",
+)  # of diffusion: where a network and its adapters must agree
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,11 @@ def read_source(
         raise UserError(f"both --run and --config are given, but {run} has its own recipe; give one of them")
     if weights and len(weights) != len(adapters):
         raise UserError(f"{len(weights)} weights for {len(adapters)} adapters; give --weights one number per --adapter")
-    found = [newest_adapter(Path(run))] if run is not None else [find_adapter(Path(adapter)) for adapter in adapters]
+    found = (
+        [newest_adapter(Path(run).expanduser())]
+        if run is not None
+        else [find_adapter(Path(adapter)) for adapter in adapters]
+    )
     if not found and unet is None:
         raise UserError(
             "nothing to interpolate with; give --run, a run folder, or --adapter, or --unet, a merged export"
@@ -90,7 +99,7 @@ def read_source(
         raise UserError("--lora_scale is given, but no adapter; the tuning in a merged UNet cannot be scaled")
     abouts = [read_metadata(place) for place in found] or [read_merged(Path(str(unet)))]
     if config is not None or run is not None:
-        recipe = load_config(config or Path(str(run)) / "config.yaml")
+        recipe = load_config(config or Path(str(run)).expanduser() / "config.yaml")
     elif "recipe" in abouts[0]:
         recipe = parse_config(abouts[0]["recipe"], found[0] if found else str(unet))
     else:
@@ -119,8 +128,11 @@ def _feeding(value: Any) -> Any:
 
 def read_merged(folder: Path) -> dict[str, Any]:
     """What a merged export tells of itself; empty for a UNet of other programs."""
-    file = folder / ABOUT_FILE
-    return json.loads(file.read_text()) if file.is_file() else {}
+    file = folder.expanduser() / ABOUT_FILE
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"cannot read {file}: {error}; export the run again") from None
 
 
 def recipe_sampling(config: RunConfig) -> Sampling:
@@ -140,10 +152,8 @@ def load_framer(source: Source, steered: bool = False) -> Framer:
     attention = choose_attention("sdpa" if model.attention == "sdpa" else "auto", world.device, base.dtype)
     set_attention(base.unet, attention)
     controlnet = load_control(model, base, attention) if steered else None
-    weights = {f"adapter{i}": weight for i, (_, weight) in enumerate(source.adapters)}
-    for name, (path, weight) in zip(weights, source.adapters, strict=True):
-        load_adapter(base.unet, path, base.signature, name, weight)
-    set_adapters(base.unet, weights)
+    for i, (path, weight) in enumerate(source.adapters):
+        load_adapter(base.unet, path, base.signature, f"adapter{i}", weight)
     return Framer(base, config.diffusion, config.data.frames, config.seed, controlnet)
 
 

@@ -34,6 +34,7 @@ def interpolate_stills(
     seeds: Sequence[int],
     trajectories: str | None,
     control_scale: float | None,
+    controlnet: str | None = None,
 ) -> Path:
     """Write a video through pictures to out: .mp4, .gif, or a folder of PNG.
 
@@ -42,6 +43,7 @@ def interpolate_stills(
     fps, motion   None: what the adapter says its clips had
     seeds         one for all gaps, or one per gap; none: the recipe's
     trajectories  "auto" to match features of the stills, or a JSON file for the one gap between two; None: no steering
+    controlnet     that was named beside the source, which has it
     control_scale  of the ControlNet; None: 1 for drawn trajectories, 0.5 for found ones, as Framer's app has it
     """
     if len(paths) < 2:
@@ -55,7 +57,7 @@ def interpolate_stills(
         frames = 5 if config.diffusion.layout == "spec_middle" else config.data.frames
     refuse_frames(frames, config)
     refuse_ending(Path(out))
-    refuse_steering(config, trajectories, control_scale, gaps)
+    refuse_steering(config, trajectories, control_scale, controlnet, gaps)
     if len(seeds) not in (0, 1, gaps):
         raise UserError(f"{len(seeds)} seeds for {gaps} gaps; give one --seed for all, or one per gap")
     height_px, width_px = stills.shape[1:3]
@@ -128,10 +130,13 @@ def find_points(
     return [points if len(points) or always else None for points in found]
 
 
-def refuse_steering(config: RunConfig, trajectories: str | None, control_scale: float | None, gaps: int) -> None:
-    """Refuse trajectories that nothing would follow, and a strength of none."""
-    if trajectories is None and control_scale is not None:
-        raise UserError("--control_scale is the strength of trajectories, but none are given; add --trajectories")
+def refuse_steering(
+    config: RunConfig, trajectories: str | None, control_scale: float | None, controlnet: str | None, gaps: int
+) -> None:
+    """Refuse trajectories that nothing would follow, and a follower or strength of none."""
+    for flag, value in (("controlnet", controlnet), ("control_scale", control_scale)):
+        if trajectories is None and value is not None:
+            raise UserError(f"--{flag} is for trajectories, but none are given; add --trajectories auto, or a JSON")
     if trajectories is not None and config.model.controlnet is None:
         raise UserError("trajectories need a ControlNet that follows them; give --controlnet, a folder, file or hub id")
     if trajectories not in (None, "auto") and gaps > 1:

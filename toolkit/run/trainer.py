@@ -32,6 +32,7 @@ from toolkit.model.attention import choose_attention, set_attention
 from toolkit.model.base import PRECISIONS, Base, build_unet_on_meta, load_base, read_parameterization
 from toolkit.model.controlnet import find_controlnet
 from toolkit.model.dropout import adapter_dropout
+from toolkit.model.formats import EXTRA_TENSORS
 from toolkit.model.lora import choose_kind, inject_lora, match_targets, start_from
 from toolkit.model.sources import find_weights, fingerprint_files
 from toolkit.rng import RNG_VERSION
@@ -195,6 +196,7 @@ def describe_adapter(config: RunConfig, base: Base, index: DatasetIndex) -> dict
         "base": base.name, "base_files": base.sources, "base_signature": base.signature,
         "rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets,
         "modules": len(match_targets(base.unet, lora.targets)),
+        "extras": [name for extra in lora.extra_trainable for name in EXTRA_TENSORS[extra]],
         "fps": statistics.median(row.clip.fps / config.data.stride for row in index.rows),
         "motion": statistics.median(row.clip.motion for row in index.rows),
         "licence": LICENCE_NOTE, "recipe": config.model_dump(mode="json"),
