@@ -1,5 +1,6 @@
 """Flags are checked before any work. Run: pytest tests/test_cli.py"""
 
+import errno
 import sys
 
 import pytest
@@ -73,3 +74,27 @@ def test_a_wrong_flag_is_one_line_and_no_work(monkeypatch, capsys, arguments, wo
     error = capsys.readouterr().err
     assert ended.value.code == 2 and CALLS == []
     assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["python", "safetensors"],
+)
+def test_a_full_disk_is_one_line(monkeypatch, capsys, error):
+    """Python says it without a file's name, safetensors in words of its own; other errors stay what they are."""
+
+    def fill(folder: str) -> None:
+        raise error if folder == "full" else ZeroDivisionError
+
+    monkeypatch.setattr(sys, "argv", ["job.py", "full"])
+    with pytest.raises(SystemExit) as ended:
+        main(fill)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("job.py: the disk is full; ") and said.count("\n") == 1
+    monkeypatch.setattr(sys, "argv", ["job.py", "other"])
+    with pytest.raises(ZeroDivisionError):
+        main(fill)

@@ -1,6 +1,7 @@
 """How every command line starts: Fire parses it, and an error the user can mend is one line, not a traceback."""
 
 import difflib
+import errno
 import functools
 import inspect
 import os
@@ -12,7 +13,9 @@ from typing import Any, NoReturn
 import fire
 from pydantic import ConfigDict, ValidationError, validate_call
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, in_one_line
+
+_FULL_DISK = "the disk is full; what was published so far is whole, so free some space and start the same command again"
 
 
 def main(function: Callable[..., Any]) -> None:
@@ -40,9 +43,13 @@ def main(function: Callable[..., Any]) -> None:
     except UserError as error:
         _end(str(error))
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        _end(f"{error.filename}: {error.strerror}")
+        _end(f"{error.filename or _FULL_DISK}: {error.strerror}")
+    except Exception as error:
+        if f"(os error {errno.ENOSPC})" not in str(error):  # how safetensors says it
+            raise
+        _end(f"{_FULL_DISK}: {in_one_line(error)}")
     except KeyboardInterrupt:
         print(f"{sys.argv[0]}: stopped; what was published so far is whole", file=sys.stderr)
         sys.exit(130)

@@ -77,9 +77,8 @@ class LoraConfig(Section):
 
 class DataConfig(Section):
     shards: Place  # folder written by shards/pack.py
-    frames: int = Field(
-        5, ge=3, le=64
-    )  # T: frames of one sample's window, both ends included; even in framer_clip only
+    # T: frames of one sample's window, both ends included; even in layout framer_clip only
+    frames: int = Field(5, ge=3, le=64)
     stride: int = Field(4, ge=1, le=64)  # source frames between two frames of the window
     height: int = Field(576, ge=16, le=2048)
     width: int = Field(576, ge=16, le=2048)

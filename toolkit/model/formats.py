@@ -300,9 +300,8 @@ def _read_diffusers(source: Path, tensors: dict[str, Tensor], header: dict[str, 
 
 def _read_kohya(tensors: dict[str, Tensor], header: dict[str, Any], unet: Any) -> AdapterFile:
     layers = linear_layers(unet)
-    modules = {
-        _KOHYA_PREFIX + name.replace(".", "_"): name for name in layers
-    }  # diffusers' names for temporal layers too
+    # diffusers' names for temporal layers too
+    modules = {_KOHYA_PREFIX + name.replace(".", "_"): name for name in layers}
     modules |= {_kohya(name, unet.config.layers_per_block): name for name in layers}
     deltas = {_kohya_delta(name): name for name in EXTRA_NAMES}
     named: dict[str, Tensor] = {}

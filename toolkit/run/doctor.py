@@ -126,6 +126,10 @@ def list_doubts(config: RunConfig, steps: int | None) -> list[str]:
         doubts.append(
             "diffusion.scale_conditioning is on, but SVD and Framer were trained with unscaled conditioning latents"
         )
+    if config.model.base == "tiny" and diffusion.layout != "spec_middle":
+        doubts.append(
+            "the tiny base was pretrained in layout spec_middle alone: in another it begins, and long stays, at noise"
+        )
     if "mask_token" in config.lora.extra_trainable and diffusion.layout == "spec_middle":
         doubts.append("lora.extra_trainable mask_token cannot learn: in layout spec_middle it never enters the network")
     return doubts

@@ -216,7 +216,8 @@ def _list_notes(adapter: AdapterFile, to: str) -> list[str]:
         notes.append("ComfyUI divides by the norm of the base's rows, PEFT and this toolkit by that of W + s B A.")
     if to == "kohya":
         notes.append(
-            "ComfyUI itself knows SVD's UNet of eight channels; for Framer's nine, an export --to merged is read there."
+            "ComfyUI itself knows SVD's UNet of eight channels; kijai/ComfyUI-FramerWrapper, for Framer's nine, takes a "
+            "whole UNet and no LoRA: an export --to merged."
         )
     return notes
 

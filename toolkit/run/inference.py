@@ -25,12 +25,8 @@ from toolkit.run.framer import Framer, Sampling
 from toolkit.run.pretrain import find_base
 
 ABOUT_FILE = "framer_toolkit.json"  # beside a merged UNet, whose weights' header belongs to diffusers
-FED_BY = (
-    "layout",
-    "clip_tokens",
-    "scale_conditioning",
-    "noise_augmentation",
-)  # of diffusion: where a network and its adapters must agree
+# of diffusion: where a network and its adapters must agree
+FED_BY = ("layout", "clip_tokens", "scale_conditioning", "noise_augmentation")
 
 
 @dataclass(frozen=True)
@@ -86,11 +82,9 @@ def read_source(
         raise UserError(f"both --run and --config are given, but {run} has its own recipe; give one of them")
     if weights and len(weights) != len(adapters):
         raise UserError(f"{len(weights)} weights for {len(adapters)} adapters; give --weights one number per --adapter")
-    found = (
-        [newest_adapter(Path(run).expanduser())]
-        if run is not None
-        else [find_adapter(Path(adapter)) for adapter in adapters]
-    )
+    found = [find_adapter(Path(adapter)) for adapter in adapters]
+    if run is not None:
+        found = [newest_adapter(Path(run).expanduser())]
     if not found and unet is None:
         raise UserError(
             "nothing to interpolate with; give --run, a run folder, or --adapter, or --unet, a merged export"

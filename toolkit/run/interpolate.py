@@ -43,7 +43,7 @@ def interpolate_stills(
     fps, motion   None: what the adapter says its clips had
     seeds         one for all gaps, or one per gap; none: the recipe's
     trajectories  "auto" to match features of the stills, or a JSON file for the one gap between two; None: no steering
-    controlnet     that was named beside the source, which has it
+    controlnet    as it was named for this video, to refuse it where nothing steers; the source holds it too
     control_scale  of the ControlNet; None: 1 for drawn trajectories, 0.5 for found ones, as Framer's app has it
     """
     if len(paths) < 2:
