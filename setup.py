@@ -28,6 +28,7 @@ setup(
     extras_require={
         "gpu": ["xformers>=0.0.35"],
         "autopilot": ["scikit-image"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "scikit-image"],
+        "remote": ["fsspec", "aiohttp", "s3fs"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "scikit-image", "aiohttp"],
     },
 )

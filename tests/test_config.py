@@ -19,10 +19,16 @@ DEEPSPEED_FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 FIELDS = """
 checkpoint.every_steps
 checkpoint.keep
+data.cache_dir
+data.cache_gb
+data.debug
 data.flip
 data.frames
 data.height
 data.max_bad_fraction
+data.mix
+data.random_crop
+data.remote
 data.shards
 data.stride
 data.width
@@ -219,6 +225,39 @@ def test_patterns_are_read_from_the_command_line(recipe: Path) -> None:
     """Fire leaves {attn1.to_q: 3} as text, since it is no Python; it is read as YAML."""
     config = load_config(recipe, {"lora.rank_pattern": "{attn1.to_q: 3}", "lora.alpha_pattern": "{to_v: 0.5}"})
     assert config.lora.rank_pattern == {"attn1.to_q": 3} and config.lora.alpha_pattern == {"to_v": 0.5}
+
+
+def test_sources_are_one_or_a_mix(recipe: Path) -> None:
+    """data.shards or data.mix, from a file or a command line; their order stands, and ~ is expanded."""
+    home = str(Path.home())
+    assert load_config(recipe).data.sources == {"shards/a": 1}
+    for given in ({"b": 3, "~/a": 1}, "{b: 3, ~/a: 1}"):
+        sources = load_config(recipe, {"data.shards": None, "data.mix": given}).data.sources
+        assert list(sources.items()) == [("b", 3), (f"{home}/a", 1)]
+    address = "https://host/train-{000..011}.tar"
+    mixed = load_config(recipe, {"data.shards": None, "data.mix": f'{{"{address}": 2}}', "data.remote": "[https]"})
+    assert mixed.data.sources == {address: 2} and mixed.data.remote == ["https"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"data.mix": {"b": 1}}, "data.shards and data.mix are both given"),
+        ({"data.shards": None}, "data.shards is missing; .*--data.mix"),
+        ({"data.shards": None, "data.mix": {}}, "data.mix"),
+        ({"data.shards": None, "data.mix": {"b": 0}}, "data.mix.b is 0: .*greater than or equal to 1"),
+        ({"data.shards": None, "data.mix": {"b": 1001}}, "data.mix.b is 1001"),
+        ({"data.shards": None, "data.mix": {"b": 0.5}}, "data.mix.b is 0.5"),
+        ({"data.shards": None, "data.mix": "b"}, "data.mix is 'b'"),
+        ({"data.remote": ["http"]}, "data.remote.0 is 'http': .*'https', 's3' or 'hf'"),
+        ({"data.cache_gb": -1}, "data.cache_gb is -1"),
+    ],
+)
+def test_wrong_sources_are_refused(recipe: Path, overrides: dict[str, Any], said: str) -> None:
+    """Exactly one of the two, whole weights from 1 to 1000, and schemes that are read."""
+    with pytest.raises(UserError, match=said) as caught:
+        load_config(recipe, overrides)
+    assert "\n" not in str(caught.value)
 
 
 def test_override_reaches_an_empty_section(recipe: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from toolkit.rng import derive_seed, normal_like, permutation, rng
+from toolkit.rng import derive_seed, integer, normal_like, permutation, rng, uniform
 
 GOLDEN_SEED = 4770958935390344169
 GOLDEN_SEED_0 = 7976484315024171222
@@ -87,3 +87,14 @@ def test_draws_are_standard_normal() -> None:
     rows = normal_like(torch.zeros(200, 500), 0, "noise", range(200))
     assert abs(rows.mean()) < 5 / 1e5**0.5 and abs(rows.var() - 1) < 5 * (2 / 1e5) ** 0.5
     assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() < 6 / 500**0.5
+
+
+def test_numbers_from_the_key_alone() -> None:
+    """integer and uniform cover their range evenly, repeat for a key, and differ for another seed, purpose or counter."""
+    numbers = [integer(7, 1, "window", k) for k in range(7000)]
+    assert numbers == [integer(7, 1, "window", k) for k in range(7000)]
+    assert set(numbers) == set(range(7)) and max(numbers.count(i) for i in range(7)) < 1150
+    shares = [uniform(1, "crop", k) for k in range(4000)]
+    assert 0 <= min(shares) < 0.01 and 0.99 < max(shares) < 1 and abs(sum(shares) / 4000 - 0.5) < 0.02
+    one = uniform(1, "crop", 0)
+    assert one not in (uniform(2, "crop", 0), uniform(1, "flip", 0), uniform(1, "crop", 1))

@@ -20,9 +20,18 @@ from toolkit.errors import UserError
 
 # What a DeepSpeed JSON may hold; every other number belongs to the recipe.
 DEEPSPEED_KEYS = {"zero_optimization", "zero_allow_untested_optimizer"}
+_MAX_RECIPE_CHARACTERS = 1 << 16
 
 
 Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, or a hub id; ~ is the user's own folder
+
+
+def _read_text(value: Any) -> Any:
+    """Read a list or mapping that Fire left as text: [to_q,to_k] it reads, [to_q,to_out.0] and {attn1.to_q: 3} not."""
+    if isinstance(value, str) and value.startswith(("[", "{")):
+        with contextlib.suppress(yaml.YAMLError):  # else an expression such as [a-z].*
+            return _load_yaml(value)
+    return value
 
 
 class Section(BaseModel):
@@ -60,11 +69,7 @@ class LoraConfig(Section):
     @field_validator("targets", "extra_trainable", "rank_pattern", "alpha_pattern", mode="before")
     @classmethod
     def read_text(cls, value: Any) -> Any:
-        """Fire reads [to_q,to_k] as a list, but leaves [to_q,to_out.0] and {attn1.to_q: 3} as they stand."""
-        if isinstance(value, str) and value.startswith(("[", "{")):
-            with contextlib.suppress(yaml.YAMLError):  # else an expression such as [a-z].*
-                return yaml.safe_load(value)
-        return value
+        return _read_text(value)
 
     @model_validator(mode="after")
     def check_kinds(self) -> LoraConfig:
@@ -76,15 +81,33 @@ class LoraConfig(Section):
 
 
 class DataConfig(Section):
-    shards: Place  # folder written by shards/pack.py
+    # folder written by shards/pack.py or cache.py, or an address: https://host/train-{000000..000011}.tar, s3://, hf://
+    shards: Place | None = None
+    # or several of these, {folder: clips of every sum(weights) clips}; every source is walked through by itself
+    mix: Annotated[dict[Place, Annotated[int, Field(ge=1, le=1000)]], Field(min_length=1)] | None = None
+    remote: list[Literal["https", "s3", "hf"]] = []  # the kinds of address that may be read from
+    cache_dir: Place = Field("~/.cache/framer-toolkit", validate_default=True)  # keeps what was read from them
+    cache_gb: float = Field(50, ge=0)
     # T: frames of one sample's window, both ends included; even in layout framer_clip only
     frames: int = Field(5, ge=3, le=64)
     stride: int = Field(4, ge=1, le=64)  # source frames between two frames of the window
     height: int = Field(576, ge=16, le=2048)
     width: int = Field(576, ge=16, le=2048)
     flip: bool = False  # mirror half of the clips; off by default, because a mirrored sign can be another sign
+    random_crop: float = Field(0.0, ge=0, le=0.5)  # a crop is drawn whose sides are up to this share shorter
     workers: int = Field(2, ge=0, le=64)  # decoding processes per rank
+    debug: bool = False  # draw the first clips as the network is fed them: samples/batch.png in the run folder
     max_bad_fraction: float = Field(0.05, ge=0, le=1)  # more unreadable clips than this share of the data stop the run
+
+    @field_validator("mix", "remote", mode="before")
+    @classmethod
+    def read_text(cls, value: Any) -> Any:
+        return _read_text(value)
+
+    @property
+    def sources(self) -> dict[str, int]:
+        """Every source and its weight."""
+        return {str(self.shards): 1} if self.mix is None else self.mix
 
     @model_validator(mode="after")
     def check_sizes(self) -> DataConfig:
@@ -123,7 +146,8 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     shape: Literal["cosine", "constant"] = "cosine"  # after the warmup
     warmup_steps: int = Field(100, ge=0)
-    epochs: float | None = Field(30, gt=0)  # passes over the clips; or give steps
+    # passes over as many clips as there are, in all sources together (of a mix, by its weights); or give steps
+    epochs: float | None = Field(30, gt=0)
     steps: int | None = Field(None, ge=1)  # optimizer steps; wins over epochs
 
 
@@ -176,6 +200,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def check_sections(self) -> RunConfig:
+        if self.data.shards is None and self.data.mix is None:
+            raise ValueError(
+                "data.shards is missing; set it in the recipe or with --data.shards, or give several sources: --data.mix"
+            )
+        if self.data.shards is not None and self.data.mix is not None:
+            raise ValueError("data.shards and data.mix are both given; name data.shards among the sources of data.mix")
         layout, frames = self.diffusion.layout, self.data.frames
         if frames % 2 == 0 and layout != "framer_clip":
             raise ValueError(
@@ -196,7 +226,11 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
     raises     UserError naming the field, what was given and the nearest known name
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_MAX_RECIPE_CHARACTERS + 1)
+        if len(text) > _MAX_RECIPE_CHARACTERS:
+            raise UserError(f"{path} has over {_MAX_RECIPE_CHARACTERS} characters; recipes are in launch/recipes")
+        tree = _load_yaml(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the recipe {path}: {error}; recipes are in launch/recipes") from None
     except yaml.YAMLError as error:
@@ -206,6 +240,23 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
     for name, value in (overrides or {}).items():
         _set_dotted(tree, name, value)
     return parse_config(tree, path)
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few lines of them unfold to gigabytes when an error shows them
+            raise yaml.YAMLError("it uses an alias; write the value out")
+        return super().compose_node(parent, index)
+
+
+def _load_yaml(text: str) -> Any:
+    """Read YAML of plain values. Raises yaml.YAMLError, whatever is wrong."""
+    try:
+        return _Loader(text).get_single_data()
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except ValueError as error:  # a date or a number that is none
+        raise yaml.YAMLError(str(error)) from None
 
 
 def parse_config(tree: Any, source: str | Path) -> RunConfig:
@@ -298,4 +349,6 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if not name:  # a check of the whole tree names its fields by itself
         return message
-    return f"{name}: {message}" if error["type"] == "value_error" else f"{name} is {error['input']!r}: {message}"
+    given = repr(error["input"])
+    given = given if len(given) <= 200 else f"{given[:200]}..."
+    return f"{name}: {message}" if error["type"] == "value_error" else f"{name} is {given}: {message}"

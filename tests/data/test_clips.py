@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.data.conftest import frame_numbers
-from toolkit.data.clips import ClipSettings, draw_window, load_clip, resize_cover
+from toolkit.data.clips import ClipSettings, Crop, draw_crop, draw_window, load_clip, resize_cover
 from toolkit.data.format import BadSample, ClipInfo
 from toolkit.data.index import open_shards
 
@@ -21,29 +21,46 @@ def test_window_decodes_to_its_numbers(packed: Path) -> None:
     for k in range(40):
         sample = k % len(index)
         clip = load_clip(index, sample, SETTINGS, 7, k)
-        window, stride, _ = draw_window(index.rows[sample].clip, SETTINGS, 7, k)
+        window, stride = draw_window(index.rows[sample].clip, SETTINGS, 7, k)
         first = round(index.rows[sample].clip.start_s * 25)
         assert frame_numbers(clip.frames_THWC) == [first + i for i in window]
-        assert clip.fps == 25 / stride and clip.position == k and clip.key == index.rows[sample].key
+        assert clip.fps == 25 / stride and clip.key == index.rows[sample].key
         seen.add((stride, window[0]))
     assert {stride for stride, _ in seen} == {1, 2, 4} and len(seen) > 10
 
 
 def test_draws_depend_on_seed_and_position() -> None:
-    """The same (seed, k) draws the same; flips and starts cover their range; every start is reached."""
-    info, settings = ClipInfo(fps=25, frames=6, height=8, width=8), replace(SETTINGS, strides=(1, 5), flip=True)
-    draws = [draw_window(info, settings, 1, k) for k in range(200)]
-    assert draws == [draw_window(info, settings, 1, k) for k in range(200)]
-    assert draws != [draw_window(info, settings, 2, k) for k in range(200)]
-    assert {window[0] for window, _, _ in draws} == {0, 1, 2, 3}
-    assert 60 < sum(flip for _, _, flip in draws) < 140
-    assert {stride for _, stride, _ in draws} == {1}  # 5 does not fit into 6 frames
+    """The same (seed, k) draws the same; flips, crops and starts cover their range; every start is reached."""
+    info = ClipInfo(fps=25, frames=6, height=8, width=8)
+    settings = replace(SETTINGS, strides=(1, 5), flip=True, random_crop=0.25)
+
+    def draw(seed: int) -> list[tuple[tuple[range, int], Crop]]:
+        return [(draw_window(info, settings, seed, k), draw_crop(settings, seed, k)) for k in range(200)]
+
+    draws = draw(1)
+    assert draws == draw(1) and draws != draw(2)
+    assert {window[0] for (window, _), _ in draws} == {0, 1, 2, 3}
+    assert {stride for (_, stride), _ in draws} == {1}  # 5 does not fit into 6 frames
+    assert 60 < sum(crop.flip for _, crop in draws) < 140
+    for part, low, high in (("side", 0.75, 1), ("x", 0, 1), ("y", 0, 1)):
+        values = np.array([getattr(crop, part) for _, crop in draws])
+        assert low <= values.min() < low + 0.05 * (high - low) and high - 0.05 * (high - low) < values.max() <= high
+        assert abs(values.mean() - (low + high) / 2) < 0.1 * (high - low)
+
+
+def test_the_window_does_not_follow_the_augmentation() -> None:
+    """Switching flip or crop on leaves the frames of every position as they were."""
+    info = ClipInfo(fps=25, frames=60, height=8, width=8)
+    on = replace(SETTINGS, flip=True, random_crop=0.5)
+    assert [draw_window(info, on, 1, k) for k in range(99)] == [draw_window(info, SETTINGS, 1, k) for k in range(99)]
 
 
 def test_centre_window_is_fixed() -> None:
-    """Evaluation takes the middle at the smallest stride, whatever the seed, never mirrored."""
-    info, settings = ClipInfo(fps=25, frames=10, height=8, width=8), replace(SETTINGS, window="centre", flip=True)
-    assert {draw_window(info, settings, seed, seed) for seed in range(9)} == {(range(3, 6), 1, False)}
+    """Evaluation takes the middle at the smallest stride, whatever the seed, never mirrored or cropped."""
+    settings = replace(SETTINGS, window="centre", flip=True, random_crop=0.5)
+    info = ClipInfo(fps=25, frames=10, height=8, width=8)
+    assert {draw_window(info, settings, seed, seed) for seed in range(9)} == {(range(3, 6), 1)}
+    assert {draw_crop(settings, seed, seed) for seed in range(9)} == {Crop()}
 
 
 def test_too_short_is_a_bad_sample() -> None:
@@ -54,14 +71,25 @@ def test_too_short_is_a_bad_sample() -> None:
 
 def test_flip_mirrors(packed: Path) -> None:
     """A flipped clip is the mirror image of the plain one."""
-    index = open_shards(packed, "train")
-    for k in range(20):
-        plain = load_clip(index, 0, SETTINGS, 3, k)
-        maybe = load_clip(index, 0, replace(SETTINGS, flip=True), 3, k)
-        if draw_window(index.rows[0].clip, replace(SETTINGS, flip=True), 3, k)[2]:
-            assert np.array_equal(maybe.frames_THWC, plain.frames_THWC[:, :, ::-1])
-            return
-    raise AssertionError("no flip in 20 positions")
+    index, flipping = open_shards(packed, "train"), replace(SETTINGS, flip=True)
+    flips = [draw_crop(flipping, 3, k).flip for k in range(20)]
+    assert len(set(flips)) == 2
+    for k, flip in enumerate(flips):
+        plain, maybe = (load_clip(index, 0, settings, 3, k).frames_THWC for settings in (SETTINGS, flipping))
+        assert np.array_equal(maybe, plain[:, :, ::-1] if flip else plain)
+
+
+def test_a_crop_is_a_part_of_the_picture() -> None:
+    """On a picture of its own coordinates: a crop of half the side, at each place, holds the coordinates it should."""
+    y, x = np.mgrid[:80, :160]
+    frames_THWC = np.stack([x, y, 0 * x], -1)[None].astype(np.uint8)
+    for at in (0.0, 0.25, 1.0):
+        out = resize_cover(frames_THWC, 40, 40, Crop(0.5, at, at))[0].astype(float)
+        left, top = (160 - 40) * at, (80 - 40) * at
+        assert abs(out[..., 0].mean() - (left + 19.5)) < 0.6 and abs(out[..., 1].mean() - (top + 19.5)) < 0.6
+        assert abs(out[20, 20, 0] - (left + 20)) < 1 and abs(out[20, 20, 1] - (top + 20)) < 1
+    mirrored = resize_cover(frames_THWC, 40, 40, Crop(0.5, 0.25, 0.25, flip=True))
+    assert np.array_equal(mirrored, resize_cover(frames_THWC, 40, 40, Crop(0.5, 0.25, 0.25))[:, :, ::-1])
 
 
 def test_resize_covers_and_centres() -> None:

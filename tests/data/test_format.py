@@ -13,6 +13,7 @@ import pytest
 import webdataset
 
 from tests.data.conftest import encode, frame_numbers, numbered_frames
+from toolkit.data.check import check
 from toolkit.data.format import (
     BadSample,
     build_index,
@@ -68,14 +69,36 @@ def test_we_read_stock_webdataset(tmp_path: Path) -> None:
     assert frame_numbers(read_frames(index.read(2, "mp4"))) == list(range(12))
 
 
-def test_we_read_plain_tar(tmp_path: Path) -> None:
-    """A folder put together by `tar`, with a directory entry and ./ names, reads as it is."""
+@pytest.mark.parametrize("form", ["gnu", "pax", "ustar"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_we_read_plain_tar(tmp_path: Path, form: str, whole: bool) -> None:
+    """A folder put together by `tar` reads as it is: any format, whole with its ./ names and folders, or by its files."""
     folder = tmp_path / "clips"
-    folder.mkdir()
-    (folder / "a.mp4").write_bytes(encode(numbered_frames(range(7))))
-    (folder / "b.mp4").write_bytes(encode(numbered_frames(range(8))))
-    subprocess.run(["tar", "--sort=name", "-cf", tmp_path / "plain.tar", "-C", folder, "."], check=True)
-    assert [(row.key, row.clip.frames) for row in open_shards(tmp_path, "train").rows] == [("./a", 7), ("./b", 8)]
+    (folder / "sub").mkdir(parents=True)
+    long = "n" * 90  # over the 100 bytes of a plain header, together with its folder
+    for name, frames in (("a", 7), ("b", 8), (f"sub/{'' if form == 'ustar' else 'x' * 60}{long}", 9)):
+        (folder / f"{name}.mp4").write_bytes(encode(numbered_frames(range(frames))))
+        (folder / f"{name}.json").write_text('{"caption": "sign"}')
+    files = ["."] if whole else sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+    subprocess.run(
+        ["tar", f"--format={form}", "--sort=name", "-cf", tmp_path / "plain.tar", "-C", folder, *files], check=True
+    )
+    rows = open_shards(tmp_path, "train").rows
+    stock = webdataset.WebDataset(str(tmp_path / "plain.tar"), shardshuffle=False)
+    assert [row.clip.frames for row in rows] == [7, 8, 9] and rows[0].key == ("./a" if whole else "a")
+    assert [row.key for row in rows] == [sample["__key__"] for sample in stock]
+    assert check(tmp_path).faults == []
+
+
+def test_we_read_a_stock_shard_writer(tmp_path: Path) -> None:
+    """Shards by webdataset's ShardWriter, which starts another when one is full, are read in its order."""
+    pattern = str(tmp_path / "train-%06d.tar")
+    with webdataset.ShardWriter(pattern, maxcount=2, verbose=0) as writer:
+        for i in range(5):
+            writer.write({"__key__": f"s{i}", "mp4": encode(numbered_frames(range(5 + i))), "json": {"fps": 25}})
+    index = open_shards(tmp_path, "train")
+    assert [row.clip.frames for row in index.rows] == [5, 6, 7, 8, 9] and index.shard_sizes == (2, 2, 1)
+    assert check(tmp_path).faults == []
 
 
 def test_index_round_trip_and_checksum(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from toolkit.config import DataConfig
 from toolkit.data.clips import ClipSettings
-from toolkit.data.index import DatasetIndex, open_shards
+from toolkit.data.index import DatasetIndex, open_shards, open_sources
 from toolkit.data.loader import Batch, make_loader
 from toolkit.data.order import Order
 from toolkit.errors import UserError
@@ -18,7 +19,7 @@ SETTINGS = ClipSettings(frames=3, height_px=24, width_px=32, strides=(1, 2), fli
 
 def run(index: DatasetIndex, start: int = 0, stop: int = 6, world: int = 1, **options: Any) -> list[list[Batch]]:
     """Collect the micro-batches of each rank: global batch 4, micro-batch 1."""
-    order = Order(index.shard_sizes, 5)
+    order = index.order(5)
     settings = options.pop("settings", SETTINGS)
     return [
         list(
@@ -111,14 +112,26 @@ def test_bad_sample_is_replaced_alike_everywhere(damaged: DatasetIndex) -> None:
         assert [row.substitute_key for row in batch.substitutes] == batch.keys[: len(batch.substitutes)]
 
 
-def test_too_many_bad_samples_stop_the_run(packed: Path) -> None:
-    """Over max_bad_fraction, or with nothing usable, one sentence names clips and reasons."""
+def test_nothing_usable_stops_the_run(packed: Path) -> None:
+    """With no good substitute, one sentence names clips and reasons, from a worker too."""
     index = open_shards(packed, "train")
-    frames = sorted(row.clip.frames for row in index.rows)
-    assert frames[0] < frames[-1]
-    half = ClipSettings(frames=frames[len(frames) // 2] + 1, height_px=24, width_px=32)
-    with pytest.raises(UserError, match="clips are bad, allowed are 2 .* need"):
-        run(index, settings=half, max_bad_fraction=0.2)
     for workers in (0, 2):
-        with pytest.raises(UserError, match="in a row are unusable .* need 99"):
+        with pytest.raises(
+            UserError, match=r"train-.*\.tar: .*; \.\.\.\); run python shards/check.py.* smaller stride"
+        ) as caught:
             run(index, settings=ClipSettings(99, 24, 32), workers=workers)
+        assert "position 0" in str(caught.value) and "need 99" in str(caught.value)
+
+
+def test_mix_replaces_from_the_same_source(damaged: DatasetIndex, packed: Path, tmp_path: Path) -> None:
+    """In a mix a bad clip's substitute comes from its own source, and the ledger names the shard with its folder."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in packed.glob("val-*"):
+        shutil.copy(path, other / path.name.replace("val-", "train-"))
+    folder = Path(damaged.shards[0]).parent
+    index = open_sources(DataConfig(mix={str(other): 1, str(folder): 3}), "train")
+    rows = [row for batch in run(index, stop=12)[0] for row in batch.substitutes]
+    assert rows and {row.shard for row in rows} == {str(folder / Path(damaged.shards[2]).name)}
+    own = {row.key for row in damaged.rows}
+    assert all(row.substitute_key in own for row in rows)

@@ -5,6 +5,7 @@ import pytest
 from tests.model.conftest import SMALL
 from toolkit.config import DataConfig, EngineConfig, LoraConfig, RunConfig
 from toolkit.run import bench
+from toolkit.run.bench_loader import Scale, bench_loader
 
 SMALL_VAE = {"block_out_channels": (32, 32, 32, 32), "down_block_types": ("DownEncoderBlock2D",) * 4,
              "layers_per_block": 1, "latent_channels": 4, "scaling_factor": 0.18215, "force_upcast": True}  # fmt: skip
@@ -29,3 +30,15 @@ def test_full_bench_runs_both_steps(monkeypatch: pytest.MonkeyPatch, precision: 
     row = report["kernels"]["sdpa"]
     assert 0 < row["loss"] < 2 and 0 <= row["sample_mean_abs"] <= 1
     assert row["forward_backward_s"] > 0 and row["optimizer_s"] > 0 and row["sample_s"] > 0 and row["peak_gib"] > 0
+
+
+def test_loader_bench_measures_all_contenders() -> None:
+    """At a hundredth of its size: every figure it promises, positive, with the same clips read by all."""
+    small = Scale(cached_clips=16, latent_px=8, video_px=64, video_frames=30, order_clips=320, leak_clips=400, rounds=1)
+    report = bench_loader(small)
+    assert set(report) == {"cached_clips_per_s", "decode_clips_per_s", "resume_ms", "rss_growth_kb_per_clip"}
+    assert set(report["cached_clips_per_s"]) == {"ours", "webdataset", "tarfile", "ram"}
+    assert set(report["decode_clips_per_s"]) == {"gop12", "gop250"}
+    speeds = [report["cached_clips_per_s"], *report["decode_clips_per_s"].values()]
+    assert set(speeds[1]) == set(speeds[2]) == {"ours", "webdataset", "naive"}
+    assert all(speed > 0 for row in speeds for speed in row.values())

@@ -1,37 +1,59 @@
-"""Is every byte of a folder of shards still what was packed, and does every clip decode as its index says?
+"""Does a folder of shards keep every promise of shards/FORMAT.md? Each fault with its shard, key and offset.
 
-Test: pytest tests/data/test_pack.py
+Test: pytest tests/data/test_check.py
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from tarfile import DIRTYPE
 from typing import Any
 
+from safetensors.torch import load
 from tqdm import tqdm
 
 from toolkit.data.format import (
     BadSample,
+    ClipInfo,
     SampleRow,
     ShardIndex,
+    build_index,
     file_sha256,
     index_path,
     load_index,
+    read_index,
     read_member,
-    scan_tar,
+    refusal,
+    sample_row,
+    split_name,
 )
-from toolkit.data.video import VideoError, probe
+from toolkit.data.index import UNFINISHED
+from toolkit.data.latents import LatentsError
+from toolkit.data.parallel import Workers, cores
+from toolkit.data.tar import TarFault, walk_tar
+from toolkit.data.video import VideoError, iter_frames, probe
 from toolkit.errors import UserError
+
+CACHE_FILE = "cache.json"  # what the latents of a folder depend on
+_BLOCK_SAMPLES = 16  # checked by one process at a time
+_POOL_BYTES = 64_000_000  # below this, processes take longer to start than to check
+_FPS_TOLERANCE = 0.02
+_CHANGED = "sha256 differs from the index although every member is intact: headers or padding changed"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing wrong, and where: offset in bytes in the tar, key None when it is the shard as a whole."""
+    """One thing wrong, and where: offset in bytes in the tar, key None when it is the shard as a whole.
+
+    repairable  a copy made by --repair is without it; what is damaged is left out of that copy
+    """
 
     shard: str
     key: str | None
     offset: int | None
     fault: str
+    repairable: bool = True
 
     def __str__(self) -> str:
         return f"{self.shard}, {self.key or 'whole shard'}, offset {self.offset or 0}: {self.fault}"
@@ -55,62 +77,197 @@ class CheckReport:
         return "\n".join([*map(str, self.faults), f"{self.shards} shards, {clips}, {len(self.faults)} faults"])
 
 
-def check(folder: str | Path) -> CheckReport:
-    """Verify every shard of a folder against its index, and every clip against its facts."""
+@dataclass(frozen=True)
+class _Block:
+    """What one process checks at a time: some samples of a shard, or, if there are none, its layout."""
+
+    tar: Path
+    index: ShardIndex
+    samples: tuple[SampleRow, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        members = [member.size_bytes for row in self.samples for member in row.members.values()]
+        return sum(members) if self.samples else self.index.tar_size_bytes
+
+
+def check(folder: str | Path, deep: bool = False, write_indexes: bool = True) -> CheckReport:
+    """Verify every shard of a folder against its index, and every clip against its facts, on all cores.
+
+    deep           decode every frame and look at every number of cached clips
+    write_indexes  make the index of a shard that has none, as a run does at first sight
+    raises         UserError if the folder holds no shards
+    """
     folder = Path(str(folder))
-    tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
-    if not tars:
-        raise UserError(f"no .tar shards in {folder}; pack videos into it: python shards/pack.py VIDEOS {folder}")
+    tars = find_tars(folder)
     report = CheckReport(shards=len(tars))
-    with tqdm(tars, desc="check", unit="shard") as bar:
-        for tar in bar:
-            try:
-                index = load_index(tar)
-            except UserError as error:
-                report.faults.append(Fault(tar.name, None, None, str(error)))
-                continue
-            if tar.name.startswith("val-"):
-                report.val += len(index.samples)
-            else:
-                report.train += len(index.samples)
-            report.seconds += sum(row.clip.frames / row.clip.fps for row in index.samples)
-            report.faults += _shard_faults(tar, index)
-    orphans = {path.name for path in folder.glob("*.index.json")} - {index_path(tar).name for tar in tars}
-    report.faults += [Fault(name, None, None, "an index without its tar") for name in sorted(orphans)]
+    indexes: dict[Path, ShardIndex] = {}
+    jobs = cores() if sum(tar.stat().st_size for tar in tars) > _POOL_BYTES else 1
+    with Workers(jobs) as workers:
+        opened = workers.run(partial(_open, write_indexes=write_indexes), tars)
+        for tar, (index, faults) in tqdm(opened, "indexes", len(tars), unit="shard"):
+            report.faults += faults
+            if index is not None:
+                indexes[tar] = index
+        blocks = [block for tar, index in indexes.items() for block in _blocks(tar, index)]
+        with tqdm(desc="check", total=sum(block.size_bytes for block in blocks), unit="B", unit_scale=True) as bar:
+            for block, faults in workers.run(partial(_check_block, deep=deep), blocks):
+                report.faults += faults
+                bar.update(block.size_bytes)
+    indexes = dict(sorted(indexes.items()))
+    for tar, index in indexes.items():
+        report.train += 0 if _is_val(tar) else len(index.samples)
+        report.val += len(index.samples) if _is_val(tar) else 0
+        report.seconds += sum(row.clip.frames / row.clip.fps for row in index.samples)
+    explained = {fault.shard for fault in report.faults if fault.fault != _CHANGED}
+    report.faults = [fault for fault in report.faults if fault.fault != _CHANGED or fault.shard not in explained]
+    report.faults += [*_faults_between(indexes), *_faults_beside(folder, tars)]
+    report.faults.sort(key=lambda fault: (fault.shard, fault.offset or 0, fault.key or ""))
     return report
 
 
-def _shard_faults(tar: Path, index: ShardIndex) -> Iterator[Fault]:
-    """Yield what is wrong in one shard, sample by sample first, since that names the place."""
+def find_tars(folder: Path) -> list[Path]:
+    """List the shards of a folder by name. Raises UserError if there are none."""
+    tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
+    if not tars:
+        raise UserError(f"no .tar shards in {folder}; pack videos into it: python shards/pack.py VIDEOS {folder}")
+    return tars
+
+
+def sample_faults(tar: Path, row: SampleRow, deep: bool = False) -> Iterator[Fault]:
+    """Yield each member of a sample that changed, and what in it is not as the index says."""
     found = False
-    for row in index.samples:
-        for fault in _sample_faults(tar, row):
-            found = True
-            yield fault
-    try:
-        # The layout is read anew, so that a header damaged between two good members is seen too.
-        listed = {member.offset for row in index.samples for member in row.members.values()}
-        stray = [(name, member) for name, member in scan_tar(tar) if member.offset not in listed]
-        if not found and stray:
-            yield Fault(tar.name, None, stray[0][1].offset, f"{stray[0][0]} is not in the index")
-        elif not found and file_sha256(tar) != index.tar_sha256:
-            yield Fault(tar.name, None, None, "sha256 differs from the index although every listed member is intact")
-    except UserError as error:
-        yield Fault(tar.name, None, None, str(error))
-
-
-def _sample_faults(tar: Path, row: SampleRow) -> Iterator[Fault]:
-    """Yield each member of a sample that changed, or a video that is not what the index says."""
     for extension, member in row.members.items():
         try:
             data = read_member(tar, row, extension)
             if extension == row.video_extension:
-                facts = probe(data, extension)
-                said = (row.clip.frames, row.clip.height, row.clip.width)
-                seen = (facts.frames, facts.height_px, facts.width_px)
-                if said != seen:
-                    yield Fault(
-                        tar.name, row.key, member.offset, f"frames, height, width are {seen}, index says {said}"
-                    )
-        except (BadSample, VideoError) as error:
+                _compare_video(data, extension, row.clip, deep)
+            elif extension == "safetensors" and deep:  # which sample_row describes below
+                _refuse_values(data)
+        except (BadSample, VideoError, LatentsError) as error:
+            found = True
             yield Fault(tar.name, row.key, member.offset, str(error))
+    offset = min(member.offset for member in row.members.values())
+    try:
+        if not found and sample_row(tar, row.key, row.members) != row:
+            yield Fault(tar.name, row.key, offset, "the index says other facts than the sample itself")
+    except UserError as error:
+        yield Fault(tar.name, row.key, offset, str(error))
+
+
+def without_clip(tar: Path, rows: Sequence[SampleRow]) -> list[SampleRow]:
+    """List the samples that hold no video; in a cache, that is how a clip stands that did not decode."""
+    is_cache = any(row.latents for row in rows) or (tar.parent / CACHE_FILE).exists()
+    return [] if is_cache else [row for row in rows if row.video_extension is None]
+
+
+def shard_faults(tar: Path, index: ShardIndex, deep: bool = False) -> list[Fault]:
+    """List all that is wrong within one shard, in this process."""
+    return [fault for block in _blocks(tar, index) for fault in _check_block(block, deep)]
+
+
+def _open(tar: Path, write_indexes: bool) -> tuple[ShardIndex | None, list[Fault]]:
+    """Find the index of a shard; if it does not fit, what stands in it still tells which samples are lost."""
+    faults: list[Fault] = []
+    if index_path(tar).exists():
+        try:
+            return load_index(tar), faults
+        except UserError as error:
+            faults.append(Fault(tar.name, None, None, str(error)))
+        try:
+            return read_index(tar), faults
+        except UserError:
+            write_indexes = False
+    try:
+        return (load_index if write_indexes else build_index)(tar), faults
+    except UserError as error:
+        return None, faults + ([*_layout_faults(tar)] or [Fault(tar.name, None, None, str(error))])
+
+
+def _blocks(tar: Path, index: ShardIndex) -> Iterator[_Block]:
+    yield _Block(tar, index)
+    for start in range(0, len(index.samples), _BLOCK_SAMPLES):
+        yield _Block(tar, index.model_copy(update={"samples": ()}), index.samples[start : start + _BLOCK_SAMPLES])
+
+
+def _check_block(block: _Block, deep: bool) -> list[Fault]:
+    if not block.samples:
+        changed = file_sha256(block.tar) != block.index.tar_sha256
+        return [*_layout_faults(block.tar, block.index)] + [Fault(block.tar.name, None, None, _CHANGED)] * changed
+    return [fault for row in block.samples for fault in sample_faults(block.tar, row, deep)]
+
+
+def _layout_faults(tar: Path, index: ShardIndex | None = None) -> Iterator[Fault]:
+    """Yield what the headers of a tar say against the format, or against its index."""
+    rows = index.samples if index else ()
+    listed = {(f"{row.key}.{ext}", m.offset, m.size_bytes): row for row in rows for ext, m in row.members.items()}
+    unseen = dict(listed)
+    try:
+        for entry in walk_tar(tar):
+            place = (entry.name, entry.offset, entry.size_bytes)
+            key = split_name(entry.name)[0]
+            if entry.kind == DIRTYPE:
+                continue
+            if fault := refusal(entry):
+                yield Fault(tar.name, key, entry.header_offset, f"{entry.name!r} is refused: {fault}")
+            elif index and place not in listed:
+                yield Fault(tar.name, key, entry.offset, f"{entry.name!r} is not in the index, or elsewhere")
+            unseen.pop(place, None)
+    except TarFault as fault:
+        yield Fault(tar.name, None, fault.offset, str(fault))
+    else:
+        for (name, offset, _), row in unseen.items():
+            yield Fault(tar.name, row.key, offset, f"{name!r} of the index has no header in the tar")
+    if index and not rows:
+        yield Fault(tar.name, None, None, "holds no samples")
+    for row in without_clip(tar, rows):
+        yield Fault(tar.name, row.key, min(m.offset for m in row.members.values()), "holds no video")
+
+
+def _compare_video(data: bytes, extension: str, clip: ClipInfo, deep: bool) -> None:
+    """Raise VideoError if a video is not what its facts say."""
+    facts = probe(data, extension)
+    said, seen = (clip.frames, clip.height, clip.width), (facts.frames, facts.height_px, facts.width_px)
+    if said != seen:
+        raise VideoError(f"frames, height, width are {seen}, index says {said}")
+    if abs(facts.fps / clip.fps - 1) > _FPS_TOLERANCE:
+        raise VideoError(f"{facts.fps:.3f} frames/s, index says {clip.fps:.3f}")
+    if deep:
+        shapes = [frame_HWC.shape for frame_HWC in iter_frames(data, extension=extension)]
+        if len(shapes) != clip.frames or len(set(shapes)) > 1:
+            raise VideoError(f"{len(shapes)} of {clip.frames} frames decode, in {len(set(shapes))} sizes")
+
+
+def _refuse_values(data: bytes) -> None:
+    """Raise LatentsError for a number that no encoder makes."""
+    for name, tensor in load(data).items():
+        if not tensor.isfinite().all() or (name == "std" and (tensor < 0).any()):
+            raise LatentsError(f"{name} holds numbers that are not finite, or below 0")
+
+
+def _faults_between(indexes: dict[Path, ShardIndex]) -> Iterator[Fault]:
+    """Yield keys that two shards share, and videos that have clips in both train and val."""
+    keys: dict[str, str] = {}
+    split_of: dict[str, bool] = {}
+    for tar, row in ((tar, row) for tar, index in indexes.items() for row in index.samples):
+        offset = min(member.offset for member in row.members.values())
+        if row.key in keys:
+            yield Fault(tar.name, row.key, offset, f"{keys[row.key]} has that key too; pack again", False)
+        keys.setdefault(row.key, tar.name)
+        source = row.clip.source
+        if source and split_of.setdefault(source, _is_val(tar)) != _is_val(tar):
+            yield Fault(tar.name, row.key, offset, f"clips of {source} are in train and in val; pack again", False)
+
+
+def _faults_beside(folder: Path, tars: list[Path]) -> Iterator[Fault]:
+    """Yield what lies beside the shards and does not belong there."""
+    for name, program in UNFINISHED.items():
+        if (folder / name).exists():
+            fault = f"not finished; run the same python {program} command again, which goes on where it was stopped"
+            yield Fault(name, None, None, fault, False)
+    for name in sorted({path.name for path in folder.glob("*.index.json")} - {index_path(tar).name for tar in tars}):
+        yield Fault(name, None, None, "an index without its tar")
+
+
+def _is_val(tar: Path) -> bool:
+    return tar.name.startswith("val-")

@@ -1,4 +1,4 @@
-"""One sample -> one training clip: draw a window, decode only that, scale and crop.
+"""One sample -> one training clip: draw a window, decode only that, scale and crop; or cut it out of cached latents.
 
 Test: pytest tests/data/test_clips.py
 
@@ -6,16 +6,17 @@ What is drawn depends on (seed, k) alone, k the position of the sample in the ru
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 from toolkit.data.format import BadSample, ClipInfo
 from toolkit.data.index import DatasetIndex
+from toolkit.data.latents import LatentsError, LatentsReader, Window
 from toolkit.data.video import VideoError, read_frames
-from toolkit.rng import rng
+from toolkit.rng import integer, uniform
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,12 @@ class ClipSettings:
     width_px: int
     strides: tuple[int, ...] = (1,)
     flip: bool = False
-    window: Literal["random", "centre"] = "random"  # centre: smallest stride, middle of the source, never flipped
+    random_crop: float = 0.0  # a crop is drawn whose sides are up to this share shorter than the largest that fits
+    window: Literal["random", "centre"] = "random"  # centre: smallest stride, middle of the source, no augmentation
+
+    @property
+    def augmented(self) -> bool:
+        return self.window == "random" and (self.flip or self.random_crop > 0)
 
 
 @dataclass(frozen=True)
@@ -38,63 +44,110 @@ class Clip:
     fps: float
     motion: float
     key: str
-    shard: str
-    position: int
+
+
+class CachedClip(NamedTuple):
+    """As Clip, with what the encoders made of the frames."""
+
+    latents: Window
+    fps: float
+    motion: float
+    key: str
+
+
+class Crop(NamedTuple):
+    """Part of the largest box of the wanted aspect: its side as a share, and where it lies in what is left, 0 to 1."""
+
+    side: float = 1.0
+    x: float = 0.5
+    y: float = 0.5
+    flip: bool = False
 
 
 def load_clip(index: DatasetIndex, sample: int, settings: ClipSettings, seed: int, k: int) -> Clip:
-    """Read and decode one sample for position k. Raises BadSample with the reason."""
-    row, shard = index.rows[sample], index.shards[sample].name
+    """Read and decode one sample's window for position k. Raises BadSample with the reason."""
+    clip, key = index.rows[sample].clip, index.rows[sample].key
+    frames, stride = draw_window(clip, settings, seed, k)
+    frames_THWC = decode_frames(index, sample, frames, settings, draw_crop(settings, seed, k))
+    return Clip(frames_THWC, clip.fps / stride, clip.motion, key)
+
+
+def load_cached(
+    index: DatasetIndex, sample: int, settings: ClipSettings, seed: int, k: int, reader: LatentsReader
+) -> CachedClip:
+    """Cut the same window out of a cached sample. Raises BadSample with the reason."""
+    row, shard = index.rows[sample], index.shards[sample]
+    frames, stride = draw_window(row.clip, settings, seed, k)
+    if row.latents is None:
+        raise BadSample(f"{row.key} holds no latents; its video did not decode when the cache was made")
+    variant = integer(row.latents.variants, seed, "variant", k) if settings.augmented else 0
+    offset = row.members["safetensors"].offset
+    assert isinstance(shard, Path)  # latents of another machine are refused when they are opened
+    try:
+        latents = reader.read(shard, offset, row.latents, variant, frames)
+    except (LatentsError, OSError) as error:
+        raise BadSample(f"{row.key}.safetensors at offset {offset}: {error}") from error
+    return CachedClip(latents, row.clip.fps / stride, row.clip.motion, row.key)
+
+
+def decode_frames(
+    index: DatasetIndex, sample: int, frames: range | None, settings: ClipSettings, crop: Crop
+) -> np.ndarray:
+    """Decode frames of a sample (None: all), scaled and cropped: frames_THWC. Raises BadSample with the reason."""
+    row = index.rows[sample]
     extension = row.video_extension
     if extension is None:
         raise BadSample(f"{row.key} holds no video; its members are {', '.join(row.members)}")
-    frames, stride, flip = draw_window(row.clip, settings, seed, k)
     data = index.read(sample, extension)
+
+    def fit(frame_HWC: np.ndarray) -> np.ndarray:
+        return resize_cover(frame_HWC[None], settings.height_px, settings.width_px, crop)[0]
+
     try:
-        frames_THWC = read_frames(data, frames, extension)
+        return read_frames(data, frames, extension, fit)
     except VideoError as error:
         raise BadSample(f"{row.key}.{extension} at offset {row.members[extension].offset}: {error}") from error
-    frames_THWC = resize_cover(frames_THWC, settings.height_px, settings.width_px)
-    if flip:
-        frames_THWC = np.ascontiguousarray(frames_THWC[:, :, ::-1])
-    return Clip(frames_THWC, row.clip.fps / stride, row.clip.motion, row.key, shard, k)
 
 
-def draw_window(clip: ClipInfo, settings: ClipSettings, seed: int, k: int) -> tuple[range, int, bool]:
-    """Draw the source's frame numbers, their stride and whether to mirror. Raises BadSample if no stride fits."""
-    spans = {stride: (settings.frames - 1) * stride + 1 for stride in sorted(settings.strides)}
-    fitting = [stride for stride, span in spans.items() if span <= clip.frames]
+def draw_window(clip: ClipInfo, settings: ClipSettings, seed: int, k: int) -> tuple[range, int]:
+    """Draw the source's frame numbers and their stride. Raises BadSample if no stride fits."""
+    steps = settings.frames - 1
+    fitting = [stride for stride in settings.strides if steps * stride < clip.frames]
     if not fitting:
-        raise BadSample(
-            f"has {clip.frames} frames; {settings.frames} at stride {min(spans)} need {min(spans.values())}"
-        )
+        least = min(settings.strides)
+        raise BadSample(f"has {clip.frames} frames; {settings.frames} at stride {least} need {steps * least + 1}")
     if settings.window == "centre":
-        stride, flip = fitting[0], False
-        start = (clip.frames - spans[stride]) // 2
+        stride = min(fitting)
+        start = (clip.frames - steps * stride - 1) // 2
     else:
-        generator = rng(seed, "window", k)
-        stride = fitting[int(torch.randint(len(fitting), (), generator=generator))]
-        start = int(torch.randint(clip.frames - spans[stride] + 1, (), generator=generator))
-        flip = settings.flip and bool(torch.randint(2, (), generator=rng(seed, "flip", k)))
-    return range(start, start + spans[stride], stride), stride, flip
+        stride = fitting[integer(len(fitting), seed, "stride", k)] if len(fitting) > 1 else fitting[0]
+        start = integer(clip.frames - steps * stride, seed, "window", k)
+    return range(start, start + steps * stride + 1, stride), stride
 
 
-def resize_cover(frames_THWC: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
-    """Scale frames to cover height x width, antialiased, and crop the centre; frames of that size pass untouched."""
+def draw_crop(settings: ClipSettings, seed: int, k: int, purpose: str = "crop") -> Crop:
+    """Draw what of the picture is seen, and whether it is mirrored; the centred whole where nothing is augmented."""
+    if not settings.augmented:
+        return Crop()
+    side = 1 - settings.random_crop * uniform(seed, f"{purpose}/side", k)
+    flip = settings.flip and integer(2, seed, f"{purpose}/flip", k) == 1
+    return Crop(side, uniform(seed, f"{purpose}/x", k), uniform(seed, f"{purpose}/y", k), flip)
+
+
+def resize_cover(frames_THWC: np.ndarray, height_px: int, width_px: int, crop: Crop = Crop()) -> np.ndarray:  # noqa: B008
+    """Cut the crop of the largest box of that aspect and scale it to height x width, antialiased.
+
+    Frames of that size already, whole and unmirrored, pass untouched.
+    """
     _, source_height_px, source_width_px, _ = frames_THWC.shape
-    if (source_height_px, source_width_px) == (height_px, width_px):
-        return frames_THWC
-    scale = max(height_px / source_height_px, width_px / source_width_px)
-    crop_width, crop_height = width_px / scale, height_px / scale
-    left, top = (source_width_px - crop_width) / 2, (source_height_px - crop_height) / 2
-    # Cutting the box while scaling is one pass, and exact where scale-then-crop would round the size first.
-    box = (
-        max(left, 0.0),
-        max(top, 0.0),
-        min(left + crop_width, source_width_px),
-        min(top + crop_height, source_height_px),
-    )
-    return np.stack([
-        np.asarray(Image.fromarray(frame_HWC).resize((width_px, height_px), Image.Resampling.BICUBIC, box=box))
-        for frame_HWC in frames_THWC
-    ])  # fmt: skip
+    if (source_height_px, source_width_px) != (height_px, width_px) or crop.side < 1:
+        scale = max(height_px / source_height_px, width_px / source_width_px)
+        crop_width, crop_height = width_px / scale * crop.side, height_px / scale * crop.side
+        left, top = max(0.0, source_width_px - crop_width) * crop.x, max(0.0, source_height_px - crop_height) * crop.y
+        # Cutting the box while scaling is one pass, and exact where scale-then-crop would round the size first.
+        box = (left, top, min(left + crop_width, source_width_px), min(top + crop_height, source_height_px))
+        frames_THWC = np.stack([
+            np.asarray(Image.fromarray(frame_HWC).resize((width_px, height_px), Image.Resampling.BICUBIC, box=box))
+            for frame_HWC in frames_THWC
+        ])  # fmt: skip
+    return np.ascontiguousarray(frames_THWC[:, :, ::-1]) if crop.flip else frames_THWC

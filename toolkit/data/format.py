@@ -10,20 +10,24 @@ import hashlib
 import json
 import os
 import tarfile
+import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from toolkit.data.video import CONTAINER_FORMATS, MAX_FPS, VideoError, probe
-from toolkit.errors import UserError
+from toolkit.data.latents import NAMES, LatentsInfo, describe
+from toolkit.data.remote import MAKE_INDEX, RemoteShard, Shard
+from toolkit.data.tar import BLOCK_BYTES, Entry, TarFault, walk_tar
+from toolkit.data.video import CONTAINER_FORMATS, MAX_FPS, MAX_FRAMES, probe
+from toolkit.errors import UserError, in_one_line
 
 INDEX_VERSION = 1
 VIDEO_EXTENSIONS = tuple(CONTAINER_FORMATS)
-MEMBER_EXTENSIONS = (*VIDEO_EXTENSIONS, "json", "safetensors", "txt")
-MAX_MEMBER_BYTES = 1 << 30
-_BLOCK_BYTES = 512  # a tar is made of these, and ends in two zero ones
+# What a shard may hold, by extension, and up to how many bytes.
+MEMBER_BYTES = dict.fromkeys(VIDEO_EXTENSIONS, 1 << 27) | {"json": 1 << 20, "safetensors": 1 << 30, "txt": 1 << 20}
+MAX_INDEX_BYTES = 1 << 26
 
 
 class BadSample(Exception):
@@ -31,20 +35,21 @@ class BadSample(Exception):
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class ClipInfo(_Model):
     """The facts of one clip, and the content of its <key>.json. Unknown fields are ignored."""
 
     fps: float = Field(gt=0, le=MAX_FPS)
-    frames: PositiveInt
+    frames: int = Field(gt=0, le=MAX_FRAMES)
     height: PositiveInt
     width: PositiveInt
     source: str = ""
     start_s: float = Field(default=0.0, ge=0)
     motion: float = Field(default=127.0, ge=0, le=255)
     caption: str | None = None
+    label: str | None = None
 
 
 class Member(_Model):
@@ -61,6 +66,7 @@ class SampleRow(_Model):
     key: str
     members: dict[str, Member]
     clip: ClipInfo
+    latents: LatentsInfo | None = None  # of a cached clip
 
     @property
     def video_extension(self) -> str | None:
@@ -86,8 +92,17 @@ def fingerprint(indexes: Iterable[ShardIndex]) -> str:
     return hashlib.sha256("\n".join(index.tar_sha256 for index in indexes).encode()).hexdigest()
 
 
-def load_index(tar: Path) -> ShardIndex:
+def load_index(tar: Shard) -> ShardIndex:
     """Read a shard's index, or build and write it at first sight. Raises UserError for a bad tar or a stale index."""
+    if isinstance(tar, RemoteShard):
+        index = _parse_index(
+            tar.read_index(), f"the index of {tar}", f"make it anew where the shards are: {MAKE_INDEX}"
+        )
+        if (size_bytes := tar.size_bytes()) != index.tar_size_bytes:
+            raise UserError(
+                f"{tar} has {size_bytes} bytes, its index was made for {index.tar_size_bytes}; {MAKE_INDEX}"
+            )
+        return index
     path = index_path(tar)
     if not path.exists():
         index = build_index(tar)
@@ -97,19 +112,79 @@ def load_index(tar: Path) -> ShardIndex:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
         return index
-    remedy = f"delete {path} and it is built anew"
-    try:
-        index = ShardIndex.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise UserError(f"{path} is not a shard index ({error.errors()[0]['msg']}); {remedy}") from error
-    if index.format_version != INDEX_VERSION:
-        raise UserError(f"{path} has format version {index.format_version}, this code reads {INDEX_VERSION}; {remedy}")
+    index = read_index(tar)
+    fault = None
     if (size_bytes := tar.stat().st_size) != index.tar_size_bytes:
+        fault = f"has {size_bytes} bytes but its index was made for {index.tar_size_bytes}"
+    elif (offset := _find_moved(tar, index)) is not None:
+        fault = f"is not what its index was made for: at offset {offset} is another member than it says"
+    if fault:
         raise UserError(
-            f"{tar} has {size_bytes} bytes but its index was made for {index.tar_size_bytes}: the tar was cut, or "
-            f"changed since; restore it, or if the change is meant, {remedy}"
+            f"{tar} {fault}: the tar was cut, or changed since; restore it, or if the change is meant, {_rebuild(path)}"
         )
     return index
+
+
+def read_index(tar: Path) -> ShardIndex:
+    """Read what stands in the index beside a tar, whether it fits the tar or not. Raises UserError."""
+    path = index_path(tar)
+    if (size_bytes := path.stat().st_size) > MAX_INDEX_BYTES:
+        raise UserError(f"{path} has {size_bytes} bytes, allowed are {MAX_INDEX_BYTES}; {_rebuild(path)}")
+    return _parse_index(path.read_bytes(), str(path), _rebuild(path))
+
+
+def _rebuild(path: Path) -> str:
+    return f"delete {path} and it is built anew"
+
+
+def _parse_index(text: bytes, where: str, remedy: str) -> ShardIndex:
+    try:
+        index = ShardIndex.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"{where} is not a shard index ({error.errors()[0]['msg']}); {remedy}") from error
+    if index.format_version != INDEX_VERSION:
+        raise UserError(f"{where} has format version {index.format_version}, this code reads {INDEX_VERSION}; {remedy}")
+    if fault := _misplaced(index):
+        raise UserError(f"{where} does not fit a tar: {fault}; {remedy}")
+    return index
+
+
+def _misplaced(index: ShardIndex) -> str | None:
+    """Name the first member that cannot lie in the tar as the index says: in order, each behind a header of its own."""
+    end, keys = 0, set()
+    for row in index.samples:
+        if row.key in keys:
+            return f"{row.key} is there twice"
+        keys.add(row.key)
+        for extension, member in row.members.items():
+            if member.size_bytes > MEMBER_BYTES.get(extension, -1):
+                return f"{row.key}.{extension} of {member.size_bytes} bytes"
+            if member.offset < end + BLOCK_BYTES or member.offset % BLOCK_BYTES:
+                return f"{row.key}.{extension} at offset {member.offset}"
+            end = member.offset + member.size_bytes
+        if row.latents and not _fits(row.latents, row.members.get("safetensors")):
+            return f"{row.key}.safetensors holds other tensors"
+    return f"members up to offset {end} in {index.tar_size_bytes} bytes" if end > index.tar_size_bytes else None
+
+
+def _fits(latents: LatentsInfo, member: Member | None) -> bool:
+    rows = latents.variants * latents.frames
+    if member is None or len(latents.frame_crc32) != 8 * rows or set(latents.offsets) != set(NAMES):
+        return False
+    return all(latents.offsets[name] + rows * latents.frame_bytes[name] <= member.size_bytes for name in NAMES)
+
+
+def _find_moved(tar: Path, index: ShardIndex) -> int | None:
+    """Compare the first and the last header with the index, so that another tar of the same size is seen at start."""
+    members = [member for row in index.samples for member in row.members.values()]
+    for member in members and (members[0], members[-1]):
+        try:
+            header = tarfile.TarInfo.frombuf(_pread(tar, member.offset - BLOCK_BYTES, BLOCK_BYTES), "utf-8", "replace")
+        except (tarfile.HeaderError, OSError):
+            return member.offset
+        if header.size != member.size_bytes:
+            return member.offset
+    return None
 
 
 def write_index(tar: Path, index: ShardIndex) -> None:
@@ -134,7 +209,7 @@ def build_index(tar: Path) -> ShardIndex:
             raise UserError(f"{tar}: {name} is there twice; a key and extension may appear once")
         members[key][extension] = member
         last_key = key
-    samples = tuple(_sample_row(tar, key, parts) for key, parts in members.items())
+    samples = tuple(sample_row(tar, key, parts) for key, parts in members.items())
     return ShardIndex(
         format_version=INDEX_VERSION,
         tar_sha256=file_sha256(tar),
@@ -152,33 +227,21 @@ def file_sha256(path: Path) -> str:
 def scan_tar(tar: Path) -> Iterator[tuple[str, Member]]:
     """Yield the name and place of each member of a plain tar; directories are passed over.
 
-    raises  UserError for a compressed or foreign file; a member that is not a regular file, has an absolute or `..`
-            name, an extension outside MEMBER_EXTENSIONS or over MAX_MEMBER_BYTES; a tar without its end blocks
+    raises  UserError for a compressed, damaged or cut tar, and for a member that `refusal` refuses
     """
-    end = 0
     try:
-        with tarfile.open(tar, "r:") as archive:
-            for info in archive:
-                end = info.offset_data
-                if info.isdir():
-                    continue
-                _refuse_member(tar, info)
-                yield info.name, Member(offset=end, size_bytes=info.size, crc32=_crc32(tar, end, info.size))
-                end += -(-info.size // _BLOCK_BYTES) * _BLOCK_BYTES
-    except tarfile.TarError as error:
-        raise UserError(
-            f"{tar} is not a plain tar ({error}); shards are uncompressed tars: pack with `tar cf`"
-        ) from error
-    # tarfile takes a damaged header for the end of the archive and drops the rest in silence; only zeros are the end.
-    with open(tar, "rb") as file:
-        file.seek(end)
-        tail_bytes = 0
-        while chunk := file.read(1 << 20):
-            if chunk.strip(b"\0"):
-                raise UserError(f"{tar}: damaged at offset {end + tail_bytes}: neither a member nor the end of the tar")
-            tail_bytes += len(chunk)
-    if tail_bytes < 2 * _BLOCK_BYTES:
-        raise UserError(f"{tar}: cut off after offset {end}: the two zero blocks that end a tar are missing")
+        for entry in walk_tar(tar):
+            if entry.kind == tarfile.DIRTYPE:
+                continue
+            if fault := refusal(entry):
+                raise UserError(f"{tar}: member {entry.name!r} at offset {entry.header_offset} is refused: {fault}")
+            crc32 = crc32_of(tar, entry.offset, entry.size_bytes)
+            yield entry.name, Member(offset=entry.offset, size_bytes=entry.size_bytes, crc32=crc32)
+    except TarFault as fault:
+        if fault.offset == 0:
+            remedy = "shards are uncompressed tars: pack with `tar cf`"
+            raise UserError(f"{tar} is not a plain tar ({fault}); {remedy}") from None
+        raise UserError(f"{tar}: damaged at offset {fault.offset}: {fault}") from None
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -188,11 +251,14 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}/{stem}" if folder else stem, extension
 
 
-def read_member(tar: Path, row: SampleRow, extension: str) -> bytes:
+def read_member(tar: Shard, row: SampleRow, extension: str) -> bytes:
     """Read one member by offset and check its crc32. Raises BadSample naming the offset."""
     member = row.members[extension]
     try:
-        data = _pread(tar, member.offset, member.size_bytes)
+        if isinstance(tar, RemoteShard):
+            data = tar.read(member.offset, member.size_bytes, member.crc32)
+        else:
+            data = _pread(tar, member.offset, member.size_bytes)
     except OSError as error:
         raise BadSample(f"{row.key}.{extension} at offset {member.offset}: {error.strerror}") from error
     if zlib.crc32(data) != member.crc32:
@@ -200,22 +266,34 @@ def read_member(tar: Path, row: SampleRow, extension: str) -> bytes:
     return data
 
 
-def _refuse_member(tar: Path, info: tarfile.TarInfo) -> None:
-    fault = None
-    extension = split_name(info.name)[1]
-    if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or info.issparse():
-        fault = "not a regular file"
-    elif info.name.startswith("/") or ".." in info.name.split("/") or "\0" in info.name:
-        fault = "an absolute or climbing name"
-    elif extension not in MEMBER_EXTENSIONS:
-        fault = f"extension {extension!r}; allowed are {', '.join(MEMBER_EXTENSIONS)}"
-    elif info.size > MAX_MEMBER_BYTES:
-        fault = f"{info.size} bytes; allowed are {MAX_MEMBER_BYTES}"
-    if fault:
-        raise UserError(f"{tar}: member {info.name!r} is refused: {fault}")
+def crc32_of(tar: Path, offset: int, size_bytes: int) -> int:
+    """Sum a part of a file, whatever its size."""
+    crc32 = 0
+    with open(tar, "rb") as file:
+        file.seek(offset)
+        while size_bytes and (chunk := file.read(min(size_bytes, 1 << 20))):
+            crc32 = zlib.crc32(chunk, crc32)
+            size_bytes -= len(chunk)
+    return crc32
 
 
-def _sample_row(tar: Path, key: str, members: dict[str, Member]) -> SampleRow:
+def refusal(entry: Entry) -> str | None:
+    """Say why a member of a tar has no place in a shard."""
+    extension = split_name(entry.name)[1]
+    if entry.kind not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        return "not a regular file"
+    if entry.name.startswith("/") or ".." in entry.name.split("/"):
+        return "an absolute or climbing name"
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in entry.name):
+        return "a name with control characters, or that is not UTF-8"
+    if extension not in MEMBER_BYTES:
+        return f"extension {extension!r}; allowed are {', '.join(MEMBER_BYTES)}"
+    if entry.size_bytes > MEMBER_BYTES[extension]:
+        return f"{entry.size_bytes} bytes; allowed are {MEMBER_BYTES[extension]}"
+    return None
+
+
+def sample_row(tar: Path, key: str, members: dict[str, Member]) -> SampleRow:
     """Take the facts from the sidecar where it has them; otherwise ask the video itself, as for foreign shards."""
     row = SampleRow.model_construct(key=key, members=members)  # type: ignore[call-arg]  # its facts come below
     extension = row.video_extension
@@ -226,17 +304,17 @@ def _sample_row(tar: Path, key: str, members: dict[str, Member]) -> SampleRow:
         if extension and not sidecar.keys() >= {"fps", "frames", "height", "width"}:
             facts = probe(read_member(tar, row, extension), extension)
             sidecar |= {"fps": facts.fps, "frames": facts.frames, "height": facts.height_px, "width": facts.width_px}
-        return SampleRow(key=key, members=members, clip=ClipInfo.model_validate(sidecar))
-    except (BadSample, VideoError, ValidationError, ValueError) as error:
-        reason = str(error)
+        clip = ClipInfo.model_validate(sidecar)
+        latents = describe(read_member(tar, row, "safetensors")) if "safetensors" in members else None
+        if latents and latents.frames != clip.frames:
+            raise BadSample(f"{key}.safetensors has {latents.frames} frames, {key}.json says {clip.frames}")
+        return SampleRow(key=key, members=members, clip=clip, latents=latents)
+    except (BadSample, ValueError, RecursionError) as error:
+        reason = in_one_line(error)
         if isinstance(error, ValidationError):
             fault = error.errors()[0]
             reason = f"{key}.json, field {fault['loc'][0]}: {fault['msg']}"
         raise UserError(f"{tar}: sample {key} cannot be indexed: {reason}") from error
-
-
-def _crc32(tar: Path, offset: int, size_bytes: int) -> int:
-    return zlib.crc32(_pread(tar, offset, size_bytes))
 
 
 def _pread(tar: Path, offset: int, size_bytes: int) -> bytes:

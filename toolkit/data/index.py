@@ -1,66 +1,175 @@
-"""A folder of shards as one list of samples, read by offset.
+"""The shards of a recipe's sources as one list of samples, read by offset.
 
-Test: pytest tests/data/test_format.py
+Test: pytest tests/data/test_index.py
 
-The split is in the shards' names: `val` reads val-*.tar, `train` every other tar of the folder.
+The split is in the shards' names: `val` reads val-*.tar, `train` every other tar of a source.
 """
 
+import functools
+import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from toolkit.config import DataConfig
+from toolkit.data.disk_cache import DiskCache
 from toolkit.data.format import SampleRow, ShardIndex, fingerprint, load_index, read_member
+from toolkit.data.order import MixedOrder, Order, Source
+from toolkit.data.remote import RemoteShard, Shard, find_shards, is_remote
 from toolkit.errors import UserError
 
 Split = Literal["train", "val"]
+# What stands in a folder while it is being written, and who finishes it.
+UNFINISHED = {".packing": "shards/pack.py", ".publishing": "shards/pack.py", ".caching": "shards/cache.py"}
+_AT_ONCE = 16  # remote indexes fetched together
 
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """The samples of one split, shard after shard: sample i of the dataset is rows[i], in the tar shards[i]."""
+    """The samples of one split, source after source: sample i of the dataset is rows[i], in the tar shards[i]."""
 
-    folder: Path
-    split: Split
-    shards: tuple[Path, ...]
+    shards: tuple[Shard, ...]
     rows: tuple[SampleRow, ...]
-    shard_sizes: tuple[int, ...]
+    sources: tuple[Source, ...]
     fingerprint: str
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Samples of each shard."""
+        return tuple(size for source in self.sources for size in source.shard_sizes)
+
+    @functools.cached_property
+    def cached(self) -> bool:
+        """Whether the samples are latents (shards/cache.py), not videos."""
+        return any(row.latents is not None for row in self.rows)
+
+    def order(self, seed: int) -> Order | MixedOrder:
+        """The order in which a run of that seed walks through the samples."""
+        if len(self.sources) == 1:
+            return Order(self.shard_sizes, seed)
+        return MixedOrder(self.sources, seed)
 
     def read(self, sample: int, extension: str) -> bytes:
         """Read one member's bytes, checked against its crc32. Raises BadSample."""
         return read_member(self.shards[sample], self.rows[sample], extension)
 
 
+def open_shards(folder: str | Path, split: Split) -> DatasetIndex:
+    """Open one folder of this machine, as open_sources does."""
+    return _join({str(folder): list(shard_paths(Path(folder), split))}, {str(folder): 1})
+
+
+def open_sources(data: DataConfig, split: Split) -> DatasetIndex:
+    """Load or build the index of every shard of a split, of data.shards or data.mix.
+
+    A source of a mix that has no validation shards is passed over where others have some.
+    raises  UserError naming the source or shard that cannot be used
+    """
+    cache = DiskCache(Path(data.cache_dir), int(data.cache_gb * 1e9))
+    tars = {
+        source: find_shards(source, data.remote, cache) if is_remote(source) else _list_folder(Path(source))
+        for source in data.sources
+    }
+    return _join(_choose(tars, split), data.sources)
+
+
 def shard_paths(folder: Path, split: Split) -> list[Path]:
-    """List the tars of a split by name. Raises UserError if the folder or its shards are missing."""
+    """List the tars of a split of one folder by name. Raises UserError if there are none."""
+    tars = _choose({str(folder): _list_folder(folder)}, split)
+    return [tar for tar in tars[str(folder)] if isinstance(tar, Path)]
+
+
+def _list_folder(folder: Path) -> list[Shard]:
+    """List the tars of a folder by name. Raises UserError if there are none, or the folder is not finished."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; pack videos into it: python shards/pack.py VIDEOS {folder}")
-    tars = sorted(folder.glob("*.tar"))
-    if not tars:
-        raise UserError(f"{folder} holds no .tar shards; pack videos into it: python shards/pack.py VIDEOS {folder}")
-    chosen = [tar for tar in tars if tar.name.startswith("val-") == (split == "val")]
-    if not chosen:
+    for name, program in UNFINISHED.items():
+        if (folder / name).exists():
+            raise UserError(
+                f"{folder} is not finished: it holds {name}; run the same python {program} command again, which goes on "
+                "where it was stopped"
+            )
+    return [*sorted(folder.glob("*.tar"))]
+
+
+def _choose(tars: dict[str, list[Shard]], split: Split) -> dict[str, list[Shard]]:
+    """Name the shards of a split of each source that has some."""
+    chosen = {}
+    for source, all_of_it in tars.items():
+        if not all_of_it:
+            raise UserError(
+                f"{source} holds no .tar shards; pack videos into it: python shards/pack.py VIDEOS {source}"
+            )
+        chosen[source] = [tar for tar in all_of_it if tar.name.startswith("val-") == (split == "val")]
+    empty = [source for source in chosen if not chosen[source]]
+    if empty and (split == "train" or len(empty) == len(chosen)):
         remedy = "pack at least two videos with --holdout above 0" if split == "val" else "pack with a lower --holdout"
-        raise UserError(f"{folder} holds no {split} shards among its {len(tars)} tars; {remedy}")
-    return chosen
+        raise UserError(f"{empty[0]} holds no {split} shards among its {len(tars[empty[0]])} tars; {remedy}")
+    return {source: shards for source, shards in chosen.items() if shards}
 
 
-def open_shards(folder: str | Path, split: Split) -> DatasetIndex:
-    """Load or build the index of every shard of a split. Raises UserError naming the shard that cannot be used."""
-    paths = shard_paths(Path(folder), split)
-    indexes: list[ShardIndex] = []
-    for path in paths:
-        indexes.append(load_index(path))
-        if not indexes[-1].samples:
-            raise UserError(f"{path} holds no samples; delete it, or pack the folder again")
+def _join(chosen: dict[str, list[Shard]], weights: Mapping[str, int]) -> DatasetIndex:
+    """Open the shards of each source, and number their samples one source after another."""
+    opened = {source: _open(shards) for source, shards in chosen.items()}
+    _refuse_doubles(opened)
+    indexes = [index for source in opened for index in opened[source]]
+    shards = [shard for source in chosen for shard in chosen[source]]
+    _refuse_unreadable_latents(shards, indexes)
+    sources = tuple(Source(tuple(len(index.samples) for index in opened[source]), weights[source]) for source in opened)
     return DatasetIndex(
-        folder=Path(folder),
-        split=split,
-        shards=tuple(path for path, index in zip(paths, indexes, strict=True) for _ in index.samples),
+        shards=tuple(shard for shard, index in zip(shards, indexes, strict=True) for _ in index.samples),
         rows=tuple(row for index in indexes for row in index.samples),
-        shard_sizes=tuple(len(index.samples) for index in indexes),
-        fingerprint=fingerprint(indexes),
+        sources=sources,
+        fingerprint=_fingerprint(list(opened.values()), sources),
     )
+
+
+def _open(shards: list[Shard]) -> list[ShardIndex]:
+    if isinstance(shards[0], RemoteShard):
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            indexes = list(pool.map(load_index, shards))
+    else:
+        indexes = [load_index(shard) for shard in shards]
+    for shard, index in zip(shards, indexes, strict=True):
+        if not index.samples:
+            raise UserError(f"{shard} holds no samples; delete it, or pack the folder again")
+    return indexes
+
+
+def _refuse_doubles(opened: dict[str, list[ShardIndex]]) -> None:
+    """Refuse a mix that holds a shard twice, by content, so that no other spelling or copy of a folder slips through."""
+    seen: dict[str, str] = {}
+    for source, indexes in opened.items():
+        for digest in {index.tar_sha256 for index in indexes}:
+            if digest in seen:
+                raise UserError(
+                    f"data.mix: {seen[digest]} and {source} hold the same shard; name it once, by its weight"
+                )
+            seen[digest] = source
+
+
+def _refuse_unreadable_latents(shards: list[Shard], indexes: list[ShardIndex]) -> None:
+    """Refuse latents on another machine, since they are mapped, and latents beside videos, since a run knows one kind."""
+    holds_latents = {
+        shard: any(row.latents for row in index.samples) for shard, index in zip(shards, indexes, strict=True)
+    }
+    away = [shard for shard, latents in holds_latents.items() if latents and isinstance(shard, RemoteShard)]
+    if away:
+        raise UserError(f"{away[0]} holds latents, which are read from a local disk; copy the shards to this machine")
+    if len(set(holds_latents.values())) > 1:
+        first = {latents: shard for shard, latents in holds_latents.items()}
+        raise UserError(f"{first[True]} holds latents and {first[False]} videos; train from one kind")
+
+
+def _fingerprint(opened: list[list[ShardIndex]], sources: tuple[Source, ...]) -> str:
+    """Hash what a run walks through: of one source its content, of several also their weights, in their order."""
+    prints = [fingerprint(indexes) for indexes in opened]
+    if len(prints) == 1:
+        return prints[0]
+    lines = (f"{source.weight} {digest}" for source, digest in zip(sources, prints, strict=True))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

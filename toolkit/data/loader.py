@@ -6,8 +6,11 @@ The state of the loader is one integer, the step it starts at: everything else f
 there is nothing to save from workers, and prefetching changes nothing.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import contextlib
+import multiprocessing.connection
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from toolkit.data.clips import Clip, ClipSettings, load_clip
+from toolkit.data.clips import CachedClip, Clip, ClipSettings, load_cached, load_clip
 from toolkit.data.format import BadSample
 from toolkit.data.index import DatasetIndex
-from toolkit.data.order import Order, accumulation, rank_micro_batches
-from toolkit.errors import UserError
+from toolkit.data.latents import Encoded, LatentsReader, stack
+from toolkit.data.order import MixedOrder, Order, accumulation, rank_micro_batches
+from toolkit.errors import UserError, in_one_line
 
+PREFETCH = 2  # micro-batches that each worker holds ready
 MAX_ATTEMPTS = 16  # bad substitutes in a row; with a tenth of the clips bad, that is one position in 10^16
 
 
@@ -36,14 +41,15 @@ class Substitution(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: frames uint8, fps and motion fp32."""
+    """One micro-batch: frames uint8, or what the encoders made of them; fps and motion fp32."""
 
-    frames_BTHWC: Tensor
+    frames_BTHWC: Tensor | None
     fps_B: Tensor
     motion_B: Tensor
     positions: list[int]
     keys: list[str]
     substitutes: list[Substitution]
+    encoded: Encoded | None = None
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,13 @@ class MicroBatches(Dataset):
     """Map the ordinal of a rank's micro-batch, counted from step 0, to its Batch."""
 
     index: DatasetIndex
-    order: Order
+    order: Order | MixedOrder
     settings: ClipSettings
     global_batch: int
     micro_batch: int
     rank: int
     world: int
+    reader: LatentsReader = field(default_factory=LatentsReader)
 
     def __getitem__(self, ordinal: int) -> Batch | UserError:
         per_step = accumulation(self.global_batch, self.micro_batch, self.world)
@@ -67,8 +74,11 @@ class MicroBatches(Dataset):
             clips = [self._load(k, substitutes) for k in positions]
         except UserError as error:
             return error  # raised in the main process: torch would wrap a worker's exception in its traceback
+        frames = [clip.frames_THWC for clip in clips if isinstance(clip, Clip)]
+        windows = [clip.latents for clip in clips if isinstance(clip, CachedClip)]
         return Batch(
-            frames_BTHWC=torch.from_numpy(np.stack([clip.frames_THWC for clip in clips])),
+            frames_BTHWC=torch.from_numpy(np.stack(frames)) if frames else None,
+            encoded=stack(windows) if windows else None,
             fps_B=torch.tensor([clip.fps for clip in clips], dtype=torch.float32),
             motion_B=torch.tensor([clip.motion for clip in clips], dtype=torch.float32),
             positions=positions,
@@ -76,7 +86,7 @@ class MicroBatches(Dataset):
             substitutes=substitutes,
         )
 
-    def _load(self, k: int, substitutes: list[Substitution]) -> Clip:
+    def _load(self, k: int, substitutes: list[Substitution]) -> Clip | CachedClip:
         """Load the clip at position k, or the first good substitute, noting each bad one."""
         bad: dict[int, str] = {}
         for attempt in range(MAX_ATTEMPTS):
@@ -84,22 +94,30 @@ class MicroBatches(Dataset):
             if sample in bad:
                 continue
             try:
-                clip = load_clip(self.index, sample, self.settings, self.order.seed, k)
+                clip = self._read(sample, k)
             except BadSample as error:
                 bad[sample] = str(error)
                 continue
             substitutes += [Substitution(k, *self._place(i), reason, clip.key) for i, reason in bad.items()]
             return clip
         faults = [f"{key} in {shard}: {bad[i]}" for i in bad for key, shard in [self._place(i)]]
-        raise UserError(f"position {k}: {len(bad)} clips in a row are unusable ({_some(faults)}); {_REMEDY}")
+        raise UserError(
+            f"position {k}: {len(bad)} clips in a row are unusable ({list_some(faults)}); run python shards/check.py on the "
+            "folder, or ask for fewer frames or a smaller stride"
+        )
+
+    def _read(self, sample: int, k: int) -> Clip | CachedClip:
+        if self.index.cached:
+            return load_cached(self.index, sample, self.settings, self.order.seed, k, self.reader)
+        return load_clip(self.index, sample, self.settings, self.order.seed, k)
 
     def _place(self, sample: int) -> tuple[str, str]:
-        return self.index.rows[sample].key, self.index.shards[sample].name
+        return self.index.rows[sample].key, str(self.index.shards[sample])
 
 
 def make_loader(
     index: DatasetIndex,
-    order: Order,
+    order: Order | MixedOrder,
     settings: ClipSettings,
     *,
     start_step: int,
@@ -109,42 +127,67 @@ def make_loader(
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
-    max_bad_fraction: float = 0.01,
 ) -> Iterator[Batch]:
     """Yield this rank's micro-batches of steps [start_step, stop_step), accumulation by accumulation.
 
-    raises  UserError when more than max_bad_fraction of the dataset's clips (and more than one) proved bad
+    raises  UserError when a position has no usable substitute, a network fails, or a worker dies
     """
     per_step = accumulation(global_batch, micro_batch, world)
+    dataset = MicroBatches(index, order, settings, global_batch, micro_batch, rank, world)
+    ordinals = range(start_step * per_step, stop_step * per_step)
+    if not workers:
+        return _raise_errors(map(dataset.__getitem__, ordinals))
     loader = DataLoader(
-        MicroBatches(index, order, settings, global_batch, micro_batch, rank, world),
-        sampler=range(start_step * per_step, stop_step * per_step),
+        dataset,
+        sampler=ordinals,
         batch_size=None,
         num_workers=workers,
+        prefetch_factor=PREFETCH,
         collate_fn=_as_is,
         # torch seeds its workers from here; without one it would draw from, and so disturb, the global generator.
         generator=torch.Generator(),
     )
-    return _watch_bad(loader, max(1, int(max_bad_fraction * len(index))), len(index))
+    return _raise_errors(loader)
 
 
-def _watch_bad(loader: DataLoader, allowed: int, n: int) -> Iterator[Batch]:
-    """Pass batches on until more than `allowed` different clips proved bad."""
-    bad: dict[tuple[str, str], str] = {}
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        bad |= {(row.shard, row.key): row.reason for row in batch.substitutes}
-        if len(bad) > allowed:
-            faults = [f"{key} in {shard}: {reason}" for (shard, key), reason in bad.items()]
-            raise UserError(f"{len(bad)} of {n} clips are bad, allowed are {allowed} ({_some(faults)}); {_REMEDY}")
-        yield batch
+def _raise_errors(loader: Iterable[Batch | UserError]) -> Iterator[Batch]:
+    others = set(multiprocessing.active_children())
+    batches = iter(loader)
+    workers = {process.sentinel: process for process in set(multiprocessing.active_children()) - others}
+    with naming_dead_workers():
+        try:
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        except (EOFError, OSError) as error:  # a batch that a killed worker had ready is lost with it
+            dead = workers and multiprocessing.connection.wait(list(workers), timeout=5)
+            if not dead:
+                raise
+            time.sleep(0.1)  # torch's word for it, a signal, is on its way: better raised here than in a destructor
+            pids = ", ".join(str(workers[sentinel].pid) for sentinel in workers if sentinel in dead)
+            raise RuntimeError(f"{_DEATH} (pid {pids}) was killed") from error
 
 
-_REMEDY = "run python shards/check.py on the folder, or ask for fewer frames or a smaller stride"
+@contextlib.contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """Turn torch's word for a worker that was killed into a UserError; torch raises it wherever the main process is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(_DEATH):
+            raise
+        raise UserError(
+            f"{in_one_line(error)}; most often memory ran out: lower data.workers, and start the same command again, "
+            "which goes on from the last checkpoint"
+        ) from error
 
 
-def _some(faults: list[str]) -> str:
+_DEATH = "DataLoader worker"  # how torch's sentence begins
+
+
+def list_some(faults: list[str]) -> str:
+    """Name the first few of many."""
     return "; ".join(faults[:3]) + ("; ..." if len(faults) > 3 else "")
 
 

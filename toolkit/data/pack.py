@@ -1,237 +1,321 @@
-"""Videos -> train and val shards: cut, re-encode with short GOPs, describe, write, index.
+"""Videos -> train and val shards: survey each, plan them all, encode each, write the shards, publish.
 
 Test: pytest tests/data/test_pack.py
 
-The same videos and settings give the same bytes: no dates or owners in the tars, one encoder thread, and sources
-packed in the order of a hash of their names, which also mixes the shards.
+Every stage leaves files that the next run finds (staging.py), so a killed packing loses what was in the works. Several
+machines on one folder each take their part of a stage first and then whatever is missing; none waits for another.
 """
 
 import hashlib
-import io
-import math
-import os
+import json
 import re
 import shutil
-import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import chain, islice
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
 from tqdm import tqdm
 
-from toolkit.data.clips import resize_cover
-from toolkit.data.format import ClipInfo, build_index, index_path, write_index
-from toolkit.data.motion import Motion
-from toolkit.data.video import VideoError, VideoFacts, iter_frames, probe, write_video
+from toolkit.data.captions import Words, read_words
+from toolkit.data.encode import ShardWork, SourceWork, encode_source, lay_out, write_shard
+from toolkit.data.parallel import Workers, cores
+from toolkit.data.plan import PackSettings, PlannedClip, make_plan, name_hash
+from toolkit.data.report import Card, write_report
+from toolkit.data.staging import (
+    RECORD,
+    REPORT,
+    Job,
+    Record,
+    finish_publishing,
+    load_record,
+    open_staging,
+    publish,
+    written_aside,
+)
+from toolkit.data.survey import Survey, survey
 from toolkit.errors import UserError
 
 SOURCE_EXTENSIONS = (
     *(".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".ogv"),
     *(".3gp", ".gif"),
 )
-MIN_FRAMES = 3  # two known ends and one frame between
-_STAGING = ".packing"
+# Why a clip is dropped, and the option that decides it.
+_THRESHOLDS = {
+    "too short": "min_frames",
+    "near-black": "min_brightness",
+    "near-static": "min_motion",
+    "blurred": "min_sharpness",
+    "duplicate": "duplicate_distance",
+}
+_POOL_BYTES = 1_000_000  # of videos; below this, processes take longer to start than to pack
+Item = TypeVar("Item")
 
 
-@dataclass
+@dataclass(frozen=True)
 class PackReport:
     """What a packing made and what it left out, with reasons."""
 
     out: Path
-    clips: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
-    seconds: float = 0.0
-    sources: int = 0
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+    record: Record
+
+    @property
+    def clips(self) -> dict[str, int]:
+        return {"train": self.record.train, "val": self.record.val}
+
+    @property
+    def seconds(self) -> float:
+        return self.record.seconds
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        return list(self.record.skipped)
 
     def summary(self) -> str:
-        lines = [f"skipped {name}: {reason}" for name, reason in self.skipped]
-        lines.append(
-            f"{sum(self.clips.values())} clips ({self.clips['train']} train, {self.clips['val']} val), "
-            f"{self.seconds:.1f} s, from {self.sources} videos, {len(self.skipped)} skipped, in {self.out}"
-        )
-        return "\n".join([*lines, f"next: python shards/check.py {self.out}"])
+        record, settings = self.record, self.record.job.settings.model_dump()
+        lines = [f"skipped {name}: {reason}" for name, reason in record.skipped]
+        dropped = [
+            f"{record.dropped.get(kind, 0)} {kind} (--{option} {settings[option]:g})"
+            for kind, option in _THRESHOLDS.items()
+        ]
+        others = [f"{count} {kind}" for kind, count in record.dropped.items() if kind not in _THRESHOLDS]
+        lines += [
+            f"dropped clips: {', '.join(dropped + others)}",
+            f"{record.train + record.val} clips ({record.train} train, {record.val} val), {record.seconds:.1f} s, "
+            f"from {record.sources} videos, {len(record.skipped)} skipped, in {self.out}",
+            f"look at them: {self.out / REPORT}",
+            f"next: python shards/check.py {self.out}",
+        ]
+        return "\n".join(lines)
 
 
 def pack(
     videos: str | Path,
     out: str | Path,
-    clip_seconds: float = 4.0,
-    holdout: float = 0.2,
-    short_side: int | None = None,
-    shard_mb: float = 256.0,
+    captions: str | Path | None = None,
+    part: str = "1/1",
+    jobs: int | None = None,
     overwrite: bool = False,
+    **settings: Any,
 ) -> PackReport:
-    """Cut every video under a folder into clips of up to clip_seconds, and write them as shards with indexes.
+    """Cut every video under a folder into clips, and write those worth training on as shards with indexes.
 
-    holdout     share of the videos, not of the clips, that goes to val: a video is never in both
-    short_side  pixels the shorter side is scaled down to; never up; None keeps the size
-    raises      UserError if there is nothing to pack or `out` holds something else
+    settings  as in PackSettings; what each option means stands in shards/pack.py
+    raises    UserError if there is nothing to pack or `out` holds something else
     """
     videos, out = Path(str(videos)), Path(str(out))
-    if clip_seconds <= 0 or not 0 <= holdout < 1 or (short_side is not None and short_side < 16) or shard_mb <= 0:
-        raise UserError("clip_seconds and shard_mb must be above 0, holdout at least 0 and below 1, short_side >= 16")
+    chosen, (number, parts) = _check_settings(settings), _parse_part(part)
+    if jobs is not None and jobs < 1:
+        raise UserError(f"jobs is {jobs}; at least 1 process is needed")
     names = find_videos(videos)
-    staging = _prepare(out, overwrite)
-    report = PackReport(out)
-    facts = _probe_all(videos, names, report)
-    held_out = split_sources(list(facts), holdout)
-    with _ShardWriter(staging, shard_mb) as writer:
-        for name in tqdm(_hash_order(list(facts)), desc="pack", unit="video"):
-            split = "val" if name in held_out else "train"
-            try:
-                for key, data, info in cut_clips(videos / name, name, facts[name], clip_seconds, short_side):
-                    writer.add(split, key, data, info)
-                    report.clips[split] += 1
-                    report.seconds += info.frames / info.fps
-            except VideoError as error:
-                report.skipped.append((name, f"stopped where it does not decode: {error}"))
-    report.sources = len(facts)
-    if not sum(report.clips.values()):
-        shutil.rmtree(staging)
-        name, reason = report.skipped[0]
-        raise UserError(f"none of the {len(names)} videos in {videos} gave a clip; {name}: {reason}")
-    _publish(staging, out)
-    return report
+    words = read_words(videos, names, Path(str(captions)) if captions is not None else None)
+    job = Job(
+        settings=chosen,
+        videos={name: _size_bytes(videos / name) for name in names},
+        words=hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest(),
+    )
+    staging = open_staging(out, job, overwrite, alone=parts == 1)
+    if staging is None:
+        return _report(out)
+    jobs = jobs or (cores() if sum(job.videos.values()) > _POOL_BYTES else 1)
+    print(
+        f"packing {len(names)} videos on {jobs} {'core' if jobs == 1 else 'cores'} into {staging}; "
+        "if it is stopped, the same command goes on",
+        flush=True,
+    )
+    try:
+        with Workers(jobs) as workers:
+            _Packing(videos, out, staging, job, words, workers, number, parts).run()
+    except FileNotFoundError:
+        if staging.exists():
+            raise
+        finish_publishing(out)  # another part found everything done and published it
+    return _report(out)
 
 
 def find_videos(folder: Path) -> list[str]:
-    """List the videos of a tree by their path within it, sorted. Raises UserError if there are none."""
+    """List the videos of a tree by their path within it, sorted. Raises UserError if there are none.
+
+    Links to files count under the names of the links, wherever they lead; links to folders are not followed.
+    """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give the folder that holds the videos")
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in SOURCE_EXTENSIONS and path.is_file())
-    names = sorted(path.relative_to(folder).as_posix() for path in files)
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in SOURCE_EXTENSIONS)
+    names = sorted(path.relative_to(folder).as_posix() for path in files if path.is_file() or not path.exists())
     if not names:
         raise UserError(f"no videos in {folder}; files ending in {' '.join(SOURCE_EXTENSIONS)} are looked for")
+    for name in names:
+        if not name.isprintable():
+            raise UserError(
+                f"the name {name!r} in {folder} holds signs that cannot be written as text; rename the video"
+            )
     return names
 
 
-def split_sources(names: list[str], holdout: float) -> set[str]:
-    """Choose the videos held out: the first in hash order, about `holdout` of them, leaving at least one to each."""
-    if len(names) < 2 or holdout == 0:
-        return set()
-    count = min(max(1, round(holdout * len(names))), len(names) - 1)
-    return set(_hash_order(names)[:count])
+@dataclass(frozen=True)
+class _Packing:
+    """One run of the stages over a staging folder, part `number` of `parts`."""
 
+    videos: Path
+    out: Path
+    staging: Path
+    job: Job
+    words: dict[str, Words]
+    workers: Workers
+    number: int
+    parts: int
 
-def cut_clips(
-    path: Path, name: str, facts: VideoFacts, clip_seconds: float, short_side: int | None
-) -> Iterator[tuple[str, bytes, ClipInfo]]:
-    """Yield (key, mp4 bytes, facts) of the equal parts of one video, each at most clip_seconds long.
+    def run(self) -> None:
+        settings = self.job.settings
+        task = partial(
+            survey_into,
+            videos=self.videos,
+            folder=self.staging,
+            clip_seconds=settings.clip_seconds,
+            stride_seconds=settings.stride_seconds,
+        )
+        self._do("survey", task, list(self.job.videos), lambda name: self.job.videos[name], "B")
+        surveys = [self._survey(name) for name in self.job.videos]
+        # Pictures are for the report alone and read again then: a hundred thousand would take a gigabyte.
+        surveys = [
+            found.model_copy(update={"clips": tuple(c.model_copy(update={"picture": b""}) for c in found.clips)})
+            for found in surveys
+        ]
+        plan = make_plan(surveys, settings)
+        sources = self._sources(surveys, plan)
+        self._refuse_empty(surveys, plan)
+        self._do("encode", encode_source, sources, lambda work: work.frames, " frames")
+        split_of = {clip.source: clip.split for clip in plan}
+        shards = lay_out(
+            self.staging, ((split_of[work.clips[0].source], work.target) for work in sources), settings.shard_mb
+        )
+        self._do("write", write_shard, shards, lambda work: work.size_bytes, "B")
+        self._describe(surveys, plan, shards)
+        publish(self.staging, self.out)
 
-    Equal parts leave no short rest: 4.1 s in clips of 4 s become two of 2.05 s. Raises VideoError.
-    """
-    parts = math.ceil(facts.frames / max(MIN_FRAMES, int(clip_seconds * facts.fps)))
-    slug = re.sub(r"[^a-z0-9]+", "-", Path(name).stem.lower()).strip("-")[:40] or "video"
-    height_px, width_px = _packed_size(facts, short_side)
-    frames = iter_frames(path)
-    if short_side is not None:
-        frames = (resize_cover(frame_HWC[None], height_px, width_px)[0] for frame_HWC in frames)
-    start = 0
-    for part in range(parts):
-        stop = (part + 1) * facts.frames // parts
-        frames_of_part = islice(frames, stop - start)
-        first = next(frames_of_part, None)
-        if first is None:
-            return  # fewer frames decode than the container announces
-        motion, buffer = Motion(facts.fps), io.BytesIO()
-        count = write_video(buffer, motion.watch(chain([first], frames_of_part)), facts.fps)
-        if count >= MIN_FRAMES:
-            info = ClipInfo(
-                fps=facts.fps,
-                frames=count,
-                height=height_px,
-                width=width_px,
-                source=name,
-                start_s=round(start / facts.fps, 6),
-                motion=motion.score,
+    def _do(
+        self, what: str, task: Callable[[Item], None], items: Sequence[Item], weight: Callable[[Item], int], unit: str
+    ) -> None:
+        """Do a stage, the heaviest first: this part's share, then, from the other end, what others have not done."""
+        heaviest = sorted(items, key=weight, reverse=True)
+        share = heaviest[self.number - 1 :: self.parts]
+        rest = [item for i, item in enumerate(heaviest) if i % self.parts != self.number - 1]
+        with tqdm(desc=what, total=sum(map(weight, items)), unit=unit, unit_scale=True) as bar:
+            for item, _ in self.workers.run(task, [*share, *reversed(rest)]):
+                bar.update(weight(item))
+
+    def _survey(self, name: str) -> Survey:
+        return Survey.model_validate_json(_survey_path(self.staging, name).read_bytes())
+
+    def _sources(self, surveys: list[Survey], plan: list[PlannedClip]) -> list[SourceWork]:
+        kept: dict[str, list[PlannedClip]] = {}
+        for clip in plan:
+            if clip.reason is None:
+                kept.setdefault(clip.source, []).append(clip)
+        sha256 = {found.name: found.sha256 for found in surveys}
+        return [
+            SourceWork(
+                video=self.videos / name,
+                sha256=sha256[name],
+                clips=tuple(clips),
+                words=self.words.get(name, Words()),
+                gop=self.job.settings.gop,
+                target=self.staging / "clips" / f"{name_hash(name)}.tar",
             )
-            yield f"{slug}_{_name_hash(name)[:6]}_{part:04d}", buffer.getvalue(), info
-        start = stop
+            for name, clips in kept.items()
+        ]
+
+    def _refuse_empty(self, surveys: list[Survey], plan: list[PlannedClip]) -> None:
+        if any(clip.reason is None for clip in plan):
+            return
+        example = f"{plan[0].source}: {plan[0].reason}" if plan else f"{surveys[0].name}: {surveys[0].fault}"
+        shutil.rmtree(self.staging, ignore_errors=True)
+        raise UserError(f"none of the {len(surveys)} videos in {self.videos} gave a clip to train on; {example}")
+
+    def _describe(self, surveys: list[Survey], plan: list[PlannedClip], shards: list[ShardWork]) -> None:
+        """Write the report for people and the record for programs."""
+        skipped = [(found.name, found.fault) for found in surveys if found.fault is not None]
+        sizes_bytes = {piece.name: piece.size_bytes for shard in shards for piece in shard.pieces}
+        settings = {f"--{name}": str(value) for name, value in self.job.settings.model_dump().items()}
+        write_report(
+            self.staging / REPORT, self.videos.resolve().name, settings, self._cards(plan, sizes_bytes), skipped
+        )
+        kept = [clip for clip in plan if clip.reason is None]
+        splits = Counter(clip.split for clip in kept)
+        record = Record(
+            job=self.job,
+            shards=tuple(shard.target.name for shard in shards),
+            train=splits["train"],
+            val=splits["val"],
+            seconds=sum(clip.facts.frames / clip.facts.fps for clip in kept),
+            dropped=dict(sorted(Counter(clip.reason.split(":")[0] for clip in plan if clip.reason).items())),
+            sources=len({clip.source for clip in plan}),
+            skipped=tuple(skipped),
+        )
+        with written_aside(self.staging / RECORD) as file:
+            file.write(record.model_dump_json(indent=1).encode())
+
+    def _cards(self, plan: list[PlannedClip], sizes_bytes: dict[str, int]) -> Iterator[Card]:
+        name, pictures = "", iter([b""])
+        for clip in plan:
+            if clip.source != name:
+                name = clip.source
+                pictures = iter(facts.picture for facts in self._survey(name).clips)
+            facts, words = clip.facts, self.words.get(clip.source, Words())
+            yield Card(
+                key=clip.key,
+                source=clip.source,
+                start_s=facts.start_s,
+                fps=facts.fps,
+                frames=facts.frames,
+                height_px=clip.size_px[0],
+                width_px=clip.size_px[1],
+                motion=facts.motion,
+                split=clip.split,
+                size_bytes=sizes_bytes.get(f"{clip.key}.mp4", 0),
+                reason=clip.reason,
+                picture=next(pictures),
+                text=words.caption or words.label or "",
+            )
 
 
-class _ShardWriter:
-    """Writes samples to train-000000.tar, val-000000.tar, ... in a folder, opening the next when one is full."""
-
-    def __init__(self, folder: Path, shard_mb: float) -> None:
-        self.folder, self.limit_bytes = folder, shard_mb * 1e6
-        self.open: dict[str, tarfile.TarFile] = {}
-        self.counts = {"train": 0, "val": 0}
-
-    def __enter__(self) -> "_ShardWriter":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for tar in self.open.values():
-            tar.close()
-
-    def add(self, split: str, key: str, video: bytes, info: ClipInfo) -> None:
-        if split in self.open and self.open[split].offset + len(video) > self.limit_bytes:
-            self.open.pop(split).close()
-        if split not in self.open:
-            path = self.folder / f"{split}-{self.counts[split]:06d}.tar"
-            # Pax only where a name needs it; stock webdataset and GNU tar read both.
-            self.open[split] = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 (closed on exit)
-            self.counts[split] += 1
-        sidecar = info.model_dump_json(exclude_none=True).encode()
-        for extension, data in (("mp4", video), ("json", sidecar)):
-            member = tarfile.TarInfo(f"{key}.{extension}")  # mtime 0, owner 0: the same videos give the same tar
-            member.size = len(data)
-            self.open[split].addfile(member, io.BytesIO(data))
+def survey_into(name: str, videos: Path, folder: Path, clip_seconds: float, stride_seconds: float | None) -> None:
+    """Survey one video into its file, unless that is there."""
+    path = _survey_path(folder, name)
+    if not path.exists():
+        found = survey(videos / name, name, clip_seconds, stride_seconds)
+        with written_aside(path) as file:
+            file.write(found.model_dump_json().encode())
 
 
-def _prepare(out: Path, overwrite: bool) -> Path:
-    """Make the staging folder inside `out`, after making sure that nothing foreign or precious is there."""
-    present = sorted(path.name for path in out.iterdir() if path.name != _STAGING) if out.is_dir() else []
-    foreign = [name for name in present if not name.endswith((".tar", ".index.json"))]
-    if foreign:
-        raise UserError(f"{out} holds files that are not shards ({foreign[0]}); give a new or empty folder")
-    if present and not overwrite:
-        raise UserError(f"{out} already holds shards; give another folder, or --overwrite to replace them")
-    staging = out / _STAGING
-    shutil.rmtree(staging, ignore_errors=True)  # what an interrupted packing left
-    staging.mkdir(parents=True)
-    return staging
+def _survey_path(staging: Path, name: str) -> Path:
+    return staging / "survey" / f"{name_hash(name)}.json"
 
 
-def _publish(staging: Path, out: Path) -> None:
-    """Index the finished shards and move them into place; old shards go only now that all new ones are whole."""
-    tars = sorted(staging.glob("*.tar"))
-    for tar in tars:
-        write_index(tar, build_index(tar))
-    for old in [*out.glob("*.tar"), *out.glob("*.index.json")]:
-        old.unlink()
-    for tar in tars:
-        os.replace(index_path(tar), index_path(out / tar.name))
-        os.replace(tar, out / tar.name)
-    staging.rmdir()
+def _report(out: Path) -> PackReport:
+    record = load_record(out)
+    if record is None:
+        raise UserError(f"{out} was changed while it was packed; start the same command again")
+    return PackReport(out, record)
 
 
-def _probe_all(videos: Path, names: list[str], report: PackReport) -> dict[str, VideoFacts]:
-    """Probe every video before the split is made, so that an unreadable one is never the whole of val."""
-    facts = {}
-    for name in names:
-        try:
-            found = probe(videos / name)
-            if found.frames < MIN_FRAMES:
-                raise VideoError(f"has {found.frames} frames; at least {MIN_FRAMES} are needed")
-            facts[name] = found
-        except VideoError as error:
-            report.skipped.append((name, str(error).removeprefix(f"{videos / name}: ")))
-    return facts
+def _check_settings(settings: dict[str, Any]) -> PackSettings:
+    try:
+        return PackSettings(**settings)
+    except ValidationError as error:
+        faults = [f"{fault['loc'][0]} is {fault['input']!r}: {fault['msg']}" for fault in error.errors()]
+        raise UserError("; ".join(faults)) from error
 
 
-def _packed_size(facts: VideoFacts, short_side: int | None) -> tuple[int, int]:
-    """Height and width to pack at: even, as 4:2:0 needs, and never larger than the source."""
-    shorter = min(facts.height_px, facts.width_px)
-    target = min(short_side or shorter, shorter)
-    height_px, width_px = (side * target // (2 * shorter) * 2 for side in (facts.height_px, facts.width_px))
-    return height_px, width_px
+def _parse_part(part: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"part is {part}; give i/N, from 1/N to N/N, like 3/8 for the third of eight machines")
+    return int(match[1]), int(match[2])
 
 
-def _name_hash(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()
-
-
-def _hash_order(names: list[str]) -> list[str]:
-    return sorted(names, key=_name_hash)
+def _size_bytes(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -9,7 +9,7 @@ rotation a phone writes beside its video has been applied.
 import bisect
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,8 +19,11 @@ from typing import Any
 import av
 import numpy as np
 from av.container import InputContainer
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
+
+from toolkit.data.boxes import claimed_samples
 
 Source = str | Path | bytes
 
@@ -28,7 +31,10 @@ Source = str | Path | bytes
 CONTAINER_FORMATS = {"mp4": "mp4", "webm": "matroska", "mkv": "matroska"}
 CODECS = ("h264", "hevc", "vp9", "av1", "libdav1d", "libaom-av1", "libvpx-vp9", "ffv1")
 MAX_PIXELS = 3840 * 2160 * 4
-MAX_FRAMES = 100_000  # of one member of a shard
+# Of one member of a shard. Training reads up to 2048 x 2048; a decoder may be made to keep 16 such frames in memory.
+MAX_MEMBER_PIXELS = 2048 * 2048  # of 12 bits, as 8-bit 4:2:0 has; fewer where they have more
+MAX_FRAMES = 100_000
+MAX_DECODED_PIXELS = 4_000_000_000  # from the keyframe before a window to its end
 MAX_FPS = 1000
 
 # Without these flags swscale rounds coarsely: flat colours came back off by up to 3 of 255, with them by 1.
@@ -41,44 +47,75 @@ class VideoError(ValueError):
 
 @dataclass(frozen=True)
 class VideoFacts:
-    """What a video is: frames counted from its packets, size as displayed, codec by FFmpeg's name."""
+    """What a video is: frames counted from its packets, size as displayed, codec by FFmpeg's name.
+
+    interval_s, tick_s  median time from frame to frame, and the time that times are rounded to
+    is_pq               high dynamic range whose brightness is coded as in SMPTE 2084
+    """
 
     fps: float
     frames: int
     height_px: int
     width_px: int
     codec: str
+    interval_s: float
+    tick_s: float
+    is_pq: bool
 
 
 def probe(source: Source, extension: str | None = None) -> VideoFacts:
     """Count the frames and decode the first; `extension` as in read_frames. Raises VideoError."""
-    with _open(source, extension) as (container, stream):
+    with open_video(source, extension) as (container, stream):
         rate = stream.average_rate or stream.guessed_rate
         times, _ = _frame_times(container, stream, MAX_FRAMES if extension else math.inf)
         if not times or not rate or not 0 < rate <= MAX_FPS:
             raise VideoError(f"{len(times)} frames at {rate} fps; a video has at least 1, at up to {MAX_FPS} fps")
         container.seek(min(times[0], 0), stream=stream)
         height_px, width_px, _ = next(_decode(container, stream))[1].shape
-        return VideoFacts(float(rate), len(times), height_px, width_px, stream.codec_context.name)
+        tick_s = float(stream.time_base or 1 / rate)
+        return VideoFacts(
+            fps=float(rate),
+            frames=len(times),
+            height_px=height_px,
+            width_px=width_px,
+            codec=stream.codec_context.name,
+            interval_s=float(np.median(np.diff(times))) * tick_s if len(times) > 1 else 0.0,
+            tick_s=tick_s,
+            is_pq=stream.codec_context.color_trc == ColorTrc.SMPTE2084,
+        )
 
 
-def iter_frames(source: Source) -> Iterator[np.ndarray]:
-    """Decode from the first frame to the last, yielding frame_HWC. Raises VideoError, also in mid-file."""
-    with _open(source, None) as (container, stream):
-        for _, frame_HWC in _decode(container, stream):
-            yield frame_HWC
+def iter_frames(
+    source: Source, numbers: Container[int] | None = None, extension: str | None = None
+) -> Iterator[np.ndarray]:
+    """Decode from the first frame to the last, yielding frame_HWC in square pixels. Raises VideoError, also in mid-file.
+
+    numbers    yield only these, counted from 0 as they decode; None: all
+    extension  as in read_frames
+    """
+    with open_video(source, extension) as (container, stream):
+        reformatter = VideoReformatter()
+        for number, frame in enumerate(container.decode(stream)):
+            if numbers is None or number in numbers:
+                yield _to_rgb(frame, reformatter, *square_size(frame, stream))
 
 
-def read_frames(source: Source, indices: Sequence[int] | None = None, extension: str | None = None) -> np.ndarray:
+def read_frames(
+    source: Source,
+    indices: Sequence[int] | None = None,
+    extension: str | None = None,
+    transform: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:
     """Decode the frames of the given ascending numbers (None: all) into frames_THWC.
 
     Frames are numbered by display time, so a variable rate or an edit list shifts nothing, and decoding starts at
     the last keyframe before the first wanted frame.
 
-    extension  mp4, webm or mkv for a shard's bytes: forces the demuxer and admits only CODECS
-    raises     VideoError if the file is unreadable or has no such frame
+    extension  mp4, webm or mkv for a shard's bytes: forces the demuxer, admits only CODECS, and bounds what is claimed
+    transform  makes of each frame_HWC what is kept, so that one frame of full size is in memory at a time
+    raises     VideoError if the file is unreadable, has no such frame or changes its size
     """
-    with _open(source, extension) as (container, stream):
+    with open_video(source, extension) as (container, stream):
         times, keyframes = _frame_times(container, stream, MAX_FRAMES if extension else math.inf)
         wanted = range(len(times)) if indices is None else indices
         if not wanted or wanted[0] < 0 or wanted[-1] >= len(times):
@@ -86,13 +123,57 @@ def read_frames(source: Source, indices: Sequence[int] | None = None, extension:
         wanted_times = [times[i] for i in wanted]
         nearest = keyframes[max(0, bisect.bisect_right(keyframes, wanted_times[0]) - 1)] if keyframes else times[0]
         found: dict[int | None, np.ndarray] = {}
+        shapes = set()
         # Containers seek by decoding time, which B-frames shift: a seek may land one keyframe late. Then start over.
         for start in (nearest, min(times[0], 0)):
+            count = wanted[-1] + 1 - bisect.bisect_left(times, start)
+            if extension and count * stream.width * stream.height > MAX_DECODED_PIXELS:
+                raise VideoError(f"{count} frames from the keyframe on; up to {MAX_DECODED_PIXELS} pixels are decoded")
             container.seek(start, stream=stream)
-            found |= dict(_decode(container, stream, set(wanted_times)))
+            for time, frame_HWC in _decode(container, stream, set(wanted_times)):
+                shapes.add(frame_HWC.shape)
+                found[time] = transform(frame_HWC) if transform else frame_HWC
+            if len(shapes) > 1:
+                raise VideoError(f"frames of several sizes: {sorted(shape[:2] for shape in shapes)}")
             if len(found) == len(wanted_times):
                 return np.stack([found[time] for time in wanted_times])
         raise VideoError(f"{len(wanted_times) - len(found)} of {len(wanted_times)} wanted frames do not decode")
+
+
+class VideoWriter:
+    """Encodes uint8 RGB frames as H.264 in MP4, one by one.
+
+    The same frames give the same bytes (one thread, no dates). 4:2:0 needs even sides: an odd last row or column is
+    dropped. A short `gop`, the most frames from keyframe to keyframe, is what makes reading a window fast.
+    """
+
+    def __init__(self, target: str | Path | io.BytesIO, fps: float, crf: int = 18, gop: int = 12) -> None:
+        destination = target if isinstance(target, io.BytesIO) else str(target)
+        self.container = av.open(destination, "w", format="mp4", options={"fflags": "+bitexact"})
+        self.rate, self.crf, self.gop = packed_rate(fps), crf, gop
+        self.count, self.reformatter = 0, VideoReformatter()
+        self.stream: Any = None
+
+    def add(self, frame_HWC: np.ndarray) -> None:
+        height_px, width_px = frame_HWC.shape[0] & ~1, frame_HWC.shape[1] & ~1
+        if self.stream is None:
+            self.stream = _add_h264(self.container, self.rate, height_px, width_px, self.crf, self.gop)
+        frame = self.reformatter.reformat(
+            VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC[:height_px, :width_px]), format="rgb24"),
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU709,
+            dst_color_range=ColorRange.MPEG,
+            interpolation=_SWSCALE,
+            threads=1,
+        )
+        frame.pts, frame.time_base = self.count, 1 / self.rate
+        self.container.mux(self.stream.encode(frame))
+        self.count += 1
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.container.mux(self.stream.encode(None))
+        self.container.close()
 
 
 def write_video(
@@ -102,35 +183,19 @@ def write_video(
     crf: int = 18,
     gop: int = 12,
 ) -> int:
-    """Encode uint8 RGB frames, an array or any stream of frame_HWC, as H.264 in MP4; returns their number.
+    """Encode frames, an array or any stream of frame_HWC, as VideoWriter does; returns their number."""
+    writer = VideoWriter(target, fps, crf, gop)
+    for frame_HWC in frames_THWC:
+        writer.add(frame_HWC)
+    if not writer.count:
+        raise ValueError("write_video was given no frames")
+    writer.close()
+    return writer.count
 
-    The same frames give the same bytes (one thread, no dates). 4:2:0 needs even sides: an odd last row or column is
-    dropped. A short `gop`, the most frames from keyframe to keyframe, is what makes reading a window fast.
-    """
-    destination = target if isinstance(target, io.BytesIO) else str(target)
-    rate = Fraction(fps).limit_denominator(1001)
-    count = 0
-    with av.open(destination, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = None
-        for frame_HWC in frames_THWC:
-            height_px, width_px = frame_HWC.shape[0] & ~1, frame_HWC.shape[1] & ~1
-            if stream is None:
-                stream = _add_h264(container, rate, height_px, width_px, crf, gop)
-            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC[:height_px, :width_px]), format="rgb24")
-            frame = rgb.reformat(
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-                interpolation=_SWSCALE,
-                threads=1,
-            )
-            frame.pts, frame.time_base = count, 1 / rate
-            container.mux(stream.encode(frame))
-            count += 1
-        if stream is None:
-            raise ValueError("write_video was given no frames")
-        container.mux(stream.encode(None))
-    return count
+
+def packed_rate(fps: float) -> Fraction:
+    """The rate that a packed video states: the nearest fraction that MP4 and players take, 29.97 as 30000/1001."""
+    return Fraction(fps).limit_denominator(1001)
 
 
 def _add_h264(container: Any, rate: Fraction, height_px: int, width_px: int, crf: int, gop: int) -> Any:
@@ -149,23 +214,33 @@ def _add_h264(container: Any, rate: Fraction, height_px: int, width_px: int, crf
 
 
 @contextmanager
-def _open(source: Source, extension: str | None) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_video(source: Source, extension: str | None) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open the first video stream for decoding in one thread; FFmpeg's errors leave as VideoError naming the file."""
     name = "" if isinstance(source, bytes) else f"{source}: "
     file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+    max_pixels = MAX_MEMBER_PIXELS if extension else MAX_PIXELS
+    limits = {"max_pixels": str(max_pixels)}  # holds while FFmpeg looks for the size, and in mid-stream
+    container_format = CONTAINER_FORMATS[extension] if extension else None
     try:
-        with av.open(file, "r", format=CONTAINER_FORMATS[extension] if extension else None) as container:
+        if extension == "mp4" and isinstance(source, bytes):
+            _refuse_claims(source)
+        with av.open(file, "r", format=container_format, options=limits, metadata_errors="ignore") as container:
             if not container.streams.video:
                 raise VideoError("no video stream")
             stream = container.streams.video[0]
             context = stream.codec_context
+            if context is None:
+                raise VideoError("a codec that FFmpeg does not know")
             if extension and context.name not in CODECS:
                 raise VideoError(f"codec {context.name}; allowed in a shard: {', '.join(CODECS)}")
-            if not 0 < context.width * context.height <= MAX_PIXELS:
-                raise VideoError(f"frames of {context.width} x {context.height}; up to {MAX_PIXELS} pixels are read")
-            # Frame threads hang when decoding stops early (PyAV-Org/PyAV 1962); the limit also holds in mid-stream.
+            if not 0 < context.width * context.height <= max_pixels:
+                raise VideoError(f"frames of {context.width} x {context.height}; up to {max_pixels} pixels are read")
+            bits = context.format.padded_bits_per_pixel if extension and context.format else 12
+            if context.width * context.height * bits > max_pixels * 12:
+                raise VideoError(f"frames of {context.width} x {context.height} with {bits} bits a pixel are too large")
+            # Frame threads hang when decoding stops early (PyAV-Org/PyAV 1962).
             context.thread_type, context.thread_count = "NONE", 1
-            context.options = {"max_pixels": str(MAX_PIXELS)}
+            context.options = limits
             yield container, stream
     except (av.error.FFmpegError, OSError) as error:
         raise VideoError(f"{name}{getattr(error, 'strerror', None) or error}") from error
@@ -173,6 +248,15 @@ def _open(source: Source, extension: str | None) -> Iterator[tuple[InputContaine
         raise VideoError(f"{name}{error}") from error
     except StopIteration:
         raise VideoError(f"{name}no frame decodes") from None
+
+
+def _refuse_claims(data: bytes) -> None:
+    try:
+        samples = claimed_samples(data)
+    except ValueError as error:
+        raise VideoError(str(error)) from None
+    if samples > MAX_FRAMES:
+        raise VideoError(f"over {MAX_FRAMES} frames: its tracks claim {samples} samples")
 
 
 def _frame_times(container: InputContainer, stream: VideoStream, limit: float) -> tuple[list[int], list[int]]:
@@ -198,11 +282,29 @@ def _decode(
 ) -> Iterator[tuple[int | None, np.ndarray]]:
     """Yield (display time, frame_HWC) of the wanted times (None: all), up to the last of them."""
     last = max(wanted) if wanted else None
+    reformatter = VideoReformatter()
     for frame in container.decode(stream):
         if wanted is None or frame.pts in wanted:
-            # The source's own range and colour matrix are read off the frame.
-            rgb = frame.reformat(format="rgb24", dst_color_range=ColorRange.JPEG, interpolation=_SWSCALE, threads=1)
-            frame_HWC = rgb.to_ndarray()
-            yield frame.pts, np.ascontiguousarray(np.rot90(frame_HWC, frame.rotation // 90))
+            yield frame.pts, _to_rgb(frame, reformatter, frame.width, frame.height)
         if last is not None and frame.pts is not None and frame.pts >= last:
             return
+
+
+def _to_rgb(frame: VideoFrame, reformatter: VideoReformatter, width_px: int, height_px: int) -> np.ndarray:
+    # The source's own range and colour matrix are read off the frame.
+    rgb = reformatter.reformat(
+        frame,
+        width_px,
+        height_px,
+        format="rgb24",
+        dst_color_range=ColorRange.JPEG,
+        interpolation=_SWSCALE,
+        threads=1,
+    )
+    return np.ascontiguousarray(np.rot90(rgb.to_ndarray(), frame.rotation // 90))
+
+
+def square_size(frame: VideoFrame, stream: VideoStream) -> tuple[int, int]:
+    """Width and height in px that show a frame of wide or narrow pixels in square ones; a side only shrinks."""
+    pixel_aspect = float(stream.sample_aspect_ratio or 1) or 1.0
+    return max(2, round(frame.width * min(1, pixel_aspect))), max(2, round(frame.height / max(1, pixel_aspect)))

@@ -31,6 +31,7 @@ from toolkit.model.sources import (
 from toolkit.model.unet import PUBLISHED_CONFIGS, SVD_CONFIG, FramerUNet, widen_conv_in
 from toolkit.model.weights import build_on_meta, load_file, load_part, refuse_faults, refuse_non_finite
 
+ENCODERS = ("vae", "image_encoder")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # fp16 for inference only
 
 
@@ -57,27 +58,15 @@ def load_base(model: ModelConfig, device: torch.device, precision: str) -> Base:
     precision  of PRECISIONS; the VAE stays in fp32 where its config says force_upcast
     raises     UserError naming the part that is missing, incomplete, of other channels or of another kind of diffusion
     """
-    from diffusers import AutoencoderKLTemporalDecoder
-    from transformers import CLIPVisionModelWithProjection
-
     dtype = PRECISIONS[precision]
     places = _find_parts(model)
     scheduler, parameterization = read_scheduler(places["scheduler"])
     _check_places(places, model.variant)
     weights = {part: find_weights(places[part], model.variant) for part in WEIGHTED}
-
-    upcast = read_json(places["vae"] / "config.json").get("force_upcast", True)  # diffusers' default
-    vae_dtype = torch.float32 if upcast else dtype
-    vae = load_part(AutoencoderKLTemporalDecoder, places["vae"], model.variant, dtype=vae_dtype).to(device)
-    encoder = load_part(CLIPVisionModelWithProjection, places["image_encoder"], model.variant, dtype=dtype).to(device)
+    vae, encoder = _read_encoders(places, model.variant, dtype, device)
     unet = load_unet(places["unet"], dtype, model.variant).to(device)
-    if encoder.config.image_size != CLIP_SIZE_PX:
-        raise UserError(
-            f"{places['image_encoder']} reads pictures of {encoder.config.image_size} pixels; SVD's reads {CLIP_SIZE_PX}"
-        )
-    for part, network in zip(WEIGHTED, (unet, vae, encoder), strict=True):
-        refuse_non_finite(network, places[part])
-        network.requires_grad_(False).eval()
+    refuse_non_finite(unet, places["unet"])
+    unet.requires_grad_(False).eval()
     settings_file = places["scheduler"] / "scheduler_config.json"
     read = {part: found.files for part, found in weights.items()} | {"scheduler": (settings_file,)}
     return Base(
@@ -92,6 +81,46 @@ def load_base(model: ModelConfig, device: torch.device, precision: str) -> Base:
         sources={part: name_source(files[0]) for part, files in read.items()},
         files=tuple(file for files in read.values() for file in files),
     )
+
+
+def find_encoder_files(model: ModelConfig) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """The files of a base's VAE and image encoder, weights and settings. Raises UserError as load_base does."""
+    places = _find_encoders(model)
+    vae, encoder = (
+        (places[part] / "config.json", *find_weights(places[part], model.variant).files) for part in ENCODERS
+    )
+    return vae, encoder
+
+
+def load_encoders(model: ModelConfig, device: torch.device, precision: str) -> tuple[Any, Any]:
+    """Load the VAE and the image encoder alone, as load_base does."""
+    return _read_encoders(_find_encoders(model), model.variant, PRECISIONS[precision], device)
+
+
+def _find_encoders(model: ModelConfig) -> dict[str, Path]:
+    base, _ = _resolve_names(model)
+    folder = fetch(base, model.revision, ENCODERS, variant=model.variant)
+    return {part: folder / part for part in ENCODERS}
+
+
+def _read_encoders(
+    places: dict[str, Path], variant: Literal["fp16"] | None, dtype: torch.dtype, device: torch.device
+) -> tuple[Any, Any]:
+    from diffusers import AutoencoderKLTemporalDecoder
+    from transformers import CLIPVisionModelWithProjection
+
+    upcast = read_json(places["vae"] / "config.json").get("force_upcast", True)  # diffusers' default
+    vae_dtype = torch.float32 if upcast else dtype
+    vae = load_part(AutoencoderKLTemporalDecoder, places["vae"], variant, dtype=vae_dtype).to(device)
+    encoder = load_part(CLIPVisionModelWithProjection, places["image_encoder"], variant, dtype=dtype).to(device)
+    if encoder.config.image_size != CLIP_SIZE_PX:
+        raise UserError(
+            f"{places['image_encoder']} reads pictures of {encoder.config.image_size} pixels; SVD's reads {CLIP_SIZE_PX}"
+        )
+    for part, network in zip(ENCODERS, (vae, encoder), strict=True):
+        refuse_non_finite(network, places[part])
+        network.requires_grad_(False).eval()
+    return vae, encoder
 
 
 # ---- identity: which base is this?

@@ -92,6 +92,7 @@ def measure_steps(
 
     forward_backward_s, loss_B = stopwatch(train, device)
     optimizer_s, _ = stopwatch(lambda: torch.tensor(engine.step(lr)), device)
+    assert batch.frames_BTHWC is not None
     stills_B2CHW = to_signed(batch.frames_BTHWC)[:, [0, -1]]
     enable_adapter(framer.base.unet, False)
     sample_s, frames = stopwatch(

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from toolkit.config import RunConfig
-from toolkit.data.index import open_shards
+from toolkit.data.index import open_sources
+from toolkit.data.remote import is_remote
 from toolkit.diffusion.layout import make_layout
 from toolkit.model.base import build_unet_on_meta, check_weights, describe_unet, read_parameterization
 from toolkit.model.controlnet import find_controlnet
@@ -70,13 +71,14 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
         "optimizer_steps": config.schedule.steps,
         "notes": [],
     }
-    if Path(config.data.shards).exists():
-        index = open_shards(config.data.shards, "train")
+    absent = [source for source in config.data.sources if not is_remote(source) and not Path(source).exists()]
+    if not absent:
+        index = open_sources(config.data, "train")
         check_clips(config, index)
         report["clips"] = len(index)
         report["optimizer_steps"] = total_steps(config, len(index))
     else:
-        report["notes"].append(f"{config.data.shards} is not on this machine, so clips and steps are not counted")
+        report["notes"].append(f"{', '.join(absent)} is not on this machine, so clips and steps are not counted")
     if away:
         report["notes"].append(f"not on this machine, so their weights are not checked: {', '.join(away)}")
     report["notes"] += list_dead(dead, config) + list_doubts(config, report["optimizer_steps"])

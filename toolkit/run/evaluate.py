@@ -6,7 +6,7 @@ Test: pytest tests/run.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from toolkit import metrics
 from toolkit.config import RunConfig
 from toolkit.data.clips import Clip, ClipSettings, load_clip
 from toolkit.data.format import BadSample
-from toolkit.data.index import open_shards
+from toolkit.data.index import open_sources
 from toolkit.data.trajectory import match_stills
 from toolkit.errors import UserError
 from toolkit.model.lora import enable_adapter
@@ -71,7 +71,7 @@ def evaluate_run(
 
 def load_held_out(config: RunConfig, clips: int) -> list[Clip]:
     """Load the centre window of the first clips of the validation split; unusable ones are passed over."""
-    index = open_shards(config.data.shards, "val")
+    index = open_sources(config.data, "val")
     data = config.data
     settings = ClipSettings(data.frames, data.height, data.width, (data.stride,), window="centre")
     loaded = []
@@ -83,26 +83,30 @@ def load_held_out(config: RunConfig, clips: int) -> list[Clip]:
         if len(loaded) == clips:
             break
     if not loaded:
-        raise UserError(f"{config.data.shards} has no usable validation clip; pack more videos, or lower data.stride")
+        where = " + ".join(config.data.sources)
+        raise UserError(f"{where} has no usable validation clip; pack more videos, or lower data.stride")
     return loaded
 
 
-def draw_strip(path: Path, columns: dict[str, Tensor]) -> Path:
+def draw_strip(path: Path, columns: dict[str, Tensor], captions: Sequence[str] = ()) -> Path:
     """Draw labelled columns of pictures, a row per clip.
 
-    columns  {label: (B, 3, H, W) in [-1, 1]}
+    columns   {label: (B, 3, H, W) in [-1, 1]}
+    captions  a line above each row
     """
-    heading_px, gap_px = 20, 4
+    heading_px, gap_px, caption_px = 20, 4, 16 if captions else 0
     rows, _, height_px, width_px = next(iter(columns.values())).shape
-    tile_width_px = round(TILE_PX * width_px / height_px)
-    sheet = Image.new("RGB", (len(columns) * (tile_width_px + gap_px), heading_px + rows * (TILE_PX + gap_px)), "white")
+    tile_width_px, row_px = round(TILE_PX * width_px / height_px), TILE_PX + gap_px + caption_px
+    sheet = Image.new("RGB", (len(columns) * (tile_width_px + gap_px), heading_px + rows * row_px), "white")
     draw = ImageDraw.Draw(sheet)
+    for row, caption in enumerate(captions):
+        draw.text((4, heading_px + row * row_px), caption, fill="black")
     for i, (label, images_BCHW) in enumerate(columns.items()):
         left = i * (tile_width_px + gap_px)
         draw.text((left + 4, 4), label, fill="black")
         for row, picture in enumerate(to_uint8(images_BCHW).numpy()):
             tile = Image.fromarray(picture).resize((tile_width_px, TILE_PX), Image.Resampling.BICUBIC)
-            sheet.paste(tile, (left, heading_px + row * (TILE_PX + gap_px)))
+            sheet.paste(tile, (left, heading_px + row * row_px + caption_px))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
     return path

@@ -29,10 +29,12 @@ from toolkit.run.checkpoint import (
     newest_good,
     replace_text,
 )
+from toolkit.run.ledger import cut_ledger
 
 # Fields that may change between the start of a run and its resumption: they do not change what is computed.
 FREE_FIELDS = ("runs_dir", "log_every_steps", "checkpoint.", "validation.", "data.workers", "data.max_bad_fraction",
-               "engine.kind", "engine.deepspeed", "model.attention", "model.gradient_checkpointing")  # fmt: skip
+               "data.remote", "data.cache_", "data.debug", "engine.kind", "engine.deepspeed", "model.attention",
+               "model.gradient_checkpointing")  # fmt: skip
 _OWN_FIRST_FILES = ("lock", "config.yaml.tmp")  # what a kill at the very start can leave
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "webdataset", "av", "numpy")
 
@@ -79,11 +81,16 @@ def prepare_folder(config: RunConfig, fresh: bool) -> IO[str]:
 def find_resume(config: RunConfig, identity: dict[str, Any], world: World) -> Resume:
     """Load the newest good checkpoint; the main rank chooses it, so that all ranks load the same.
 
+    The ledger of bad clips is cut back to it.
+
     identity  what must not have changed: the data set's, the base's and the code's fingerprints
     raises    UserError naming what changed
     """
     newest = newest_good(config.folder, set_aside=True) if world.is_main else None
-    step = world.broadcast_int(checkpoint_step(newest) if newest else 0)
+    step = checkpoint_step(newest) if newest else 0
+    if world.is_main:
+        cut_ledger(config.folder, step * config.engine.global_batch)
+    step = world.broadcast_int(step)  # no rank passes here, and appends to the ledger, before it is cut
     if step == 0:
         return Resume(0, None)
     folder = checkpoint_folder(config.folder, step)

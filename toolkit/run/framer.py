@@ -68,6 +68,17 @@ class Condition:
 
 
 @dataclass(frozen=True)
+class Task:
+    """What the network is asked in a training step: clean and noised latents, and what is known beside them."""
+
+    z_BTCHW: Tensor  # scaled
+    noise_BTCHW: Tensor
+    sigma_B: Tensor
+    x_BTCHW: Tensor  # z + sigma noise, over sqrt(1 + sigma^2)
+    condition: Condition
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How frames are drawn from a condition."""
 
@@ -119,48 +130,48 @@ class Framer:
 
         returns  loss_B, zero_B: (B,) fp32, the loss and what a prediction of zero scores on the same noise
         """
-        settings, positions = self.settings, batch.positions
-        frames_BTCHW = to_signed(batch.frames_BTHWC.to(self.device))
-        z_BTCHW, means_B2CHW = self._encode_window(frames_BTCHW, positions)
-        stills_B2CHW = frames_BTCHW[:, [0, -1]]
-        augmentation = self._draw_augmentation(stills_B2CHW, positions)
-        condition = self.condition(stills_B2CHW, batch.fps_B, batch.motion_B, augmentation, means_B2CHW)
+        task = self.prepare(batch)
+        raw_BTCHW = self.predict(task.x_BTCHW, task.sigma_B, task.condition)
+        scored_T, space = self.layout.scored_T, self.settings.loss_space
+        return compute_loss(
+            raw_BTCHW, task.z_BTCHW, task.noise_BTCHW, task.sigma_B, scored_T, space, self.parameterization
+        )
+
+    def prepare(self, batch: Batch) -> Task:
+        """Turn a batch of frames, or of their cached latents, into what the network is asked, all draws by position."""
+        positions = batch.positions
+        mean_BTCHW, std_BTCHW, means_B2CHW = self._encode_window(batch)
+        z_BTCHW = mean_BTCHW + std_BTCHW * normal_like(mean_BTCHW, self.seed, "posterior", positions)
+        z_BTCHW = z_BTCHW * self.scaling
+        if batch.encoded is not None:
+            embeds_B2D = batch.encoded.embeds_B2D.to(self.device)
+        else:
+            assert batch.frames_BTHWC is not None
+            stills_B2CHW = to_signed(batch.frames_BTHWC[:, [0, -1]].to(self.device))
+            if self.settings.noise_augmentation:
+                means_B2CHW = self._encode_stills(stills_B2CHW, self._draw_augmentation(stills_B2CHW, positions))
+            embeds_B2D = embed_stills(self.base.image_encoder, stills_B2CHW)
+        condition = self._join_condition(means_B2CHW, embeds_B2D, batch.fps_B, batch.motion_B)
         condition = self._drop(condition, positions)
-        if settings.control:
+        if self.settings.control:
             condition = replace(condition, heatmaps_BTCHW=self._find_heatmaps(batch), control_scale=FOUND_SCALE)
         sigma_B = self._draw_sigma(positions)
         noise_BTCHW = normal_like(z_BTCHW, self.seed, "noise", positions)
         x_BTCHW = scale_input(z_BTCHW + expand_like(sigma_B, z_BTCHW) * noise_BTCHW, sigma_B)
-        raw_BTCHW = self.predict(x_BTCHW, sigma_B, condition)
-        return compute_loss(
-            raw_BTCHW, z_BTCHW, noise_BTCHW, sigma_B, self.layout.scored_T, settings.loss_space, self.parameterization
-        )
+        return Task(z_BTCHW, noise_BTCHW, sigma_B, x_BTCHW, condition)
 
     def condition(
-        self,
-        stills_B2CHW: Tensor,
-        fps_B: Tensor,
-        motion_B: Tensor,
-        augmentation_B2CHW: Tensor | None = None,
-        means_B2CHW: Tensor | None = None,
+        self, stills_B2CHW: Tensor, fps_B: Tensor, motion_B: Tensor, augmentation_B2CHW: Tensor | None = None
     ) -> Condition:
         """Encode what is known of each clip.
 
         stills_B2CHW        first and last frame, fp32 in [-1, 1], pixels
         fps_B               rate at which the window's frames are spaced
         augmentation_B2CHW  N(0, 1) for the pixel noise, where settings.noise_augmentation asks for some
-        means_B2CHW         the clean stills' latents, where the caller has them already
         """
-        strength = self.settings.noise_augmentation
-        if strength:
-            assert augmentation_B2CHW is not None
-            means_B2CHW, _ = encode_frames(self.base.vae, stills_B2CHW + strength * augmentation_B2CHW)
-        elif means_B2CHW is None:
-            means_B2CHW, _ = encode_frames(self.base.vae, stills_B2CHW)
-        # the VAE's mode; unscaled unless the recipe says otherwise, as SVD and Framer were trained
-        ends_B2CHW = means_B2CHW * self.scaling if self.settings.scale_conditioning else means_B2CHW
-        tokens_BND = build_tokens(embed_stills(self.base.image_encoder, stills_B2CHW), self.settings.clip_tokens)
-        return Condition(ends_B2CHW, tokens_BND, build_time_ids(fps_B, motion_B, strength).to(self.device))
+        means_B2CHW = self._encode_stills(stills_B2CHW, augmentation_B2CHW)
+        embeds_B2D = embed_stills(self.base.image_encoder, stills_B2CHW)
+        return self._join_condition(means_B2CHW, embeds_B2D, fps_B, motion_B)
 
     def steer(self, condition: Condition, steering: Steering, size_px: Sequence[int]) -> Condition:
         """Draw where points shall go, the same in every clip of a condition; size_px (height, width) of its stills."""
@@ -172,7 +183,7 @@ class Framer:
     def predict(self, x_BTCHW: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
         """Run the UNet on scaled noisy latents; returns its raw output, (B, T, 4, H, W)."""
         unet, dtype = self.base.unet, self.base.dtype
-        input_BTCHW = build_input(x_BTCHW, condition.ends_B2CHW, unet.mask_token, self.layout).to(dtype)
+        input_BTCHW = self.join_channels(x_BTCHW, condition).to(dtype)
         time_B = time_input(sigma_B, self.parameterization, self.alpha_bar)
         tokens_BND = condition.tokens_BND.to(dtype)
         # the adapter's masters are fp32 beside a bf16 base
@@ -191,6 +202,10 @@ class Framer:
                     added_time_ids=condition.ids_B3,
                     return_dict=False,
                 )[0]
+
+    def join_channels(self, x_BTCHW: Tensor, condition: Condition) -> Tensor:
+        """The nine channels as the UNet reads them, (B, T, 9, H, W), before they are rounded to its type."""
+        return build_input(x_BTCHW, condition.ends_B2CHW, self.base.unet.mask_token, self.layout)
 
     @torch.no_grad()
     def sample(
@@ -338,20 +353,36 @@ class Framer:
         """How many times the sampler runs to fill a gap."""
         return 1 if self.fills_at_once(frames) else frames - 2
 
-    def _encode_window(self, frames_BTCHW: Tensor, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Encode each needed frame once: z_BTCHW scaled samples of the layout's frames, means_B2CHW of the ends."""
-        last = self.layout.window - 1
-        needed = sorted({0, *self.layout.in_window, last})
-        mean, std = encode_frames(self.base.vae, frames_BTCHW[:, needed])
+    def _encode_window(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Posterior of the layout's frames, mean and std (B, T, 4, H, W), and means_B2CHW of the two ends."""
+        if batch.encoded is not None:
+            in_window = list(self.layout.in_window)
+            mean, std = (part.to(self.device).float() for part in (batch.encoded.mean_BTCHW, batch.encoded.std_BTCHW))
+            return mean[:, in_window], std[:, in_window], mean[:, [0, -1]]
+        assert batch.frames_BTHWC is not None
+        needed = sorted({0, *self.layout.in_window, self.layout.window - 1})  # each frame once, and no other
+        mean, std = encode_frames(self.base.vae, to_signed(batch.frames_BTHWC[:, needed].to(self.device)))
         kept = [needed.index(i) for i in self.layout.in_window]
-        mean_BTCHW, std_BTCHW = mean[:, kept], std[:, kept]
-        z_BTCHW = mean_BTCHW + std_BTCHW * normal_like(mean_BTCHW, self.seed, "posterior", positions)
-        return z_BTCHW * self.scaling, mean[:, [0, -1]]
+        return mean[:, kept], std[:, kept], mean[:, [0, -1]]
+
+    def _encode_stills(self, stills_B2CHW: Tensor, augmentation_B2CHW: Tensor | None) -> Tensor:
+        """The VAE's mode of the two stills, unscaled, with the pixel noise that the settings ask for."""
+        if self.settings.noise_augmentation:
+            assert augmentation_B2CHW is not None
+            stills_B2CHW = stills_B2CHW + self.settings.noise_augmentation * augmentation_B2CHW
+        return encode_frames(self.base.vae, stills_B2CHW)[0]
 
     def _draw_augmentation(self, stills_B2CHW: Tensor, positions: Sequence[int]) -> Tensor | None:
         if not self.settings.noise_augmentation:
             return None
         return normal_like(stills_B2CHW, self.seed, "noise_augmentation", positions)
+
+    def _join_condition(self, means_B2CHW: Tensor, embeds_B2D: Tensor, fps_B: Tensor, motion_B: Tensor) -> Condition:
+        # unscaled unless the recipe says otherwise, as SVD and Framer were trained
+        ends_B2CHW = means_B2CHW * self.scaling if self.settings.scale_conditioning else means_B2CHW
+        tokens_BND = build_tokens(embeds_B2D, self.settings.clip_tokens)
+        ids_B3 = build_time_ids(fps_B, motion_B, self.settings.noise_augmentation).to(self.device)
+        return Condition(ends_B2CHW, tokens_BND, ids_B3)
 
     def _draw_sigma(self, positions: Sequence[int]) -> Tensor:
         generators = [rng(self.seed, "sigma", k) for k in positions]
@@ -373,6 +404,7 @@ class Framer:
         return replace(condition, ends_B2CHW=ends_B2CHW, tokens_BND=tokens_BND)
 
     def _find_heatmaps(self, batch: Batch) -> Tensor:
+        assert batch.frames_BTHWC is not None  # check_cache refuses cached clips here
         window, size = self.layout.window, batch.frames_BTHWC.shape[2:4]
         stills = batch.frames_BTHWC[:, [0, -1]].cpu().numpy()
         found = [Steering(match_stills(first, last), FOUND_SCALE) for first, last in stills]

@@ -7,10 +7,8 @@ positions, so a killed run goes on exactly: the same command again loads the new
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,9 +19,9 @@ import torch
 
 from toolkit.config import RunConfig, ScheduleConfig, load_deepspeed_json
 from toolkit.data.clips import ClipSettings
-from toolkit.data.index import DatasetIndex, open_shards
-from toolkit.data.loader import Batch, make_loader
-from toolkit.data.order import ORDER_VERSION, Order, accumulation
+from toolkit.data.index import DatasetIndex, open_sources
+from toolkit.data.loader import Batch, make_loader, naming_dead_workers
+from toolkit.data.order import ORDER_VERSION, accumulation
 from toolkit.engine.plain import AdamSettings, PlainEngine
 from toolkit.engine.world import World, init_world
 from toolkit.engine.zero2 import Zero2Engine
@@ -36,13 +34,17 @@ from toolkit.model.formats import EXTRA_TENSORS
 from toolkit.model.lora import choose_kind, inject_lora, match_targets, start_from
 from toolkit.model.sources import find_weights, fingerprint_files
 from toolkit.rng import RNG_VERSION
+from toolkit.run.cache import check_cache
 from toolkit.run.checkpoint import save_checkpoint
+from toolkit.run.debug import draw_batches
 from toolkit.run.folder import check_folder, find_adapter, find_resume, prepare_folder
 from toolkit.run.framer import Framer, check_objective
 from toolkit.run.inference import load_control
+from toolkit.run.ledger import Ledger, bad_limit
 from toolkit.run.monitor import Monitor
 from toolkit.run.pretrain import find_base
 
+DEBUG_PICTURE = "samples/batch.png"
 LICENCE_NOTE = (
     "an adapter follows the licence of its base: Stability AI's for Stable Video Diffusion; Framer's authors "
     "publish their weights for academic use"
@@ -68,19 +70,25 @@ def train(config: RunConfig, fresh: bool = False) -> Path:
     """Train a recipe's LoRA to the end, resuming where an earlier start of it stopped. Returns the run folder."""
     world = init_world()
     job = build_job(config, world, fresh)
-    with closing(make_monitor(config, job, world)) as monitor:
+    if config.data.debug and world.is_main:
+        picture = draw_batches(config.folder / DEBUG_PICTURE, job.framer, make_batches(config, job, world))
+        print(f"the first clips as the network is fed them: {picture}")
+    ledger = Ledger(config.folder, len(job.index), config.data.max_bad_fraction)
+    with closing(make_monitor(config, job, world)) as monitor, naming_dead_workers():
         batches = monitor.timed(make_batches(config, job, world))
         for step in range(job.start, job.total):
-            sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+            sums = torch.zeros(3, dtype=torch.float64, device=world.device)
             keys: list[str] = []
             for batch in itertools.islice(batches, job.accumulation):
                 with adapter_dropout(job.framer.base.unet, config.seed, batch.positions):
                     loss_B, zero_B = job.framer.compute_loss(batch)
                     job.engine.backward(loss_B.mean())
-                sums += torch.stack([loss_B.detach().sum(), zero_B.sum()])
+                sums += torch.stack([loss_B.detach().sum(), zero_B.sum(), loss_B.new_tensor(len(batch.substitutes))])
                 keys += batch.keys
-                note_substitutes(config.folder, batch)
-            loss, zero = (total / config.engine.global_batch for total in world.all_reduce_sum(sums))
+                ledger.note(batch.substitutes)
+            loss, zero, replaced = (total / config.engine.global_batch for total in world.all_reduce_sum(sums))
+            if replaced:
+                ledger.refuse_too_many(world)
             refuse_non_finite("loss", loss, step, world, keys)
             lr = learning_rate(config.schedule, config.optimizer.lr, step, job.total)
             grad_norm = job.engine.step(lr)
@@ -97,13 +105,15 @@ def build_job(config: RunConfig, world: World, fresh: bool) -> Job:
     """Build every part; all that can be wrong with the user's input is found here, before any long work."""
     per_rank, deepspeed_settings = check_engine(config, world.size)
     attention = choose_attention(config.model.attention, world.device, PRECISIONS[config.engine.precision])
-    index = open_shards(config.data.shards, "train")
+    index = open_sources(config.data, "train")
     check_clips(config, index)
     total = total_steps(config, len(index))
     if not fresh:
         check_folder(config)
     start = find_adapter(Path(config.lora.init_from)) if config.lora.init_from is not None else None
     model = find_base(config.model, world)
+    if index.cached:
+        check_cache(config, model)
     check_objective(config.diffusion, read_parameterization(model))
     choose_kind(build_unet_on_meta(model), config.lora)  # refuses what matches nothing, before weights are read
     if config.diffusion.control:
@@ -148,11 +158,11 @@ def check_clips(config: RunConfig, index: DatasetIndex) -> None:
     usable = sum(row.clip.frames >= span for row in index.rows)
     if usable < config.engine.global_batch:
         raise UserError(
-            f"{config.data.shards} holds {usable} training clips of {span} frames or more, fewer than one batch "
-            f"(engine.global_batch {config.engine.global_batch}); pack more videos, or lower engine.global_batch, "
+            f"{' + '.join(config.data.sources)} holds {usable} training clips of {span} frames or more, fewer than one "
+            f"batch (engine.global_batch {config.engine.global_batch}); pack more videos, or lower engine.global_batch, "
             "data.frames or data.stride"
         )
-    if len(index) - usable > max(1, config.data.max_bad_fraction * len(index)):
+    if len(index) - usable > bad_limit(config.data.max_bad_fraction, len(index)):
         raise UserError(
             f"{len(index) - usable} of {len(index)} training clips have fewer than the {span} frames that data.frames "
             f"{config.data.frames} at data.stride {config.data.stride} need; lower one of them, or raise "
@@ -213,7 +223,7 @@ def make_batches(config: RunConfig, job: Job, world: World) -> Iterator[Batch]:
     """This rank's micro-batches from the job's start to its end."""
     return make_loader(
         job.index,
-        Order(job.index.shard_sizes, config.seed),
+        job.index.order(config.seed),
         clip_settings(config),
         start_step=job.start,
         stop_step=job.total,
@@ -222,14 +232,13 @@ def make_batches(config: RunConfig, job: Job, world: World) -> Iterator[Batch]:
         rank=world.rank,
         world=world.size,
         workers=config.data.workers,
-        max_bad_fraction=config.data.max_bad_fraction,
     )
 
 
 def clip_settings(config: RunConfig) -> ClipSettings:
     """How a recipe wants its windows cut."""
     data = config.data
-    return ClipSettings(data.frames, data.height, data.width, (data.stride,), data.flip)
+    return ClipSettings(data.frames, data.height, data.width, (data.stride,), data.flip, data.random_crop)
 
 
 def total_steps(config: RunConfig, clips: int) -> int:
@@ -266,14 +275,6 @@ def refuse_non_finite(what: str, value: float, step: int, world: World, keys: li
             f"step {step + 1}, rank {world.rank}: {what} is {value}; clips {', '.join(keys)}; the weights were not "
             "changed by this step, and the last checkpoint is whole; look at these clips, or lower optimizer.lr"
         )
-
-
-def note_substitutes(folder: Path, batch: Batch) -> None:
-    """Append the batch's bad clips, and what stood in for them, to substituted.jsonl."""
-    if batch.substitutes:
-        with (folder / "substituted.jsonl").open("a") as ledger:
-            ledger.writelines(json.dumps(row._asdict()) + "\n" for row in batch.substitutes)
-        print(f"{len(batch.substitutes)} bad clips replaced, see {folder}/substituted.jsonl", file=sys.stderr)
 
 
 def announce(

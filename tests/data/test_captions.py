@@ -1,0 +1,63 @@
+"""Words reach the video they are about, and a slip in them is a sentence. Run: pytest tests/data/test_captions.py"""
+
+from pathlib import Path
+
+import pytest
+
+from toolkit.data.captions import Words, read_words
+from toolkit.errors import UserError
+
+NAMES = ["a.mp4", "deep/b c.mkv", "silent.mp4"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.txt").write_text("a dog,\nrunning\n")
+    (tmp_path / "deep" / "b c.txt").write_bytes("\ufeffgrüß dich".encode())
+    (tmp_path / "silent.txt").write_text(" \n")
+    return tmp_path
+
+
+def test_texts_beside_videos_and_rows_of_a_table(folder: Path) -> None:
+    """A text beside a video is its caption, on one line; a row replaces it whole; what is empty says nothing."""
+    assert read_words(folder, NAMES, None) == {
+        "a.mp4": Words("a dog, running"),
+        "deep/b c.mkv": Words("grüß dich"),
+    }
+    table = folder / "words.csv"
+    table.write_text('video,label,caption\na.mp4,dog,"he said ""sit"", twice"\nsilent.mp4,none,\n')
+    assert read_words(folder, NAMES, table) == {
+        "a.mp4": Words('he said "sit", twice', "dog"),
+        "deep/b c.mkv": Words("grüß dich"),
+        "silent.mp4": Words(None, "none"),
+    }
+    table.write_bytes("\ufeffvideo,caption\r\na.mp4,\r\n".encode())  # as Excel writes it
+    assert "a.mp4" not in read_words(folder, NAMES, table)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "starts with nothing"),
+        ("a.mp4,dog\n", "must be video,caption,label"),
+        ("video\na.mp4\n", "must be video,caption,label"),
+        ("video,caption,caption\n", "must be video,caption,label"),
+        ("video,caption\nc.mp4,dog\n", "line 2: c.mp4 is no video in"),
+        ("video,caption\na.mp4,x\na.mp4,y\n", "line 3: a.mp4 comes twice"),
+        ("video,caption\na.mp4,a dog, running\n", "line 2: not 2 fields"),
+        ("video,caption,label\na.mp4,x\n", "line 2: not 3 fields"),
+        ('video,caption\na.mp4,"x\n', "save it as CSV"),
+        (b"video,caption\na.mp4,\xff\n", "not UTF-8"),
+        ("video,caption\na.mp4," + "x" * 10_001, "10001 characters"),
+    ],
+)
+def test_a_slip_is_a_sentence(folder: Path, content: str | bytes, message: str) -> None:
+    """A wrong header, an unknown or doubled video, a stray comma, another encoding: refused with the line."""
+    table = folder / "words.csv"
+    table.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message) as refused:
+        read_words(folder, NAMES, table)
+    assert "words.csv" in str(refused.value)
+    with pytest.raises(UserError, match="cannot read"):
+        read_words(folder, NAMES, folder / "nowhere.csv")

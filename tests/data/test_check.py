@@ -1,0 +1,322 @@
+"""A check finds each fault and its place; a repair loses only what is damaged. Run: pytest tests/data/test_check.py"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.data.hostile import clip, header, members, pad, write_tar
+from toolkit.data import check as checking
+from toolkit.data.check import CheckReport, Fault, check
+from toolkit.data.format import build_index, index_path, load_index, write_index
+from toolkit.data.latents import pack_latents
+from toolkit.data.repair import repair
+from toolkit.data.tar import walk_tar
+from toolkit.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+KEYS = ("a", "b", "c")
+
+
+@pytest.fixture(scope="session")
+def parts() -> dict[str, list[tuple[str, bytes]]]:
+    """The members of three samples."""
+    return {key: members(key, clip(frames=5 + i), frames=5 + i, source=f"{key}.mp4") for i, key in enumerate(KEYS)}
+
+
+@pytest.fixture
+def folder(parts: dict[str, list[tuple[str, bytes]]], tmp_path: Path) -> Path:
+    """Two shards, train of a and b, val of c, with their indexes; to do harm to."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    load_index(write_tar(folder / "train-0.tar", parts["a"] + parts["b"]))
+    load_index(write_tar(folder / "val-0.tar", parts["c"]))
+    return folder
+
+
+def change(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def only(report: CheckReport) -> Fault:
+    assert len(report.faults) == 1, report.faults
+    return report.faults[0]
+
+
+def keys(folder: Path) -> list[str]:
+    return [row.key for tar in sorted(folder.glob("*.tar")) for row in load_index(tar).samples]
+
+
+def test_whole_shards_pass_and_are_counted(folder: Path) -> None:
+    """No fault, also in depth; clips and seconds are those of the indexes."""
+    report = check(folder, deep=True)
+    assert report.faults == [] and (report.shards, report.train, report.val) == (2, 2, 1)
+    assert report.seconds == pytest.approx((5 + 6 + 7) / 25)
+
+
+def test_a_damaged_member_is_named(folder: Path) -> None:
+    """A flipped bit: one fault, with shard, key and the member's offset."""
+    member = load_index(folder / "train-0.tar").samples[1].members["mp4"]
+    data = (folder / "train-0.tar").read_bytes()
+    change(folder / "train-0.tar", member.offset + 50, bytes([data[member.offset + 50] ^ 1]))
+    fault = only(check(folder))
+    assert (fault.shard, fault.key, fault.offset, fault.repairable) == ("train-0.tar", "b", member.offset, True)
+
+
+def test_bytes_between_members_are_checked(folder: Path) -> None:
+    """A change in padding is seen by the sha256, one in a header by the walk; both say so."""
+    tar = folder / "train-0.tar"
+    member = load_index(tar).samples[0].members["json"]
+    change(tar, member.offset + member.size_bytes, b"x")
+    assert "sha256" in only(check(folder)).fault
+    change(tar, member.offset - 500, b"\xff")
+    faults = check(folder).faults
+    assert [(fault.offset, "no tar header" in fault.fault) for fault in faults] == [(member.offset - 512, True)]
+
+
+def test_an_index_that_lies_is_found(folder: Path) -> None:
+    """Another size than the video's, other facts than the sidecar's, an index of another tar, none without a tar."""
+    path, text = index_path(folder / "val-0.tar"), index_path(folder / "val-0.tar").read_text()
+    path.write_text(text.replace('"height": 48', '"height": 50'))
+    assert "index says (7, 50, 64)" in only(check(folder)).fault
+    path.write_text(text.replace('"source": "c.mp4"', '"source": "d.mp4"'))
+    assert "other facts" in only(check(folder)).fault
+    path.write_text(text.replace('"fps": 25.0', '"fps": 30.0'))
+    assert "25.000 frames/s" in only(check(folder)).fault
+    path.write_text(text[:100])
+    assert "is not a shard index" in only(check(folder)).fault
+    path.write_text(text)
+    (folder / "val-0.tar").unlink()
+    assert only(check(folder)).fault == "an index without its tar"
+
+
+def test_faults_between_shards(folder: Path, parts: dict[str, list[tuple[str, bytes]]]) -> None:
+    """A key that is there twice and a video with clips in train and in val are named, and cannot be repaired."""
+    write_tar(folder / "train-1.tar", parts["a"])
+    write_tar(folder / "train-2.tar", members("d", clip(7), frames=7, source="c.mp4"))
+    faults = check(folder).faults
+    assert [(fault.shard, fault.key, fault.repairable) for fault in faults] == [
+        ("train-1.tar", "a", False), ("val-0.tar", "c", False),
+    ]  # fmt: skip
+    assert "train-0.tar has that key too" in faults[0].fault and "c.mp4 are in train and in val" in faults[1].fault
+
+
+@pytest.mark.parametrize("name", [".packing", ".publishing", ".caching"])
+def test_an_unfinished_folder_is_named(folder: Path, name: str) -> None:
+    """What a killed command left is a fault with its remedy."""
+    (folder / name).mkdir()
+    fault = only(check(folder))
+    assert fault.shard == name and "run the same python shards/" in fault.fault and not fault.repairable
+
+
+def test_deep_decodes_every_frame(folder: Path) -> None:
+    """A frame that does not decode, behind a good first one, is found in depth only."""
+    video = bytearray(clip(frames=30))
+    at = video.index(b"mdat") + len(video) // 2
+    video[at : at + 200] = bytes(200)
+    write_tar(folder / "train-1.tar", members("d", bytes(video), frames=30))
+    assert check(folder).faults == []
+    fault = only(check(folder, deep=True))
+    assert (fault.shard, fault.key) == ("train-1.tar", "d")
+
+
+@pytest.mark.parametrize("name, value", [("std", -1.0), ("mean", float("nan")), ("tokens", float("inf"))])
+def test_deep_reads_every_number(tmp_path: Path, name: str, value: float) -> None:
+    """A cached clip with a number that no encoder makes is found in depth."""
+    tensors = {"mean": torch.zeros(1, 5, 4, 6, 8), "std": torch.ones(1, 5, 4, 6, 8), "tokens": torch.zeros(1, 5, 8)}
+    sidecar = members("a", b"")[1]
+    write_tar(tmp_path / "x.tar", [("a.safetensors", pack_latents(*tensors.values())), sidecar])
+    assert check(tmp_path, deep=True).faults == []
+    tensors[name].flatten()[-1] = value
+    index_path(tmp_path / "x.tar").unlink()
+    write_tar(tmp_path / "x.tar", [("a.safetensors", pack_latents(*tensors.values())), sidecar])
+    assert check(tmp_path).faults == []
+    assert name in only(check(tmp_path, deep=True)).fault
+
+
+def test_processes_find_what_one_finds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spread over processes, the report is the same."""
+    (folder / "val-0.tar").write_bytes((folder / "val-0.tar").read_bytes()[:3000])
+    alone = check(folder)
+    monkeypatch.setattr(checking, "_POOL_BYTES", 0)
+    assert check(folder) == alone and alone.faults
+
+
+def test_command_line(folder: Path, tmp_path: Path) -> None:
+    """stdout is one JSON object and nothing else; exit code 1 with faults, 0 after a repair, 2 for a user's mistake."""
+    change(folder / "train-0.tar", 600, b"damage")
+    run = [sys.executable, ROOT / "shards/check.py", folder, "--json"]
+    found = subprocess.run(run, capture_output=True, text=True)
+    report = json.loads(found.stdout)
+    assert found.returncode == 1
+    assert list(report) == ["clips", "shards", "train", "val", "seconds", "faults"]
+    assert report["faults"][0].keys() == {"shard", "key", "offset", "fault", "repairable"}
+    repaired = subprocess.run([*run, "--deep", "--repair", tmp_path / "out"], capture_output=True, text=True)
+    assert repaired.returncode == 0, repaired.stderr
+    report = json.loads(repaired.stdout)
+    assert report["faults"] == [] and [fault["key"] for fault in report["lost"]] == ["a"]
+    refused = subprocess.run([*run, "--repair", folder / "in"], capture_output=True, text=True)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
+
+
+def test_repair_of_whole_shards_is_a_link(folder: Path, tmp_path: Path) -> None:
+    """Nothing is lost, the tars are the same files, the indexes the same bytes, and the originals are as they were."""
+    before = contents(folder)
+    report = repair(folder, tmp_path / "out")
+    assert report.lost == report.faults == [] and contents(tmp_path / "out") == before == contents(folder)
+    assert os.path.samefile(folder / "val-0.tar", tmp_path / "out/val-0.tar")
+
+
+def test_a_missing_or_broken_index_is_made_anew(folder: Path, tmp_path: Path) -> None:
+    """The tars are kept as they are, the originals are not indexed, and a stray index is left out."""
+    whole = contents(folder)
+    index_path(folder / "train-0.tar").unlink()
+    index_path(folder / "val-0.tar").write_text("{")
+    (folder / "gone.index.json").write_text("{}")
+    before = contents(folder)
+    report = repair(folder, tmp_path / "out")
+    assert report.lost == report.faults == [] and contents(tmp_path / "out") == whole and contents(folder) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_is_left_of_a_lone_sample_is_no_sample(folder: Path, tmp_path: Path) -> None:
+    """Facts without their video are not kept."""
+    change(folder / "val-0.tar", 0, b"\xff" * 50)
+    index_path(folder / "val-0.tar").unlink()
+    report = repair(folder, tmp_path / "out")
+    assert report.faults == [] and keys(tmp_path / "out") == ["a", "b"] and report.lost[0].key == "c"
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_samples_behind_a_damaged_header_are_saved(folder: Path, tmp_path: Path, indexed: bool) -> None:
+    """By the next header that is one; with an index, the sample whose header it was, too."""
+    tar = folder / "train-0.tar"
+    change(tar, load_index(tar).samples[0].members["mp4"].offset - 400, b"\xff" * 50)
+    if not indexed:
+        index_path(tar).unlink()
+    report = repair(folder, tmp_path / "out")
+    assert report.faults == [] and keys(tmp_path / "out") == (["a", "b", "c"] if indexed else ["b", "c"])
+    assert [fault.key for fault in report.lost] == ([] if indexed else ["a"])
+
+
+def test_only_what_is_damaged_is_lost(folder: Path, parts: dict[str, list[tuple[str, bytes]]], tmp_path: Path) -> None:
+    """Foreign members go, members that are apart come together, a double and a lying sidecar are left out and named."""
+    a, b, c = (parts[key] for key in KEYS)
+    link = header("link.mp4", 0, tarfile.SYMTYPE)
+    lying = members("d", clip(5), frames=9)
+    body = b"".join(
+        header(name, len(data)) + pad(data) for name, data in [a[0], *b, a[1], ("b.pkl", b"x"), *lying, b[0]]
+    )
+    (folder / "train-0.tar").write_bytes(link + body + bytes(1024))
+    index_path(folder / "train-0.tar").unlink()
+    report = repair(folder, tmp_path / "out")
+    assert report.faults == [] and keys(tmp_path / "out") == ["a", "b", "c"]
+    assert sorted((fault.key, fault.offset is not None) for fault in report.lost) == [
+        ("b", True), ("b", True), ("d", True), ("link", True),
+    ]  # fmt: skip
+    assert write_tar(tmp_path / "same.tar", a + b).read_bytes() == (tmp_path / "out/train-0.tar").read_bytes()
+
+
+def test_an_index_of_another_tar_damages_nothing(
+    folder: Path, parts: dict[str, list[tuple[str, bytes]]], tmp_path: Path
+) -> None:
+    """A tar that was written anew beside its old index keeps all of its samples."""
+    write_tar(folder / "train-0.tar", members("e", clip(9), frames=9) + parts["a"] + parts["b"])
+    report = repair(folder, tmp_path / "out")
+    assert report.lost == report.faults == [] and keys(tmp_path / "out") == ["e", "a", "b", "c"]
+
+
+def test_a_shard_without_a_whole_sample_is_left_out(folder: Path, tmp_path: Path) -> None:
+    """It is named, and the rest is repaired; a folder of such shards becomes an empty one."""
+    (folder / "train-0.tar").write_bytes(b"no tar at all" * 100)
+    report = repair(folder, tmp_path / "out")
+    assert report.faults == [] and keys(tmp_path / "out") == ["c"]
+    assert {fault.key for fault in report.lost} == {"a", "b", None}
+
+
+def test_an_interrupted_repair_is_begun_anew(folder: Path, tmp_path: Path) -> None:
+    """What a killed repair left does not come into the next; a taken folder is refused."""
+    (tmp_path / ".out.repairing").mkdir()
+    (tmp_path / ".out.repairing/train-9.tar").write_bytes(b"half")
+    assert repair(folder, tmp_path / "out").faults == [] and keys(tmp_path / "out") == ["a", "b", "c"]
+    with pytest.raises(UserError, match="give a new folder"):
+        repair(folder, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield tmp_path_factory.mktemp("scratch")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_damage_ends_in_a_sound_copy(
+    data: st.DataObject, parts: dict[str, list[tuple[str, bytes]]], scratch: Path
+) -> None:
+    """Whatever bytes are overwritten, wherever it is cut, indexed or not: 0 faults in the copy, samples as they were."""
+    folder = scratch / "shards"
+    for path in (folder, scratch / "out", scratch / "again"):
+        shutil.rmtree(path, ignore_errors=True)
+    folder.mkdir()
+    tar = write_tar(folder / "x.tar", [part for key in KEYS for part in parts[key]])
+    whole = load_index(tar)
+    if data.draw(st.booleans(), "index is lost"):
+        index_path(tar).unlink()
+    size_bytes = tar.stat().st_size
+    for _ in range(data.draw(st.integers(0, 3), "hits")):
+        offset = data.draw(st.one_of(st.integers(0, size_bytes), st.sampled_from(headers(tar, size_bytes))))
+        change(tar, min(offset, size_bytes - 1), data.draw(st.binary(min_size=1, max_size=600)))
+    os.truncate(tar, data.draw(st.integers(0, size_bytes), "cut"))
+    before = contents(folder)
+    report = repair(folder, scratch / "out")
+    assert report.faults == [] and contents(folder) == before
+    repair(folder, scratch / "again")
+    assert contents(scratch / "again") == contents(scratch / "out")
+    if index_path(tar).exists():  # then no byte can have changed unseen
+        sums = {(row.key, ext): m.crc32 for row in whole.samples for ext, m in row.members.items()}
+        saved = [row for path in (scratch / "out").glob("*.tar") for row in load_index(path).samples]
+        assert all(sums[row.key, ext] == m.crc32 for row in saved for ext, m in row.members.items())
+        assert {row.key for row in saved} | {fault.key for fault in report.lost} >= set(KEYS)
+
+
+def headers(tar: Path, size_bytes: int) -> list[int]:
+    try:
+        return [entry.header_offset for entry in walk_tar(tar)]
+    except ValueError:
+        return [0, size_bytes - 1]
+
+
+def test_real_videos_check_in_depth(real_videos: Path, tmp_path: Path) -> None:
+    """Shards of real videos, cut and flipped, are repaired to their whole samples."""
+    parts = []
+    for path in sorted((real_videos / "asl").glob("*.mkv"))[:4]:
+        parts.append((f"{path.stem}.mkv", path.read_bytes()))
+    tar = write_tar(tmp_path / "x.tar", parts)
+    assert check(tmp_path, deep=True).faults == []
+    rows = load_index(tar).samples
+    os.truncate(tar, rows[3].members["mkv"].offset + 5000)
+    change(tar, rows[1].members["mkv"].offset + 5000, b"damage")
+    report = repair(tmp_path, tmp_path.with_name("real_out"))
+    assert report.faults == [] and keys(report.out) == [rows[0].key, rows[2].key]
+
+
+def test_write_index_is_what_build_index_finds(folder: Path) -> None:
+    """An index that is built anew is the one that was there, byte for byte."""
+    path = index_path(folder / "val-0.tar")
+    text = path.read_text()
+    write_index(folder / "val-0.tar", build_index(folder / "val-0.tar"))
+    assert path.read_text() == text

@@ -1,0 +1,109 @@
+"""Sources are opened as one list of samples, or refused before any work. Run: pytest tests/data/test_index.py"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolkit.config import DataConfig
+from toolkit.data.format import index_path
+from toolkit.data.index import DatasetIndex, open_shards, open_sources
+from toolkit.data.pack import pack
+from toolkit.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def halves(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two folders of shards of different videos: one with val shards, one without; read only."""
+    folder = tmp_path_factory.mktemp("halves")
+    for name, numbers, holdout in (("a", range(4), 0.5), ("b", range(4, 6), 0.0)):
+        (folder / f"videos-{name}").mkdir()
+        for i in numbers:
+            shutil.copy(videos / f"v{i}.mp4", folder / f"videos-{name}")
+        pack(folder / f"videos-{name}", folder / name, clip_seconds=0.8, shard_mb=0.008, holdout=holdout)
+    return folder / "a", folder / "b"
+
+
+def mix(*sources: tuple[Path, int], split: Any = "train") -> DatasetIndex:
+    return open_sources(DataConfig(mix={str(folder): weight for folder, weight in sources}), split)
+
+
+def test_mix_joins_its_sources(halves: tuple[Path, Path]) -> None:
+    """Samples run over the sources one after another; each reads its own bytes."""
+    a, b = (open_shards(folder, "train") for folder in halves)
+    both = mix((halves[0], 3), (halves[1], 1))
+    assert both.rows == a.rows + b.rows and both.shards == a.shards + b.shards
+    assert both.shard_sizes == a.shard_sizes + b.shard_sizes
+    assert [source.weight for source in both.sources] == [3, 1]
+    for sample in (0, len(a), len(both) - 1):
+        alone, i = (a, sample) if sample < len(a) else (b, sample - len(a))
+        assert both.read(sample, "mp4") == alone.read(i, "mp4")
+
+
+def test_fingerprint_covers_sources_weights_and_their_order(halves: tuple[Path, Path]) -> None:
+    """Whatever changes what a run draws changes it; the folder's name, or a mix of one, does not."""
+    a, b = halves
+    prints = [mix(*sources).fingerprint for sources in (
+        [(a, 1), (b, 1)], [(a, 3), (b, 1)], [(a, 1), (b, 3)], [(b, 1), (a, 1)], [(a, 1)], [(b, 1)],
+    )]  # fmt: skip
+    assert len(set(prints)) == 6
+    assert mix((a, 7)).fingerprint == open_shards(a, "train").fingerprint
+
+
+def test_val_shards_of_those_that_have_any(halves: tuple[Path, Path]) -> None:
+    """A source that holds no clips out is passed over for validation, unless none does."""
+    a, b = halves
+    assert mix((a, 1), (b, 1), split="val").rows == open_shards(a, "val").rows
+    with pytest.raises(UserError, match="b holds no val shards .*--holdout"):
+        mix((b, 1), split="val")
+
+
+def test_same_data_twice_is_refused(halves: tuple[Path, Path], tmp_path: Path) -> None:
+    """By content, so another spelling, a link or a copy is seen too."""
+    folder = halves[0]
+    (tmp_path / "link").symlink_to(folder)
+    shutil.copytree(folder, tmp_path / "copy")
+    for other in (tmp_path / "link", tmp_path / "copy", folder / ".." / "a"):
+        with pytest.raises(UserError, match="data.mix: .* and .* hold the same shard; name it once"):
+            open_sources(DataConfig(mix={str(folder): 1, str(other): 2}), "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "program"), [(".packing", "pack"), (".publishing", "pack"), (".caching", "cache")]
+)  # fmt: skip
+def test_unfinished_folder_is_refused(packed: Path, tmp_path: Path, name: str, program: str) -> None:
+    """What a stopped packing or caching leaves is named, with what finishes it."""
+    folder = Path(shutil.copytree(packed, tmp_path / "shards"))
+    (folder / name).mkdir()
+    with pytest.raises(UserError, match=f"holds {name}; run the same python shards/{program}.py command again"):
+        open_shards(folder, "train")
+
+
+def test_another_tar_of_the_same_size_is_seen_at_start(packed: Path, tmp_path: Path) -> None:
+    """Size alone would not tell; the first and the last header are compared with the index."""
+    folder = Path(shutil.copytree(packed, tmp_path / "shards"))
+    tar = folder / "train-000000.tar"
+    whole = tar.read_bytes()
+    last = max(m.offset for row in open_shards(folder, "train").rows[:2] for m in row.members.values())
+    for offset in (0, last - 512):
+        for damage in (bytes(512), whole[offset + 512 : offset + 1024]):
+            tar.write_bytes(whole[:offset] + damage + whole[offset + 512 :])
+            with pytest.raises(UserError, match=f"train-000000.tar .* at offset {offset + 512} is another member"):
+                open_shards(folder, "train")
+    tar.write_bytes(whole)
+    assert len(open_shards(folder, "train")) == len(open_shards(packed, "train"))
+
+
+def test_cut_shard_is_seen_at_start(packed: Path, tmp_path: Path) -> None:
+    """Cut anywhere, with an index from before, it is refused by its size alone: nothing of it is read."""
+    folder = Path(shutil.copytree(packed, tmp_path / "shards"))
+    tar = folder / "train-000001.tar"
+    whole = tar.read_bytes()
+    assert index_path(tar).exists()
+    for size_bytes in [0, 1, 511, *range(512, len(whole), 1024), len(whole) - 512, len(whole) - 1]:
+        os.truncate(tar, size_bytes)
+        with pytest.raises(UserError, match=rf"train-000001.tar has {size_bytes} bytes .* the tar was cut"):
+            open_shards(folder, "train")
+        tar.write_bytes(whole)

@@ -1,0 +1,209 @@
+"""Any video people have is cut into clips that are whole and even, or skipped with the reason.
+
+Run: pytest tests/data/test_survey.py
+"""
+
+import io
+import os
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.conftest import HEIGHT_PX, WIDTH_PX, frame_numbers, numbered_frames
+from toolkit.data.index import open_shards
+from toolkit.data.motion import motion_score
+from toolkit.data.pack import pack
+from toolkit.data.small import iter_small
+from toolkit.data.survey import survey
+from toolkit.data.video import read_frames, write_video
+
+COUNT = 30
+# File, encoder, pixel format: what cameras, phones, browsers and editors write.
+KINDS = [
+    ("h264.mp4", "libx264", "yuv420p"),
+    ("full range.mov", "libx264", "yuvj420p"),
+    ("ten bit.mkv", "libx265", "yuv420p10le"),
+    ("hevc.mp4", "libx265", "yuv420p"),
+    ("vp9.webm", "libvpx-vp9", "yuv420p"),
+    ("av1.mkv", "libsvtav1", "yuv420p"),
+    ("old.avi", "mpeg4", "yuv420p"),
+    ("frames.avi", "mjpeg", "yuvj420p"),
+    ("lossless.mkv", "ffv1", "yuv444p"),
+    ("moving picture.gif", "gif", "rgb8"),
+]
+
+
+def mux(path: Path, frames: Iterable[np.ndarray], codec: str = "libx264", pixels: str = "yuv420p", **more: Any) -> None:
+    """Encode with everything a real file may have: sound, a second picture, its own times in ms, any tag."""
+    with av.open(str(path), "w") as container:
+        quality = {"crf": "12"} if codec.startswith("lib") else {"qscale": "2"}
+        stream: Any = container.add_stream(codec, rate=25, options=quality | {"x265-params": "log-level=none"})
+        sound: Any = container.add_stream("aac", rate=16000) if more.get("sound") else None
+        second: Any = container.add_stream("libx264", rate=25) if more.get("second") else None
+        if second is not None:
+            second.height, second.width, second.pix_fmt = 32, 32, "yuv420p"
+        for i, frame_HWC in enumerate(frames):
+            if i == 0:
+                stream.height, stream.width, stream.pix_fmt = *frame_HWC.shape[:2], pixels
+                stream.codec_context.color_trc = more.get("transfer", 2)
+                if pixels.startswith("yuvj"):
+                    stream.codec_context.color_range = 2
+                if "times_ms" in more:
+                    stream.codec_context.time_base = Fraction(1, 1000)
+            frame = av.VideoFrame.from_ndarray(frame_HWC, format="rgb24").reformat(
+                format=pixels, dst_color_range=2 if pixels.startswith("yuvj") else None
+            )
+            if "times_ms" in more:
+                frame.pts, frame.time_base = more["times_ms"][i], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+            if second is not None:
+                small = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+                container.mux(second.encode(small))
+        for other in filter(None, (stream, second)):
+            container.mux(other.encode(None))
+        if sound is not None:
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            samples.sample_rate = 16000
+            container.mux([*sound.encode(samples), *sound.encode(None)])
+
+
+def clips_of(path: Path, clip_seconds: float = 1e6) -> list[tuple[int, int, float]]:
+    found = survey(path, path.name, clip_seconds, None)
+    assert found.fault is None, found
+    return [(clip.first, clip.frames, clip.fps) for clip in found.clips]
+
+
+def test_every_kind_of_file_is_packed_frame_by_frame(tmp_path: Path) -> None:
+    """All containers, codecs, depths and ranges, with sound, odd names and links: each frame once, its colours kept."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name, codec, pixels in KINDS:
+        mux(videos / name, numbered_frames(range(COUNT), 3), codec, pixels)
+    mux(videos / "sound.mp4", numbered_frames(range(COUNT), 3), sound=True)
+    mux(videos / "two pictures.mkv", numbered_frames(range(COUNT), 3), second=True)
+    mux(videos / 'it\'s "1.5" $(x); \N{WAVING HAND SIGN}.mkv', numbered_frames(range(COUNT), 3))
+    odd_THWC = np.pad(numbered_frames(range(COUNT), 3), ((0, 0), (0, 1), (0, 1), (0, 0)), mode="edge")
+    mux(videos / "odd sides.mkv", odd_THWC, "ffv1", "yuv444p")
+    elsewhere = tmp_path / "elsewhere.mp4"
+    mux(elsewhere, numbered_frames(range(COUNT), 3))
+    (videos / "link.mp4").symlink_to(elsewhere)
+    report = pack(videos, tmp_path / "out", duplicate_distance=0)
+    assert report.skipped == [] and report.record.dropped == {}
+    packed = {}
+    for split in ("train", "val"):
+        index = open_shards(tmp_path / "out", split)
+        for i, row in enumerate(index.rows):
+            frames_THWC = read_frames(index.read(i, "mp4"))
+            assert frame_numbers(frames_THWC) == list(range(COUNT)), row.clip.source
+            assert frames_THWC.shape[1:3] == (row.clip.height, row.clip.width) == (HEIGHT_PX, WIDTH_PX)
+            stripe = frames_THWC[:, 36:44].mean((1, 2))  # the mean, for GIF paints grey in dots of its few colours
+            assert abs(stripe - 100).max() <= 5, (row.clip.source, stripe)
+            packed[row.clip.source] = row.clip.fps
+    assert packed == dict.fromkeys((path.name for path in videos.iterdir()), 25.0)
+
+
+def test_turned_and_wide_pixels_are_packed_as_displayed(tmp_path: Path) -> None:
+    """A phone's turned video comes upright, and pixels that are twice as wide as high come square, by halving the height."""
+    frames_THWC = np.zeros((5, 64, 128, 3), np.uint8)
+    frames_THWC[:, :, :64] = np.arange(100, 200, 20, dtype=np.uint8)[:, None, None, None]
+    for name, shape in (("turned.mp4", (128, 64)), ("wide.mp4", (32, 128))):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream: Any = container.add_stream("libx264", rate=25)
+            stream.height, stream.width, stream.pix_fmt = 64, 128, "yuv420p"
+            if name == "turned.mp4":
+                stream.set_display_rotation(-90)
+            else:
+                stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
+            for frame_HWC in frames_THWC:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
+            container.mux(stream.encode(None))
+        clip = survey(tmp_path / name, name, 4.0, None).clips[0]
+        assert (clip.height_px, clip.width_px) == shape
+        small = next(iter_small(tmp_path / name))
+        assert abs(small.luma_HW.shape[1] / small.luma_HW.shape[0] - shape[1] / shape[0]) < 0.1
+        upper, lower = small.luma_HW[:48].mean(), small.luma_HW[-48:].mean()
+        assert (upper > 80 > 10 > lower) if name == "turned.mp4" else abs(upper - lower) < 5
+
+
+def test_time_is_even_inside_every_clip(tmp_path: Path) -> None:
+    """Where frames are missing the clip ends; each part keeps its own rate, and no frame is made up or lost."""
+    steps_ms = [40] * 10 + [200] + [40] * 9 + [120] + [41, 39] * 5
+    times_ms = np.cumsum([500, *steps_ms]).tolist()
+    path = tmp_path / "gaps.mkv"
+    mux(path, numbered_frames(range(len(times_ms))), times_ms=times_ms)
+    assert clips_of(path) == [(0, 11, 25.0), (11, 10, 25.0), (21, 11, 25.0)]
+    assert [clip.start_s for clip in survey(path, "", 1e6, None).clips] == [0, 0.6, 1.08]
+    slow = tmp_path / "slow.mkv"
+    mux(slow, numbered_frames(range(12)), times_ms=list(range(0, 1200, 100)))  # though 25 frames/s are announced
+    assert clips_of(slow) == [(0, 12, 10.0)]
+
+
+def test_what_cannot_be_used_is_skipped_with_its_reason(tmp_path: Path) -> None:
+    """Nothing, text, a still, one frame, a cut file, a link to nowhere, PQ: a fault each, and no clip."""
+    good = tmp_path / "good.mp4"
+    mux(good, numbered_frames(range(COUNT)))
+    Image.new("RGB", (64, 64)).save(tmp_path / "still.png")
+    os.rename(tmp_path / "still.png", tmp_path / "still.mp4")
+    mux(tmp_path / "one.mp4", numbered_frames(range(1)))
+    mux(tmp_path / "pq.mkv", numbered_frames(range(9)), "libx265", "yuv420p10le", transfer=16)
+    mux(tmp_path / "hlg.mkv", numbered_frames(range(9)), "libx265", "yuv420p10le", transfer=18)
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mkv").write_text("no video")
+    (tmp_path / "cut.mp4").write_bytes(good.read_bytes()[:900])
+    (tmp_path / "nowhere.mp4").symlink_to(tmp_path / "gone.mp4")
+    faults = {
+        "empty.mp4": "Invalid data", "text.mkv": "Invalid data", "still.mp4": "1 frames", "one.mp4": "has 1 frames",
+        "cut.mp4": "", "nowhere.mp4": "No such file", "pq.mkv": "is HDR (PQ",
+    }  # fmt: skip
+    for name, fault in faults.items():
+        found = survey(tmp_path / name, name, 4.0, None)
+        assert found.clips == () and found.fault is not None and fault in found.fault, (name, found)
+        assert str(tmp_path) not in found.fault
+    assert survey(tmp_path / "hlg.mkv", "", 4.0, None).fault is None
+
+
+def test_a_damaged_video_gives_what_stands_before_the_damage(tmp_path: Path) -> None:
+    """The clips before it are kept and numbered as ever, and the fault says where it stopped."""
+    path = tmp_path / "damaged.mkv"
+    mux(path, numbered_frames(range(28)), "mjpeg", "yuvj420p")
+    whole = clips_of(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 :] = b"\0" * (len(data) - len(data) // 2)
+    path.write_bytes(data)
+    found = survey(path, path.name, 1e6, None)
+    assert whole[0][:2] == (0, 28) and found.clips[0].first == 0 and 8 < found.clips[0].frames < 20
+
+
+def test_scores_are_their_formulas(tmp_path: Path) -> None:
+    """Motion is 4 x the mean luma change per second, between 1 and 255; brightness the mean luma."""
+    assert motion_score([2, 2, 2], 10) == 80 and motion_score([0, 0], 25) == 1 and motion_score([99], 25) == 255
+    levels = [100, 102, 100, 102, 104, 102]
+    frames_THWC = np.stack([np.full((64, 96, 3), level, np.uint8) for level in levels])
+    write_video(tmp_path / "grey.mp4", frames_THWC, 10, crf=1)
+    clip = survey(tmp_path / "grey.mp4", "", 4.0, None).clips[0]
+    assert clip.motion == pytest.approx(80, abs=8) and clip.brightness == pytest.approx(np.mean(levels), abs=1)
+
+
+def test_pictures_show_first_middle_and_last(tmp_path: Path) -> None:
+    """One JPEG, 96 px high, whose three parts show the frames of those numbers, in colour."""
+    colours = np.zeros((21, 48, 64, 3), np.uint8)
+    colours[:10, ..., 0], colours[10, ..., 1], colours[11:, ..., 2] = 200, 200, 200
+    write_video(tmp_path / "colours.mp4", colours, 25)
+    (clip,) = survey(tmp_path / "colours.mp4", "", 1e6, None).clips  # one, for a flash is no cut
+    strip_HWC = np.asarray(Image.open(io.BytesIO(clip.picture)))
+    assert strip_HWC.shape[0] == 96 and abs(strip_HWC.shape[1] - 3 * 128) <= 6
+    shown = [part.mean((0, 1)) for part in np.array_split(strip_HWC, 3, axis=1)]
+    assert [part.argmax() for part in shown] == [0, 1, 2] and all(part.max() > 150 for part in shown)
+
+
+def test_a_survey_depends_on_nothing_but_the_video(tmp_path: Path) -> None:
+    """Twice the same, under any path."""
+    mux(tmp_path / "a.mp4", numbered_frames(range(COUNT)))
+    os.link(tmp_path / "a.mp4", tmp_path / "b.mp4")
+    assert survey(tmp_path / "a.mp4", "x", 0.5, 0.2) == survey(tmp_path / "b.mp4", "x", 0.5, 0.2)

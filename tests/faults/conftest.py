@@ -1,0 +1,64 @@
+"""How long the fault tests run, and what each of them counted. Run: pytest tests/faults --long
+
+Short by default, as a part of all tests. Long, one line is printed per test, and the rows stand in runs/faults.json.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pytest
+
+REPORT = Path(__file__).resolve().parents[2] / "runs/faults.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One test: passed of trials, and how long all of them took."""
+
+    name: str
+    trials: int
+    passed: int
+    seconds: float
+
+
+ROWS = pytest.StashKey[list[Row]]()
+
+
+@dataclass
+class Faults:
+    """What a test asks for its number of trials, and tells how many passed."""
+
+    long: bool
+    rows: list[Row]
+    started_s: float = field(default_factory=time.monotonic)
+
+    def trials(self, short: int, long: int) -> int:
+        return long if self.long else short
+
+    def row(self, name: str, trials: int, passed: int) -> None:
+        """Record a test; it asserts passed == trials afterwards, so that the row stands there when it fails, too."""
+        self.rows.append(Row(name, trials, passed, round(time.monotonic() - self.started_s, 1)))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the fault tests in full, as `make faults` runs them")
+
+
+@pytest.fixture
+def faults(request: pytest.FixtureRequest) -> Iterator[Faults]:
+    # Without this folder on the command line pytest reads this file too late to know the option.
+    yield Faults(request.config.getoption("--long", False), request.config.stash.setdefault(ROWS, []))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash.get(ROWS, [])
+    if not rows or not config.getoption("--long", False):
+        return
+    terminalreporter.section("name, trials, passed")
+    for row in rows:
+        terminalreporter.line(f"{row.name:48} {row.trials:6} {row.passed:6}")
+    REPORT.parent.mkdir(exist_ok=True)
+    REPORT.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

@@ -1,0 +1,159 @@
+"""Which clips of the surveyed videos go where: dropped with a reason, or kept for train or val under a key.
+
+Test: pytest tests/data/test_screen.py
+
+A plan depends on the surveys and the settings alone, so every process of every machine makes the same one.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from toolkit.data.screen import find_duplicates
+from toolkit.data.shots import MIN_FRAMES
+from toolkit.data.survey import ClipFacts, Survey
+from toolkit.data.video import MAX_MEMBER_PIXELS
+
+_MIN_SIDE_PX = 16
+
+
+class PackSettings(BaseModel):
+    """All that decides what a packing gives; what each means stands in shards/pack.py."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    clip_seconds: float = Field(default=4.0, gt=0)
+    stride_seconds: float | None = Field(default=None, gt=0)
+    holdout: float = Field(default=0.2, ge=0, lt=1)
+    short_side: int | None = Field(default=None, ge=_MIN_SIDE_PX)
+    aspects: str | None = None
+    gop: int = Field(default=12, ge=1, le=12)
+    min_frames: int = Field(default=MIN_FRAMES, ge=MIN_FRAMES)
+    min_motion: float = Field(default=8.0, ge=0)
+    min_brightness: float = Field(default=12.0, ge=0)
+    min_sharpness: float = Field(default=0.35, ge=0)
+    duplicate_distance: float = Field(default=2.5, ge=0)
+    shard_mb: float = Field(default=256.0, gt=0)
+
+    @field_validator("aspects")
+    @classmethod
+    def _readable(cls, aspects: str | None) -> str | None:
+        for part in [] if aspects is None else aspects.split(","):
+            if not re.fullmatch(r"[1-9]\d{0,2}:[1-9]\d{0,2}", part.strip()):
+                raise ValueError("must be widths to heights, like 1:1 or 16:9,1:1,9:16")
+        return aspects
+
+
+@dataclass(frozen=True)
+class PlannedClip:
+    """One clip of a source: kept if reason is None. box_px is cut from its middle, then scaled to size_px."""
+
+    key: str
+    source: str
+    split: str
+    facts: ClipFacts
+    box_px: tuple[int, int]
+    size_px: tuple[int, int]
+    reason: str | None
+
+
+def make_plan(surveys: Sequence[Survey], settings: PackSettings) -> list[PlannedClip]:
+    """Decide about every clip of every survey, sources in the order of a hash of their names."""
+    surveys = sorted(surveys, key=lambda survey: name_hash(survey.name))
+    keys = name_keys([survey.name for survey in surveys])
+    found = [(survey.name, part, clip) for survey in surveys for part, clip in enumerate(survey.clips)]
+    frames = [fit(clip.height_px, clip.width_px, settings) for _, _, clip in found]
+    reasons = [_fault(clip, size_px, settings) for (_, _, clip), (_, size_px) in zip(found, frames, strict=True)]
+    _mark_duplicates([clip for _, _, clip in found], reasons, settings.duplicate_distance)
+    usable = {name for (name, _, _), reason in zip(found, reasons, strict=True) if reason is None}
+    held_out = split_sources([survey.name for survey in surveys if survey.name in usable], settings.holdout)
+    return [
+        PlannedClip(
+            key=f"{keys[name]}_{part:04d}",
+            source=name,
+            split="val" if name in held_out else "train",
+            facts=clip,
+            box_px=box_px,
+            size_px=size_px,
+            reason=reason,
+        )
+        for (name, part, clip), (box_px, size_px), reason in zip(found, frames, reasons, strict=True)
+    ]
+
+
+def split_sources(names: Sequence[str], holdout: float) -> set[str]:
+    """Choose the videos held out: the first in hash order, about `holdout` of them, leaving at least one to each."""
+    if len(names) < 2 or holdout == 0:
+        return set()
+    count = min(max(1, round(holdout * len(names))), len(names) - 1)
+    return set(sorted(names, key=name_hash)[:count])
+
+
+def name_hash(name: str) -> str:
+    """Hash the path of a video within its folder, as hex digits."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def name_keys(names: Sequence[str]) -> dict[str, str]:
+    """Name each video as its clips' keys begin: what its file is called, and as many digits of its hash as tell it apart."""
+    slugs = {name: re.sub(r"[^a-z0-9]+", "-", Path(name).stem.lower()).strip("-")[:40] or "video" for name in names}
+    for digits in range(6, 65):
+        keys = {name: f"{slug}_{name_hash(name)[:digits]}" for name, slug in slugs.items()}
+        if len(set(keys.values())) == len(keys):
+            break
+    return keys
+
+
+def fit(height_px: int, width_px: int, settings: PackSettings) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Find the box to cut from the middle of a frame, and the size to scale it to: even sides, as 4:2:0 needs, never larger.
+
+    Both are height, width in px. Boxes of one aspect and short side all come to one size. What is larger than a shard
+    may hold is scaled down to that.
+    """
+    aspect = Fraction(width_px, height_px)
+    if settings.aspects is not None:
+        offered = [Fraction(*map(int, part.split(":"))) for part in settings.aspects.split(",")]
+        aspect = min(offered, key=lambda other: max(other / aspect, aspect / other))
+    box_height_px = min(Fraction(height_px), width_px / aspect)
+    box_px = _even(box_height_px), _even(box_height_px * aspect)
+    shorter_px = min(box_height_px, box_height_px * aspect)
+    readable = Fraction(math.sqrt(MAX_MEMBER_PIXELS / (box_height_px**2 * aspect)))
+    scale = min(Fraction(1), Fraction(settings.short_side or shorter_px) / shorter_px, readable)
+    return box_px, (_even(box_height_px * scale), _even(box_height_px * aspect * scale))
+
+
+def _even(side_px: Fraction) -> int:
+    return int(side_px / 2) * 2
+
+
+def _fault(clip: ClipFacts, size_px: tuple[int, int], settings: PackSettings) -> str | None:
+    """Say why a clip cannot be used, judged by itself."""
+    if clip.frames < settings.min_frames:
+        return f"too short: {clip.frames} frames is below {settings.min_frames}"
+    if min(size_px) < _MIN_SIDE_PX:
+        return f"too small: {size_px[1]} x {size_px[0]} px has a side below {_MIN_SIDE_PX}"
+    if clip.brightness < settings.min_brightness:
+        return f"near-black: brightness {clip.brightness:g} is below {settings.min_brightness:g}"
+    if clip.motion < settings.min_motion:
+        return f"near-static: motion {clip.motion:g} is below {settings.min_motion:g}"
+    if clip.sharpness < settings.min_sharpness:
+        return f"blurred: sharpness {clip.sharpness:g} is below {settings.min_sharpness:g}"
+    return None
+
+
+def _mark_duplicates(clips: list[ClipFacts], reasons: list[str | None], distance: float) -> None:
+    """Give a reason to each clip without one that repeats an earlier clip without one."""
+    rest = [i for i, reason in enumerate(reasons) if reason is None]
+    if not distance or not rest:
+        return
+    signatures_NP = np.stack([np.frombuffer(clips[i].signature, np.uint8) for i in rest])
+    for i, gap in zip(rest, find_duplicates(signatures_NP, distance), strict=True):
+        if gap is not None:
+            reasons[i] = f"duplicate: difference {gap:.2f} is below {distance:g}"

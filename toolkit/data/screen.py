@@ -1,0 +1,62 @@
+"""What keeps a clip out of a data set: too short, near-static, near-black, blurred, or the same as another.
+
+Test: pytest tests/data/test_screen.py
+"""
+
+import numpy as np
+from PIL import Image
+
+SIGNATURE_FRAMES, SIGNATURE_SIDE = 5, 16
+_BLUR_WIDTH = 9
+
+
+def sharpness(luma_HW: np.ndarray) -> float:
+    """Measure from 0 (blurred) to 1 how much detail a blur would take away.
+
+    One minus the blur of F. Crete et al., "The blur effect", 2007: what is sharp loses most of its differences between
+    neighbouring pixels when it is blurred, what is blurred already loses few; so contrast and content matter little.
+    A picture without any difference has nothing to be blurred and counts as sharp.
+    """
+    luma_HW = luma_HW.astype(np.float32)
+    return min(_kept_sharp(luma_HW), _kept_sharp(luma_HW.T))
+
+
+def _kept_sharp(luma_HW: np.ndarray) -> float:
+    """The share of the differences between neighbours in a column that a blur along the column takes away."""
+    sums = np.cumsum(np.pad(luma_HW, ((_BLUR_WIDTH // 2 + 1, _BLUR_WIDTH // 2), (0, 0)), mode="edge"), axis=0)
+    blurred_HW = (sums[_BLUR_WIDTH:] - sums[:-_BLUR_WIDTH]) / _BLUR_WIDTH
+    before, after = np.abs(np.diff(luma_HW, axis=0)), np.abs(np.diff(blurred_HW, axis=0))
+    total = float(before.sum())
+    return float(np.maximum(before - after, 0).sum()) / total if total > 0 else 1.0
+
+
+def blocks(luma_HW: np.ndarray) -> np.ndarray:
+    """Average a frame's luma over 16 x 16 blocks: uint8 (16, 16)."""
+    return np.asarray(Image.fromarray(luma_HW).resize((SIGNATURE_SIDE, SIGNATURE_SIDE), Image.Resampling.BOX))
+
+
+def find_duplicates(signatures_NP: np.ndarray, distance: float) -> list[float | None]:
+    """For each clip in order, measure how near it comes to one that is kept before it; None if it repeats none.
+
+    signatures_NP  uint8, P luma blocks of each clip
+    distance       root mean square difference of luma below which two clips are the same
+    """
+    count, pixels = signatures_NP.shape
+    # Means over groups of blocks differ no more than the blocks: whoever is apart there needs no closer look.
+    coarse_NP = signatures_NP.reshape(count, SIGNATURE_FRAMES, 4, SIGNATURE_SIDE // 4, 4, SIGNATURE_SIDE // 4)
+    coarse_NP = coarse_NP.mean((3, 5), dtype=np.float32).reshape(count, -1)
+    means = coarse_NP.mean(1)
+    kept = np.empty(count, np.int64)
+    kept_means = np.empty(count, np.float32)
+    kept_count = 0
+    repeats: list[float | None] = []
+    for clip in range(count):
+        near = kept[:kept_count][np.abs(kept_means[:kept_count] - means[clip]) < distance]
+        near = near[((coarse_NP[near] - coarse_NP[clip]) ** 2).mean(1) < distance**2]
+        gaps = signatures_NP[near].astype(np.int16) - signatures_NP[clip]
+        apart = float(np.sqrt((gaps.astype(np.float32) ** 2).mean(1).min(initial=np.inf)))
+        repeats.append(apart if apart < distance else None)
+        if apart >= distance:
+            kept[kept_count], kept_means[kept_count] = clip, means[clip]
+            kept_count += 1
+    return repeats

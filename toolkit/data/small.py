@@ -1,0 +1,75 @@
+"""Every frame of a video, scaled down to be judged instead of shown: far cheaper than RGB of full size.
+
+Test: pytest tests/data/test_survey.py
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+
+from toolkit.data.video import open_video, square_size
+
+_SMALL_HEIGHT_PX, _DETAIL_HEIGHT_PX, _DETAIL_EVERY = 128, 256, 8
+
+
+@dataclass(frozen=True)
+class SmallFrame:
+    """A frame scaled down to be judged, uint8 and upright; height_px and width_px are those of the frame itself.
+
+    luma_HW     128 px high
+    chroma_CHW  its two planes, 64 px high
+    detail_HW   luma up to 256 px high, of every eighth frame
+    """
+
+    time_s: float
+    height_px: int
+    width_px: int
+    luma_HW: np.ndarray
+    chroma_CHW: np.ndarray
+    detail_HW: np.ndarray | None
+
+
+def iter_small(path: Path) -> Iterator[SmallFrame]:
+    """Decode from the first frame to the last, yielding what a survey looks at. Raises VideoError, also in mid-file."""
+    with open_video(path, None) as (container, stream):
+        small, detail = VideoReformatter(), VideoReformatter()
+        rate = stream.average_rate or stream.guessed_rate
+        for number, frame in enumerate(container.decode(stream)):
+            width_px, height_px = square_size(frame, stream)
+            if frame.rotation % 180:
+                width_px, height_px = height_px, width_px
+            luma_HW, chroma_CHW = _planes(frame, small, _SMALL_HEIGHT_PX, width_px / height_px)
+            detail_HW = None
+            if number % _DETAIL_EVERY == 0:
+                detail_height_px = min(_DETAIL_HEIGHT_PX, max(2, height_px & ~1))
+                detail_HW, _ = _planes(frame, detail, detail_height_px, width_px / height_px)
+            # An AVI has no display times; its frames come evenly.
+            time_s = frame.time if frame.time is not None else float(number / rate)
+            yield SmallFrame(time_s, height_px, width_px, luma_HW, chroma_CHW, detail_HW)
+
+
+def _planes(
+    frame: VideoFrame, reformatter: VideoReformatter, height_px: int, aspect: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scale an upright frame to an even height in px: luma_HW and chroma_CHW of half its sides."""
+    width_px = min(8 * height_px, max(8, round(height_px * aspect / 4) * 4))  # halves twice
+    if frame.rotation % 180:
+        width_px, height_px = height_px, width_px
+    small = reformatter.reformat(
+        frame,
+        width_px,
+        height_px,
+        format="yuv420p",
+        dst_color_range=ColorRange.JPEG,
+        interpolation=Interpolation.AREA,
+        threads=1,
+    )
+    samples = small.to_ndarray().reshape(-1)
+    luma_HW = samples[: height_px * width_px].reshape(height_px, width_px)
+    chroma_CHW = samples[height_px * width_px :].reshape(2, height_px // 2, width_px // 2)
+    turns = frame.rotation // 90
+    return np.rot90(luma_HW, turns), np.rot90(chroma_CHW, turns, axes=(1, 2))

@@ -1,0 +1,160 @@
+"""The half-done packing inside the folder it is for: begun once, gone on with by the same command, published whole.
+
+Test: pytest tests/data/test_pack.py
+
+    OUT/.packing/   job.json  survey/*.json  clips/*.tar  then the shards, report.html and pack.json
+    OUT/.publishing what .packing becomes when all is there: whoever renames it publishes
+"""
+
+import errno
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from toolkit.data.format import index_path
+from toolkit.data.plan import PackSettings
+from toolkit.errors import UserError
+
+PACK_VERSION = 1  # bump when the same videos and settings would give other clips
+STAGING, RECORD, REPORT = ".packing", "pack.json", "report.html"
+_PUBLISHING, _JOB = ".publishing", "job.json"
+
+
+class Job(BaseModel):
+    """What decides the bytes of a packing: two commands with one job may work on one folder.
+
+    videos  size in bytes of each, by its path within the folder
+    words   sha256 of the captions and labels
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = PACK_VERSION
+    settings: PackSettings
+    videos: dict[str, int]
+    words: str
+
+    def difference(self, other: "Job") -> str:
+        """Say what distinguishes another job from this one."""
+        settings, others = self.settings.model_dump(), other.settings.model_dump()
+        changed = [
+            f"{key} {others[key]} instead of {settings[key]}" for key in settings if settings[key] != others[key]
+        ]
+        names = sorted(name for name, _ in self.videos.items() ^ other.videos.items())
+        if names:
+            changed.append(f"other videos ({names[0]})")
+        if self.words != other.words:
+            changed.append("other captions")
+        return ", ".join(changed) or "another version of this program"
+
+
+class Record(BaseModel):
+    """The content of OUT/pack.json: what a finished packing was asked for and made."""
+
+    job: Job
+    shards: tuple[str, ...]
+    train: int
+    val: int
+    seconds: float
+    dropped: dict[str, int]
+    sources: int
+    skipped: tuple[tuple[str, str], ...]
+
+
+def open_staging(out: Path, job: Job, overwrite: bool, alone: bool) -> Path | None:
+    """Make or find the half-done packing of a job in `out`; None if this very job is finished there.
+
+    alone   no other machine works on it, so that --overwrite may remove the half-done packing of another job
+    raises  UserError if `out` holds something else
+    """
+    staging, job_file = out / STAGING, out / STAGING / _JOB
+    finish_publishing(out)
+    begun = staging.is_dir() and any(path.suffix != ".tmp" for path in staging.iterdir())
+    if not begun and (record := load_record(out)) is not None and record.job == job:
+        return None
+    _refuse_foreign(out, overwrite)
+    if begun and (found := _load_job(job_file)) != job:
+        difference = found.difference(job) if found else "another version of this program"
+        if not (overwrite and alone):
+            remedy = "or --overwrite to start anew" if alone else f"or delete {staging} to start anew"
+            raise UserError(
+                f"{out} holds a half-done packing, and this command differs ({difference}); give the same command to "
+                f"go on, {remedy}"
+            )
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True, exist_ok=True)
+    with written_aside(job_file) as file:
+        file.write(job.model_dump_json(indent=1).encode())
+    for folder in ("survey", "clips"):
+        (staging / folder).mkdir(exist_ok=True)
+    return staging
+
+
+def publish(staging: Path, out: Path) -> None:
+    """Put a whole packing in place of what is in `out`; of several that try at once, one does."""
+    try:
+        os.rename(staging, out / _PUBLISHING)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    finish_publishing(out)
+
+
+def finish_publishing(out: Path) -> None:
+    """Move what a claimed packing holds into place, from wherever a publisher was stopped: every step may come twice."""
+    publishing = out / _PUBLISHING
+    record = load_record(publishing)
+    if record is not None:
+        tars = [out / shard for shard in record.shards]
+        fresh = {*tars, *map(index_path, tars)}
+        for old in {*out.glob("*.tar"), *out.glob("*.index.json")} - fresh:
+            old.unlink(missing_ok=True)
+        for path in (*(path for tar in tars for path in (index_path(tar), tar)), out / REPORT, out / RECORD):
+            with suppress(FileNotFoundError):
+                os.replace(publishing / path.name, path)
+    shutil.rmtree(publishing, ignore_errors=True)
+
+
+def load_record(folder: Path) -> Record | None:
+    """Read the record of a finished packing, if a folder holds one that can be read."""
+    try:
+        return Record.model_validate_json((folder / RECORD).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears under its name only when all of it is written and synced."""
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _load_job(path: Path) -> Job | None:
+    try:
+        return Job.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _refuse_foreign(out: Path, overwrite: bool) -> None:
+    present = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    shards = [name for name in present if name.endswith((".tar", ".index.json"))]
+    foreign = [name for name in present if name not in (*shards, STAGING, RECORD, REPORT)]
+    if foreign:
+        raise UserError(f"{out} holds files that are not shards ({foreign[0]}); give a new or empty folder")
+    if shards and not overwrite:
+        raise UserError(f"{out} already holds shards; give another folder, or --overwrite to replace them")

@@ -1,0 +1,337 @@
+"""Encodes the training clips of a folder once: videos -> the VAE's posteriors and CLIP's tokens, shard for shard.
+
+Test: pytest tests/run/test_cache.py
+
+Every frame of a clip is kept, so a run draws its windows from cached shards exactly as from the videos. Each clip is one
+file of OUT/.caching until all are there, so the work can be cut among ranks and machines, and killed and gone on with; the
+last one to finish joins the files to shards. Clip i of a cached shard is clip i of its source: the order stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import sys
+import tarfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from tqdm import tqdm
+
+from toolkit.config import ModelConfig, RunConfig
+from toolkit.data.clips import ClipSettings, Crop, decode_frames, draw_crop
+from toolkit.data.format import BadSample, SampleRow, build_index, index_path, write_index
+from toolkit.data.index import DatasetIndex, open_shards
+from toolkit.data.latents import pack_latents
+from toolkit.engine.world import World, init_world
+from toolkit.errors import UserError
+from toolkit.model.base import PRECISIONS, find_encoder_files, load_encoders
+from toolkit.model.encoders import embed_stills, encode_frames
+from toolkit.model.sources import fingerprint_files
+from toolkit.run.folder import replace_text
+from toolkit.run.framer import to_signed
+from toolkit.run.pretrain import find_base
+
+INFO_FILE = "cache.json"
+STAGING, CLAIMED = ".caching", ".publishing"
+
+
+class CacheInfo(BaseModel):
+    """All that the latents depend on, and the content of cache.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    base: str  # as it was named, for people; the two hashes are what counts
+    vae: str
+    image_encoder: str
+    source: str  # the folder's name, for people
+    source_fingerprint: str
+    height: int
+    width: int
+    variants: int
+    flip: bool
+    random_crop: float
+    precision: Literal["bf16", "fp32"]
+
+    @property
+    def key(self) -> str:
+        """Name a cache by what it depends on: 8 hex digits."""
+        return hashlib.sha256(self.model_dump_json(exclude={"base", "source"}).encode()).hexdigest()[:8]
+
+
+def cache_shards(
+    shards: str,
+    base: str,
+    out: str | None = None,
+    height: int = 576,
+    width: int = 576,
+    variants: int = 1,
+    flip: bool = False,
+    random_crop: float = 0.0,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    part: str = "1/1",
+) -> str:
+    """Encode this rank's and part's share of the training clips, and join all of them when they are complete.
+
+    returns  what was done, for people
+    raises   UserError for options that make no sense, or an `out` that holds something else
+    """
+    first, parts = parse_part(part)
+    check_options(height, width, variants, flip, random_crop)
+    index = open_shards(shards, "train")
+    if index.cached:
+        raise UserError(f"{shards} is a cache already; give the folder of the videos' shards")
+    with closing(init_world()) as world:
+        model = find_base(ModelConfig(base=base), world)
+        vae, image_encoder = (fingerprint_files(files) for files in find_encoder_files(model))
+        info = CacheInfo(
+            base=base, vae=vae, image_encoder=image_encoder, source=str(shards), source_fingerprint=index.fingerprint,
+            height=height, width=width, variants=variants, flip=flip, random_crop=random_crop, precision=precision,
+        )  # fmt: skip
+        folder = Path(out if out is not None else f"{str(shards).rstrip('/')}-{height}x{width}-{info.key}")
+        if read_info(folder) == info and not (folder / CLAIMED).exists():
+            return f"{folder} is complete; train on it with --data.shards {folder}"
+        staging = open_staging(folder, info)
+        share = range(first * world.size + world.rank, len(index), parts * world.size)
+        if world.is_main:
+            print(
+                f"{len(index):,} clips, {len(share):,} of them here, to {folder}; the same command resumes", flush=True
+            )
+        if staging.name == STAGING:
+            encode_share(index, share, info, model, staging, world)
+        world.barrier()
+        done = join_clips(index, info, folder, shards) if world.is_main else ""
+        world.barrier()
+        return f"part {part} is done; the part that ends last joins all to shards" if done is None else done
+
+
+def parse_part(part: str) -> tuple[int, int]:
+    """Read "i/N", i from 1 to N, as (i - 1, N)."""
+    first, _, parts = str(part).partition("/")
+    if not (first.isdecimal() and parts.isdecimal() and 1 <= int(first) <= int(parts)):
+        raise UserError(f"part is {part}; give i/N with i from 1 to N, such as 2/4")
+    return int(first) - 1, int(parts)
+
+
+def check_options(height: int, width: int, variants: int, flip: bool, random_crop: float) -> None:
+    """Refuse what no training run could use."""
+    if height % 8 or width % 8 or not 16 <= height <= 2048 or not 16 <= width <= 2048:
+        raise UserError(f"height x width is {height}x{width}; both must be multiples of 8 from 16 to 2048")
+    if not 0 <= random_crop <= 0.5:
+        raise UserError(f"random_crop is {random_crop}; it must be a share from 0 to 0.5")
+    if not 1 <= variants <= 64 or (variants > 1) != (flip or random_crop > 0):
+        raise UserError(
+            f"variants is {variants}; give 2 to 64 with flip or random_crop, which tell them apart, and 1 without"
+        )
+
+
+def open_staging(folder: Path, info: CacheInfo) -> Path:
+    """Make or find the folder of single clips. Raises UserError if `folder` holds anything but this very cache."""
+    staging = folder / STAGING
+    if (folder / CLAIMED).exists():
+        staging = folder / CLAIMED
+    elif not staging.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} holds something else; give another --out, or delete it")
+        aside = folder / f"{STAGING}.{os.getpid()}"
+        aside.mkdir(parents=True)
+        replace_text(aside / INFO_FILE, info.model_dump_json(indent=1))
+        try:
+            aside.rename(staging)
+        except OSError:  # another rank or part was first
+            shutil.rmtree(aside)
+    if read_info(staging) != info:
+        raise UserError(f"{folder} was begun with other settings or videos; give another --out, or delete it")
+    return staging
+
+
+def encode_share(
+    index: DatasetIndex, share: range, info: CacheInfo, model: ModelConfig, staging: Path, world: World
+) -> None:
+    """Encode each clip of a share that has no file yet."""
+    missing = [sample for sample in share if not any(path.exists() for path in clip_files(staging, sample))]
+    if not missing:
+        return
+    vae, image_encoder = load_encoders(model, world.device, info.precision)
+    for sample in tqdm(missing, unit="clip", desc="encode", disable=None if world.is_main else True):
+        encoded, bad = clip_files(staging, sample)
+        try:
+            _replace_bytes(encoded, encode_clip(index, sample, info, vae, image_encoder, world.device))
+        except BadSample as error:
+            print(f"{index.shards[sample].name}: {error}", file=sys.stderr)
+            _replace_bytes(bad, str(error).encode())
+
+
+def clip_files(staging: Path, sample: int) -> tuple[Path, Path]:
+    """Where a clip's latents are kept, or the reason why there are none."""
+    return staging / f"{sample:08d}.safetensors", staging / f"{sample:08d}.bad"
+
+
+@torch.no_grad()
+def encode_clip(
+    index: DatasetIndex, sample: int, info: CacheInfo, vae: object, image_encoder: object, device: torch.device
+) -> bytes:
+    """Decode and encode all frames of all variants of a clip. Raises BadSample if the video cannot be read."""
+    settings = ClipSettings(1, info.height, info.width, flip=info.flip, random_crop=info.random_crop)
+    dtype, purpose = PRECISIONS[info.precision], f"cache/{index.rows[sample].key}"
+    variants = []
+    for variant in range(info.variants):
+        crop = draw_crop(settings, 0, variant, purpose) if variant else Crop()
+        frames_THWC = torch.from_numpy(decode_frames(index, sample, None, settings, crop))
+        rows = []
+        for frame_HWC in frames_THWC:  # one at a time, as training encodes them: batched kernels round differently
+            frame_11CHW = to_signed(frame_HWC[None, None].to(device))
+            mean, std = encode_frames(vae, frame_11CHW)
+            rows.append([part[0, 0].to("cpu", dtype) for part in (mean, std, embed_stills(image_encoder, frame_11CHW))])
+        variants.append([torch.stack(part) for part in zip(*rows, strict=True)])
+    mean_VTCHW, std_VTCHW, tokens_VTD = (torch.stack(part) for part in zip(*variants, strict=True))
+    return pack_latents(mean_VTCHW, std_VTCHW, tokens_VTD)
+
+
+def join_clips(index: DatasetIndex, info: CacheInfo, folder: Path, source: str) -> str | None:
+    """Join the clips' files to shards, if all are there and nobody else does; returns what came out."""
+    staging, claimed = folder / STAGING, folder / CLAIMED
+    if not claimed.exists():
+        if not all(any(path.exists() for path in clip_files(staging, sample)) for sample in range(len(index))):
+            return None
+        try:
+            staging.rename(claimed)  # exactly one process gets this done
+        except OSError:
+            return None
+    for tar, samples in _by_shard(index):
+        target = folder / tar.name
+        if index_path(target).exists():
+            continue
+        aside = claimed / tar.name
+        with tarfile.open(aside, "w", format=tarfile.PAX_FORMAT) as archive:
+            for sample in samples:
+                row = index.rows[sample]
+                encoded, _ = clip_files(claimed, sample)
+                if encoded.exists():
+                    _add(archive, f"{row.key}.safetensors", encoded.read_bytes())
+                _add(archive, f"{row.key}.json", _sidecar(row, info))
+        write_index(aside, build_index(aside))
+        os.replace(aside, target)
+        os.replace(index_path(aside), index_path(target))
+    for tar in _val_shards(source):
+        for path in (tar, index_path(tar)):
+            _link(path, folder / path.name)
+    replace_text(folder / INFO_FILE, info.model_dump_json(indent=1))
+    bad = len(list(claimed.glob("*.bad")))
+    size_gb = sum(path.stat().st_size for path in claimed.glob("*.safetensors")) / 1e9
+    shutil.rmtree(claimed)
+    return (
+        f"{len(index) - bad:,} clips, {info.variants} variants, {size_gb:.2f} GB, {bad} that do not decode, in {folder}\n"
+        f"next: train on it with --data.shards {folder}"
+    )
+
+
+def check_cache(config: RunConfig, model: ModelConfig) -> None:
+    """Refuse a recipe that the cached latents of its sources cannot serve.
+
+    model  the recipe's, with its base found
+    """
+    vae, image_encoder = (fingerprint_files(files) for files in find_encoder_files(model))
+    for folder in map(Path, config.data.sources):
+        info = read_info(folder)
+        if info is None:
+            raise UserError(f"{folder} holds latents without {INFO_FILE}; make the cache again: python shards/cache.py")
+        _refuse_pixel_settings(config, folder, info)
+        data = config.data
+        wanted = {"data.height": data.height, "data.width": data.width, "VAE": vae, "image encoder": image_encoder}
+        found = {
+            "data.height": info.height,
+            "data.width": info.width,
+            "VAE": info.vae,
+            "image encoder": info.image_encoder,
+        }
+        if data.flip or data.random_crop:  # else a cache with more variants serves as well: the plain one is used
+            wanted |= {"data.flip": data.flip, "data.random_crop": data.random_crop}
+            found |= {"data.flip": info.flip, "data.random_crop": info.random_crop}
+        rows = [f"{name} is {wanted[name]}, was {found[name]}" for name in wanted if wanted[name] != found[name]]
+        if rows:
+            raise UserError(
+                f"{folder} was cached otherwise ({'; '.join(rows)}); change the recipe, or cache again: "
+                f"{_command(config, info)}"
+            )
+
+
+def _refuse_pixel_settings(config: RunConfig, folder: Path, info: CacheInfo) -> None:
+    for name, wanted, why in (
+        ("diffusion.control", config.diffusion.control, "looks for trajectories in the pictures"),
+        ("diffusion.noise_augmentation", config.diffusion.noise_augmentation > 0, "adds noise to the pictures"),
+    ):
+        if wanted:
+            raise UserError(f"{name} {why}, but {folder} holds latents; switch it off, or train on {info.source}")
+
+
+def read_info(folder: Path) -> CacheInfo | None:
+    """Read a folder's cache.json; None if there is none. Raises UserError if it is damaged."""
+    path = folder / INFO_FILE
+    try:
+        return CacheInfo.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise UserError(f"{path} cannot be read ({error.errors()[0]['msg']}); make the cache again") from None
+
+
+def _command(config: RunConfig, info: CacheInfo) -> str:
+    data = config.data
+    variants = f" --variants {max(2, info.variants)}" if data.flip or data.random_crop else ""
+    flip = " --flip" if data.flip else ""
+    crop = f" --random_crop {data.random_crop}" if data.random_crop else ""
+    return (
+        f"python shards/cache.py {info.source} --base {config.model.base} --height {data.height} --width {data.width}"
+        f"{variants}{flip}{crop}"
+    )
+
+
+def _sidecar(row: SampleRow, info: CacheInfo) -> bytes:
+    clip = row.clip.model_copy(update={"height": info.height, "width": info.width})
+    return clip.model_dump_json(exclude_none=True).encode()
+
+
+def _by_shard(index: DatasetIndex) -> Iterator[tuple[Path, range]]:
+    start = 0
+    for size in index.shard_sizes:
+        yield Path(str(index.shards[start])), range(start, start + size)
+        start += size
+
+
+def _val_shards(source: str) -> list[Path]:
+    try:
+        return [tar for tar, _ in _by_shard(open_shards(source, "val"))]
+    except UserError:  # a folder without val shards
+        return []
+
+
+def _link(source: Path, target: Path) -> None:
+    """Evaluation compares pictures, so the val shards go along as they are, without a copy where the disk allows."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # no date, no owner: the same clips give the same bytes
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def _replace_bytes(path: Path, data: bytes) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(aside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
