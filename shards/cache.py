@@ -16,6 +16,7 @@ def cache(
     random_crop: float = 0.0,
     precision: Literal["bf16", "fp32"] = "bf16",
     part: str = "1/1",
+    local_rank: int | None = None,
 ) -> str:
     """Run the VAE and CLIP over every frame of the training clips, so that training needs neither.
 
@@ -33,6 +34,7 @@ def cache(
         random_crop: cut up to this share off the sides of the variants
         precision: as engine.precision
         part: i/N encodes the i-th of N parts; the last to finish joins them
+        local_rank: given by DeepSpeed's launcher; the environment says the same
     """
     from toolkit.run import cache as caching
 

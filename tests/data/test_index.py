@@ -1,15 +1,20 @@
 """Sources are opened as one list of samples, or refused before any work. Run: pytest tests/data/test_index.py"""
 
+import io
+import json
 import os
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from toolkit.config import DataConfig
 from toolkit.data.format import index_path
 from toolkit.data.index import DatasetIndex, open_shards, open_sources
+from toolkit.data.latents import pack_latents
 from toolkit.data.pack import pack
 from toolkit.errors import UserError
 
@@ -94,6 +99,30 @@ def test_another_tar_of_the_same_size_is_seen_at_start(packed: Path, tmp_path: P
                 open_shards(folder, "train")
     tar.write_bytes(whole)
     assert len(open_shards(folder, "train")) == len(open_shards(packed, "train"))
+
+
+def make_cached(folder: Path) -> Path:
+    """A folder with one cached clip of four frames."""
+    folder.mkdir()
+    latents_VTCHW, tokens_VTD = torch.ones(1, 4, 4, 2, 2), torch.ones(1, 4, 8)
+    facts = {"fps": 25, "frames": 4, "height": 16, "width": 16}
+    with tarfile.open(folder / "train-000000.tar", "w") as archive:
+        for extension, data in (
+            ("safetensors", pack_latents(latents_VTCHW, latents_VTCHW.clone(), tokens_VTD)),
+            ("json", json.dumps(facts).encode()),
+        ):
+            info = tarfile.TarInfo(f"clip.{extension}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return folder
+
+
+def test_latents_and_videos_do_not_mix(packed: Path, tmp_path: Path) -> None:
+    """A run reads one kind; a cache alone opens."""
+    cached = make_cached(tmp_path / "cached")
+    assert mix((cached, 1)).cached and not mix((packed, 1)).cached
+    with pytest.raises(UserError, match="cached/train-000000.tar holds latents and .* videos; train from one kind"):
+        mix((packed, 1), (cached, 1))
 
 
 def test_cut_shard_is_seen_at_start(packed: Path, tmp_path: Path) -> None:

@@ -275,6 +275,9 @@ DOUBTS = {
     "50% of the clips were dropped, most for “near-static”": lambda c: [*c, *(dropped_card(i) for i in range(40))],
     "Few clips were kept (19)": lambda c: c[:19],
     "No clip is held out": lambda c: [replace(card, split="train") for card in c],
+    "55% of the clips are held out": lambda c: (
+        [replace(x, split="val") for x in c[:22]] + [replace(x, split="train") for x in c[22:]]
+    ),
     "52% of the kept clips come from one video, a.mkv": lambda c: [replace(x, source="a.mkv") for x in c[:21]] + c[21:],
     "Frame rates reach from 12.5 to 30 fps": lambda c: [replace(c[0], fps=12.5), *c[1:]],
     "Half of the kept clips hardly move": lambda c: [replace(card, motion=4 + card.motion % 5) for card in c],

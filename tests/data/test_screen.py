@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from toolkit.data.plan import PackSettings, fit, make_plan, name_keys, split_sources
+from toolkit.data.plan import PackSettings, fit, make_plan, name_hash, name_keys, split_sources
 from toolkit.data.screen import SIGNATURE_FRAMES, SIGNATURE_SIDE, find_duplicates, sharpness
 from toolkit.data.survey import ClipFacts, Survey, survey
 from toolkit.data.video import read_frames, write_video
@@ -148,11 +148,17 @@ def test_the_nearest_aspect_is_taken() -> None:
     assert sizes == [(256, 144), (144, 144), (144, 256), (144, 144)]
 
 
-def test_split_leaves_out_who_gives_nothing() -> None:
-    """A video without a kept clip is not what train or val consists of."""
-    surveys = [Survey(name=f"{i}.mp4", clips=(facts(20 * i, motion=100.0 if i % 2 else 1.0),)) for i in range(8)]
-    plan = [clip for clip in make_plan(surveys, PackSettings(holdout=0.5)) if clip.reason is None]
-    assert [clip.split for clip in plan].count("val") == [clip.split for clip in plan].count("train") == 2
+def test_a_plan_is_the_same_in_any_order_and_splits_what_is_kept() -> None:
+    """Sources go by the hash of their names, whoever lists them; the share held out is of those that give a clip."""
+    names = sorted((f"{i}.mp4" for i in range(24)), key=name_hash)
+    moving = {name: 100.0 if i >= 8 else 1.0 for i, name in enumerate(names)}
+    surveys = [Survey(name=name, clips=(facts(9 * i, motion=moving[name]),)) for i, name in enumerate(sorted(names))]
+    plan = make_plan(surveys, PackSettings(holdout=0.5))
+    assert plan == make_plan(surveys[::-1], PackSettings(holdout=0.5))
+    assert [clip.source for clip in plan] == names
+    kept = [clip for clip in plan if clip.reason is None]
+    assert {clip.source for clip in kept if clip.split == "val"} == split_sources([c.source for c in kept], 0.5)
+    assert [clip.split for clip in kept].count("val") == 8
 
 
 def test_split_is_stable_and_leaves_some_to_each() -> None:

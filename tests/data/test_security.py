@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.hostile import clip, encode, header, members, pad, pax, record, write_tar
+from tests.data.hostile import box, clip, encode, header, members, pad, pax, record, write_tar
 from toolkit.data import video
 from toolkit.data.boxes import claimed_samples
 from toolkit.data.plan import PackSettings, fit
@@ -89,6 +89,16 @@ def test_pax_headers_name_and_no_more(tmp_path: Path) -> None:
     assert [entry.name for entry in walk_tar(tar)] == ["b.mp4", "a.mp4"]
 
 
+@pytest.mark.parametrize("key", ["size", "GNU.sparse.map", "GNU.sparse.size"])
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_pax_headers_may_not_move_what_follows(tmp_path: Path, key: str, kind: bytes) -> None:
+    """A size in a pax header would let two readers see two tars: it is refused, also where it is the true one."""
+    tar = tmp_path / "x.tar"
+    tar.write_bytes(pax(record(key, "1"), kind) + header("a.mp4", 1) + pad(b"x") + bytes(1024))
+    with pytest.raises(TarFault, match=f"sets {key}"):
+        list(walk_tar(tar))
+
+
 def test_the_next_header_is_found(tmp_path: Path) -> None:
     """Behind damage, and not in what only looks like one."""
     almost = bytearray(header("a.mp4", 1))
@@ -106,7 +116,11 @@ def test_claims_are_counted() -> None:
     good = clip(frames=7)
     assert claimed_samples(good) == 7
     at = good.index(b"mdat") + 100
-    assert claimed_samples(good[:at] + b"stsz" + b"\xff" * 12 + good[at + 16 :]) == 7
+    seeming = good[:at] + b"stsz" + bytes(8) + b"\0\0\1\0" + good[at + 16 :]
+    assert claimed_samples(seeming) == 7
+    assert claimed_samples(seeming + box(b"moof", b"")) == 7 + 256  # fragments may be anywhere in the file
+    with pytest.raises(ValueError, match="compressed"):
+        claimed_samples(box(b"moov", box(b"cmov", bytes(8))))
 
 
 def test_a_window_may_not_take_long_decoding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,7 @@ def test_what_is_cached_is_what_the_encoders_say(tiny_shards: Path, trainable_ba
 def test_parts_and_ranks_give_the_same_bytes(
     tiny_shards: Path, trainable_base: Path, cached: Path, tmp_path: Path
 ) -> None:
-    """Two parts, in either order, and two ranks of torchrun, all as one process."""
+    """Two parts, in either order, and two ranks that DeepSpeed starts, all as one process."""
     for order in (["1/2", "2/2"], ["2/2", "1/2"]):
         out = tmp_path / "-".join(part[0] for part in order)
         for part in order:
@@ -122,14 +122,9 @@ def test_parts_and_ranks_give_the_same_bytes(
             cache_shards(str(tiny_shards), str(trainable_base), str(out), precision="fp32", part=part, **SIZE)
         assert content(out) == content(cached)
     out = tmp_path / "ranks"
-    torchrun = [
-        str(Path(sys.executable).with_name("torchrun")),
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
-    done = run([*torchrun, *command(tiny_shards, trainable_base, out)], ranks=2)
+    launcher = Path(sys.executable).with_name("deepspeed")
+    ranks = ["--num_gpus", "2", "--master_port", str(free_port())]
+    done = run([str(launcher), *ranks, *command(tiny_shards, trainable_base, out)], ranks=2)
     assert done.returncode == 0, done.stderr
     assert content(out) == content(cached)
 

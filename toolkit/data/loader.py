@@ -167,6 +167,8 @@ def _raise_errors(loader: Iterable[Batch | UserError]) -> Iterator[Batch]:
             time.sleep(0.1)  # torch's word for it, a signal, is on its way: better raised here than in a destructor
             pids = ", ".join(str(workers[sentinel].pid) for sentinel in workers if sentinel in dead)
             raise RuntimeError(f"{_DEATH} (pid {pids}) was killed") from error
+        finally:
+            del batches  # dropped, it ends its workers at once; left to the garbage collector, it waits 5 s for each
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ then stops the run. fsspec and its backends are imported when the first remote s
 process and thread, so nothing of them crosses a fork.
 """
 
+import itertools
 import re
 import time
 import urllib.parse
@@ -100,32 +101,32 @@ def find_shards(source: str, allowed: Sequence[str], cache: DiskCache) -> list[S
 
 
 def _check_address(source: str, allowed: Sequence[str]) -> str:
-    scheme = source.partition(":")[0].lower()
+    scheme = source.partition(":")[0]
     if scheme not in SCHEMES:
         raise UserError(
             f"{source}: {scheme}: is not read; shards are in a folder of this machine, or at an address of "
             f"{', '.join(SCHEMES)}"
         )
-    if scheme not in allowed:
-        raise UserError(f"{source} is on another machine; allow that with --data.remote [{scheme}]")
     parts = urllib.parse.urlsplit(source)
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UserError(
             f"{scheme}://{parts.hostname}{parts.path}: an address may hold no password and no query, because it is kept "
             f"with the run; {_TOKENS}"
         )
+    if scheme not in allowed:
+        raise UserError(f"{source} is on another machine; allow that with --data.remote [{scheme}]")
     return scheme
 
 
 def _expand(source: str) -> list[str]:
     from braceexpand import braceexpand  # webdataset's own
 
+    ranges = [abs(int(last) - int(first)) for first, last in re.findall(r"\{(\d+)\.\.(\d+)", source)]
     try:
-        ranges = [abs(int(last) - int(first)) for first, last in re.findall(r"\{(\d+)\.\.(\d+)", source)]
-        addresses = [] if sum(ranges) > MAX_SHARDS else list(braceexpand(source))
+        addresses = list(itertools.islice(braceexpand(source), MAX_SHARDS + 1)) if sum(ranges) <= MAX_SHARDS else None
     except ValueError:
         raise UserError(f"{source}: a brace is not closed; write train-{{000000..000011}}.tar") from None
-    if not 0 < len(addresses) <= MAX_SHARDS:
+    if addresses is None or len(addresses) > MAX_SHARDS:
         raise UserError(f"{source} names more than {MAX_SHARDS} shards; pack larger ones")
     return addresses
 

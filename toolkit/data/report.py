@@ -125,8 +125,14 @@ def find_doubts(clips: list[Card]) -> list[str]:
         )
     if not kept:
         return doubts
-    if all(clip.split != "val" for clip in kept):
+    held_out = sum(clip.split == "val" for clip in kept)
+    if not held_out:
         doubts.append("No clip is held out for validation, so nothing will tell learning from memorizing.")
+    elif held_out > len(kept) / 2:
+        doubts.append(
+            f"{held_out / len(kept):.0%} of the clips are held out for validation, because whole videos are: lower "
+            "--holdout, or leave out the long ones."
+        )
     source, count = Counter(clip.source for clip in kept).most_common(1)[0]
     if count > len(kept) / 2:
         doubts.append(f"{count / len(kept):.0%} of the kept clips come from one video, {source}: add others.")

@@ -13,6 +13,7 @@ import hashlib
 import io
 import os
 import shutil
+import socket
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -134,19 +135,18 @@ def check_options(height: int, width: int, variants: int, flip: bool, random_cro
 
 def open_staging(folder: Path, info: CacheInfo) -> Path:
     """Make or find the folder of single clips. Raises UserError if `folder` holds anything but this very cache."""
-    staging = folder / STAGING
-    if (folder / CLAIMED).exists():
-        staging = folder / CLAIMED
-    elif not staging.exists():
-        if folder.exists() and any(folder.iterdir()):
+    if not (folder / CLAIMED).exists():
+        # other ranks and parts may be making theirs at this moment
+        if folder.exists() and any(not path.name.startswith(STAGING) for path in folder.iterdir()):
             raise UserError(f"{folder} holds something else; give another --out, or delete it")
-        aside = folder / f"{STAGING}.{os.getpid()}"
+        aside = folder / f"{STAGING}.{socket.gethostname()}.{os.getpid()}"
         aside.mkdir(parents=True)
         replace_text(aside / INFO_FILE, info.model_dump_json(indent=1))
         try:
-            aside.rename(staging)
-        except OSError:  # another rank or part was first
+            aside.rename(folder / STAGING)
+        except OSError:  # it is there already, and not empty
             shutil.rmtree(aside)
+    staging = folder / (CLAIMED if (folder / CLAIMED).exists() else STAGING)
     if read_info(staging) != info:
         raise UserError(f"{folder} was begun with other settings or videos; give another --out, or delete it")
     return staging
@@ -329,7 +329,7 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _replace_bytes(path: Path, data: bytes) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     with open(aside, "wb") as file:
         file.write(data)
         file.flush()
