@@ -390,7 +390,7 @@ def _recipes() -> Iterator[tuple[str, Callable[[Path], object]]]:
             f"name: !!python/object/apply:os.system ['touch {case / MARKER}']\n"
         ),
     )
-    yield "yaml laughs", recipe(f"a0: &a0 [lol]\n{laughs}\n")
+    yield "yaml laughs", recipe(f"a0: &a0 [lol]\n{laughs}\nseed: *a11\n")
     yield "yaml laughs in a value", recipe("name: x\ndata: {mix: '{a: &a [1], b: [*a, *a]}'}\n")
     yield "yaml deep", recipe("[" * 60_000)
     yield "yaml deep value", recipe(f"name: x\ndata: {{mix: '{'[' * 50_000}'}}\n")

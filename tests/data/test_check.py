@@ -238,6 +238,27 @@ def test_an_index_of_another_tar_damages_nothing(
     write_tar(folder / "train-0.tar", members("e", clip(9), frames=9) + parts["a"] + parts["b"])
     report = repair(folder, tmp_path / "out")
     assert report.lost == report.faults == [] and keys(tmp_path / "out") == ["e", "a", "b", "c"]
+    os.truncate(folder / "train-0.tar", [*walk_tar(folder / "train-0.tar")][-1].end)  # its end blocks are gone
+    assert repair(folder, tmp_path / "again").lost == [] and keys(tmp_path / "again") == ["e", "a", "b", "c"]
+
+
+def test_a_sample_that_lost_its_facts_is_no_sample(folder: Path, tmp_path: Path) -> None:
+    """Without an index, a cut between a video and its facts loses both: its source and caption are gone."""
+    tar = folder / "train-0.tar"
+    os.truncate(tar, load_index(tar).samples[1].members["json"].offset - 512)
+    index_path(tar).unlink()
+    report = repair(folder, tmp_path / "out")
+    assert report.faults == [] and keys(tmp_path / "out") == ["a", "c"]
+    assert [(fault.key, fault.fault) for fault in report.lost] == [("b", "its json is gone")]
+
+
+def test_what_a_repair_cannot_mend_is_told(
+    folder: Path, tmp_path: Path, parts: dict[str, list[tuple[str, bytes]]]
+) -> None:
+    """The copy is checked, and a fault between shards is still one in it."""
+    load_index(write_tar(folder / "train-1.tar", parts["a"]))
+    report = repair(folder, tmp_path / "out")
+    assert report.lost == [] and [fault.key for fault in report.faults] == ["a"]
 
 
 def test_a_shard_without_a_whole_sample_is_left_out(folder: Path, tmp_path: Path) -> None:
