@@ -31,6 +31,8 @@ def main(function: Callable[..., Any]) -> None:
 
     plain = [p.replace(annotation=p.empty) for p in inspect.signature(function).parameters.values()]
     command.__signature__ = inspect.Signature(plain)  # type: ignore[attr-defined]  # Fire's help would garble the types
+    texts = [p.name for p in inspect.signature(function).parameters.values() if p.annotation in (str, str | None)]
+    fire.decorators.SetParseFns(**dict.fromkeys(texts, str))(command)  # Fire reads 2024_01 as a number
     try:
         refuse_unknown_flags(function, sys.argv[1:])
         fire.Fire(command)

@@ -1,11 +1,14 @@
 """A run on cached latents is the run on the videos. Run: pytest tests/run/test_cache.py"""
 
+import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -18,13 +21,15 @@ from safetensors.torch import load
 from tests.launching import ROOT, free_port, read_numbers, run, train_here
 from toolkit.config import ModelConfig, load_config
 from toolkit.data.clips import ClipSettings, draw_crop, resize_cover
+from toolkit.data.files import add_member
 from toolkit.data.index import open_shards
-from toolkit.data.video import read_frames
+from toolkit.data.synth import render_clip
+from toolkit.data.video import read_frames, write_video
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
 from toolkit.model.base import load_base
 from toolkit.model.encoders import embed_stills, encode_frames
-from toolkit.run.cache import CacheInfo, cache_shards, parse_part, read_info
+from toolkit.run.cache import CacheInfo, cache_shards, encode_share, join_clips, read_info
 from toolkit.run.framer import to_signed
 from toolkit.run.trainer import build_job, make_batches
 
@@ -153,7 +158,56 @@ def test_killed_and_gone_on_with(tiny_shards: Path, trainable_base: Path, cached
         open_shards(out, "train")
     cache_shards(str(tiny_shards), str(trainable_base), str(out), precision="fp32", **SIZE)
     assert content(out) == content(cached)
-    assert "is complete" in cache_shards(str(tiny_shards), str(trainable_base), str(out), precision="fp32", **SIZE)
+    again = os.path.relpath(tiny_shards)  # another spelling of the same videos
+    assert "is complete" in cache_shards(again, str(trainable_base), str(out), precision="fp32", **SIZE)
+
+
+def test_stopped_while_joining(tiny_shards: Path, trainable_base: Path, cached: Path, tmp_path: Path) -> None:
+    """With all clips encoded and the joining begun, or begun by several at once, the end is the same; nothing is lost."""
+    begun = tmp_path / "begun"
+    cache_shards(str(tiny_shards), str(trainable_base), str(begun), precision="fp32", part="1/2", **SIZE)
+    info = read_info(cached)
+    index, base = open_shards(tiny_shards, "train"), ModelConfig(base=str(trainable_base))
+    world = init_world(join=False)
+    encode_share(index, range(len(index)), info, base, begun / ".caching", world)
+    stopped = Path(shutil.copytree(begun, tmp_path / "stopped"))
+    (stopped / ".caching").rename(stopped / ".joining")
+    shutil.copy(cached / "train-000000.tar", stopped / "train-000000.tar")  # joined, but not yet indexed
+    with pytest.raises(UserError, match="holds .joining; run the same python shards/cache.py"):
+        open_shards(stopped, "train")
+    cache_shards(str(tiny_shards), str(trainable_base), str(stopped), precision="fp32", **SIZE)
+    assert content(stopped) == content(cached)
+
+    context = multiprocessing.get_context("fork")
+    joiners = [context.Process(target=join_clips, args=(index, info, begun, tiny_shards)) for _ in range(4)]
+    for joiner in joiners:
+        joiner.start()
+    for joiner in joiners:
+        joiner.join()
+    assert {joiner.exitcode for joiner in joiners} == {0} and content(begun) == content(cached)
+
+
+def test_a_sidecar_that_says_fewer_frames(tiny_run: dict[str, Any], trainable_base: Path, tmp_path: Path) -> None:
+    """A run on the videos draws windows from the frames that the sidecar says, so those are cached."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    video = io.BytesIO()
+    write_video(video, render_clip(0, 0, 12, 32), 30)
+    with tarfile.open(folder / "train-0.tar", "w") as tar:
+        add_member(tar, "a.mp4", video.getvalue())
+        add_member(tar, "a.json", b'{"fps": 30, "frames": 9, "height": 32, "width": 32}')
+    cache_shards(str(folder), str(trainable_base), str(tmp_path / "latents"), **SIZE)
+    assert open_shards(tmp_path / "latents", "train").rows[0].latents.frames == 9
+
+
+def test_a_val_shard_that_is_damaged_stops_the_joining(tiny_shards: Path, trainable_base: Path, tmp_path: Path) -> None:
+    """Without it the cache would have no validation, and nobody would hear of it."""
+    folder = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
+    os.truncate(folder / "val-000000.tar", 5000)
+    with pytest.raises(UserError, match="val-000000.tar has 5000 bytes"):
+        cache_shards(str(folder), str(trainable_base), str(tmp_path / "latents"), **SIZE)
+    shutil.copy(tiny_shards / "val-000000.tar", folder)
+    assert "next: train" in cache_shards(str(folder), str(trainable_base), str(tmp_path / "latents"), **SIZE)
 
 
 def test_a_video_that_does_not_decode_keeps_its_place(
@@ -257,6 +311,10 @@ def test_latents_without_their_facts_are_refused(tiny_run: dict[str, Any], cache
         ({"random_crop": 0.7, "variants": 2}, "random_crop is 0.7"),
         ({"part": "3/2"}, "part is 3/2"),
         ({"part": "x"}, "part is x"),
+        (
+            {"height": 2048, "width": 2048, "variants": 64, "flip": True},
+            "variants of .* are too large; give --variants",
+        ),
     ],
 )
 def test_options_that_make_no_sense(tiny_shards: Path, options: dict[str, Any], message: str) -> None:
@@ -291,4 +349,3 @@ def test_the_key_follows_what_latents_depend_on() -> None:
     keys = {info.model_copy(update={name: value}).key for name, value in changes.items()}
     assert len(keys | {info.key}) == len(changes) + 1
     assert info.model_copy(update={"base": "other", "source": "other"}).key == info.key
-    assert parse_part("2/4") == (1, 4)

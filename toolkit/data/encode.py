@@ -17,9 +17,9 @@ import numpy as np
 
 from toolkit.data.captions import Words
 from toolkit.data.clips import resize_cover
+from toolkit.data.files import add_member, written_aside
 from toolkit.data.format import MEMBER_BYTES, ClipInfo, build_index, file_sha256, index_path, write_index
 from toolkit.data.plan import PlannedClip
-from toolkit.data.staging import written_aside
 from toolkit.data.video import VideoError, VideoWriter, iter_frames
 from toolkit.errors import UserError
 
@@ -83,8 +83,8 @@ def encode_source(work: SourceWork) -> None:
                         f"{work.video}: a clip of {len(video) / 1e6:.0f} MB; up to {MEMBER_BYTES['mp4'] / 1e6:.0f} are "
                         "allowed, so give a shorter --clip_seconds or a smaller --short_side"
                     )
-                _add(tar, f"{clip.key}.mp4", video)
-                _add(tar, f"{clip.key}.json", _info(clip, work.words).model_dump_json(exclude_none=True).encode())
+                add_member(tar, f"{clip.key}.mp4", video)
+                add_member(tar, f"{clip.key}.json", _info(clip, work.words).model_dump_json(exclude_none=True).encode())
     except VideoError as error:
         raise UserError(f"{changed}: {error}") from error
 
@@ -114,7 +114,7 @@ def write_shard(work: ShardWork) -> None:
             for piece in work.pieces:
                 with open(piece.tar, "rb") as source:
                     source.seek(piece.offset)
-                    _add(tar, piece.name, source.read(piece.size_bytes))
+                    add_member(tar, piece.name, source.read(piece.size_bytes))
     if not index_path(work.target).exists():
         write_index(work.target, build_index(work.target))
 
@@ -155,9 +155,3 @@ def _info(clip: PlannedClip, words: Words) -> ClipInfo:
         caption=words.caption,
         label=words.label,
     )
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # mtime 0, owner 0
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))

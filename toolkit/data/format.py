@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
+from toolkit.data.files import written_aside
 from toolkit.data.latents import NAMES, LatentsInfo, describe
 from toolkit.data.remote import MAKE_INDEX, RemoteShard, Shard
 from toolkit.data.tar import BLOCK_BYTES, Entry, TarFault, walk_tar
@@ -189,12 +190,8 @@ def _find_moved(tar: Path, index: ShardIndex) -> int | None:
 
 def write_index(tar: Path, index: ShardIndex) -> None:
     """Write the index aside, sync and rename it, so that a reader sees all of it or none."""
-    temporary = index_path(tar).with_suffix(f".{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with written_aside(index_path(tar)) as file:
         file.write(index.model_dump_json(indent=1, exclude_none=True).encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, index_path(tar))
 
 
 def build_index(tar: Path) -> ShardIndex:

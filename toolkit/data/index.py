@@ -22,7 +22,12 @@ from toolkit.errors import UserError
 
 Split = Literal["train", "val"]
 # What stands in a folder while it is being written, and who finishes it.
-UNFINISHED = {".packing": "shards/pack.py", ".publishing": "shards/pack.py", ".caching": "shards/cache.py"}
+UNFINISHED = {
+    ".packing": "shards/pack.py",
+    ".publishing": "shards/pack.py",
+    ".caching": "shards/cache.py",
+    ".joining": "shards/cache.py",
+}
 _AT_ONCE = 16  # remote indexes fetched together
 
 

@@ -6,9 +6,9 @@ Every stage leaves files that the next run finds (staging.py), so a killed packi
 machines on one folder each take their part of a stage first and then whatever is missing; none waits for another.
 """
 
+import errno
 import hashlib
 import json
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from toolkit.data.captions import Words, read_words
 from toolkit.data.encode import ShardWork, SourceWork, encode_source, lay_out, write_shard
-from toolkit.data.parallel import Workers, cores
+from toolkit.data.files import written_aside
+from toolkit.data.parallel import Workers, cores, parse_part
 from toolkit.data.plan import PackSettings, PlannedClip, make_plan, name_hash
 from toolkit.data.report import Card, write_report
 from toolkit.data.staging import (
@@ -34,7 +35,6 @@ from toolkit.data.staging import (
     load_record,
     open_staging,
     publish,
-    written_aside,
 )
 from toolkit.data.survey import Survey, survey
 from toolkit.errors import UserError
@@ -107,7 +107,7 @@ def pack(
     raises    UserError if there is nothing to pack or `out` holds something else
     """
     videos, out = Path(str(videos)), Path(str(out))
-    chosen, (number, parts) = _check_settings(settings), _parse_part(part)
+    chosen, (number, parts) = _check_settings(settings), parse_part(part)
     if jobs is not None and jobs < 1:
         raise UserError(f"jobs is {jobs}; at least 1 process is needed")
     names = find_videos(videos)
@@ -129,8 +129,8 @@ def pack(
     try:
         with Workers(jobs) as workers:
             _Packing(videos, out, staging, job, words, workers, number, parts).run()
-    except FileNotFoundError:
-        if staging.exists():
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE) or staging.exists():
             raise
         finish_publishing(out)  # another part found everything done and published it
     return _report(out)
@@ -308,13 +308,6 @@ def _check_settings(settings: dict[str, Any]) -> PackSettings:
     except ValidationError as error:
         faults = [f"{fault['loc'][0]} is {fault['input']!r}: {fault['msg']}" for fault in error.errors()]
         raise UserError("; ".join(faults)) from error
-
-
-def _parse_part(part: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise UserError(f"part is {part}; give i/N, from 1/N to N/N, like 3/8 for the third of eight machines")
-    return int(match[1]), int(match[2])
 
 
 def _size_bytes(path: Path) -> int:

@@ -5,6 +5,7 @@ Test: pytest tests/data/test_pack.py
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def parse_part(part: str) -> tuple[int, int]:
+    """Read which part of how many machines' work is meant, "i/N" with i from 1. Raises UserError."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"part is {part}; give i/N, from 1/N to N/N, like 3/8 for the third of eight machines")
+    return int(match[1]), int(match[2])
+
+
 class Workers:
     """A pool of `jobs` processes, or, for one job, the process that asks."""
 
@@ -36,8 +45,11 @@ class Workers:
     def __enter__(self) -> "Workers":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type | None, *exception: object) -> None:
         if self.pool:
+            if kind:  # who stops does not wait for hours of video
+                for process in multiprocessing.active_children():
+                    process.kill()
             self.pool.shutdown(cancel_futures=True)
 
     def run(self, task: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result]]:

@@ -3,7 +3,6 @@
 Test: pytest tests/data/test_check.py
 """
 
-import io
 import os
 import shutil
 import tarfile
@@ -24,6 +23,7 @@ from toolkit.data.check import (
     shard_faults,
     without_clip,
 )
+from toolkit.data.files import add_member, link_or_copy
 from toolkit.data.format import (
     BadSample,
     Member,
@@ -80,7 +80,7 @@ def repair(folder: str | Path, out: str | Path, deep: bool = False) -> RepairRep
         target = unfinished / tar.name
         index = _index_if_sound(tar, deep)
         if index is not None:
-            _link(tar, target)
+            link_or_copy(tar, target)
         else:
             rows, faults = _salvage(tar, deep)
             lost += faults
@@ -196,13 +196,4 @@ def _write_tar(tar: Path, rows: list[SampleRow], target: Path) -> None:
         for row in rows:
             for extension in row.members:
                 data = read_member(tar, row, extension)
-                info = tarfile.TarInfo(f"{row.key}.{extension}")  # no date, no owner: the same samples, the same bytes
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
-
-
-def _link(tar: Path, target: Path) -> None:
-    try:
-        os.link(tar, target)
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(tar, target)
+                add_member(archive, f"{row.key}.{extension}", data)

@@ -4,7 +4,6 @@ Test: pytest tests/data/test_report.py
 """
 
 import math
-import os
 import re
 from base64 import b64encode
 from collections import Counter, defaultdict
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from toolkit.data.files import written_aside
 from toolkit.data.page import document, histogram, number, table, text
 
 MAX_PICTURES = 240  # of kept and of dropped clips each: some 4 MB of page
@@ -100,13 +100,9 @@ def write_report(
         _contact_sheet("Dropped clips", dropped),
         f"<section>{table('Skipped videos', ('video', 'reason'), skipped)}</section>",
     ]
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(aside, "wb") as file:
+    with written_aside(path) as file:
         # The name of a file need not be Unicode.
         file.write(document(title, "\n".join(body)).encode(errors="backslashreplace"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def find_doubts(clips: list[Card]) -> list[str]:

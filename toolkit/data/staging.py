@@ -9,14 +9,12 @@ Test: pytest tests/data/test_pack.py
 import errno
 import os
 import shutil
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from toolkit.data.files import written_aside
 from toolkit.data.format import index_path
 from toolkit.data.plan import PackSettings
 from toolkit.errors import UserError
@@ -127,20 +125,6 @@ def load_record(folder: Path) -> Record | None:
         return Record.model_validate_json((folder / RECORD).read_bytes())
     except (OSError, ValidationError):
         return None
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears under its name only when all of it is written and synced."""
-    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _load_job(path: Path) -> Job | None:

@@ -10,7 +10,6 @@ last one to finish joins the files to shards. Clip i of a cached shard is clip i
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import shutil
 import socket
@@ -27,9 +26,11 @@ from tqdm import tqdm
 
 from toolkit.config import ModelConfig, RunConfig
 from toolkit.data.clips import ClipSettings, Crop, decode_frames, draw_crop
-from toolkit.data.format import BadSample, SampleRow, build_index, index_path, write_index
+from toolkit.data.files import add_member, link_or_copy, written_aside
+from toolkit.data.format import MEMBER_BYTES, BadSample, build_index, index_path, load_index, write_index
 from toolkit.data.index import DatasetIndex, open_shards
 from toolkit.data.latents import pack_latents
+from toolkit.data.parallel import parse_part
 from toolkit.engine.world import World, init_world
 from toolkit.errors import UserError
 from toolkit.model.base import PRECISIONS, find_encoder_files, load_encoders
@@ -40,7 +41,7 @@ from toolkit.run.framer import to_signed
 from toolkit.run.pretrain import find_base
 
 INFO_FILE = "cache.json"
-STAGING, CLAIMED = ".caching", ".publishing"
+STAGING, CLAIMED = ".caching", ".joining"
 
 
 class CacheInfo(BaseModel):
@@ -84,41 +85,33 @@ def cache_shards(
     returns  what was done, for people
     raises   UserError for options that make no sense, or an `out` that holds something else
     """
-    first, parts = parse_part(part)
+    number, parts = parse_part(part)
     check_options(height, width, variants, flip, random_crop)
     index = open_shards(shards, "train")
     if index.cached:
         raise UserError(f"{shards} is a cache already; give the folder of the videos' shards")
+    refuse_bulk(index, height, width, variants, precision)
     with closing(init_world()) as world:
         model = find_base(ModelConfig(base=base), world)
-        vae, image_encoder = (fingerprint_files(files) for files in find_encoder_files(model))
-        info = CacheInfo(
-            base=base, vae=vae, image_encoder=image_encoder, source=str(shards), source_fingerprint=index.fingerprint,
-            height=height, width=width, variants=variants, flip=flip, random_crop=random_crop, precision=precision,
-        )  # fmt: skip
-        folder = Path(out if out is not None else f"{str(shards).rstrip('/')}-{height}x{width}-{info.key}")
-        if read_info(folder) == info and not (folder / CLAIMED).exists():
-            return f"{folder} is complete; train on it with --data.shards {folder}"
-        staging = open_staging(folder, info)
-        share = range(first * world.size + world.rank, len(index), parts * world.size)
-        if world.is_main:
-            print(
-                f"{len(index):,} clips, {len(share):,} of them here, to {folder}; the same command resumes", flush=True
-            )
-        if staging.name == STAGING:
-            encode_share(index, share, info, model, staging, world)
-        world.barrier()
-        done = join_clips(index, info, folder, shards) if world.is_main else ""
-        world.barrier()
-        return f"part {part} is done; the part that ends last joins all to shards" if done is None else done
-
-
-def parse_part(part: str) -> tuple[int, int]:
-    """Read "i/N", i from 1 to N, as (i - 1, N)."""
-    first, _, parts = str(part).partition("/")
-    if not (first.isdecimal() and parts.isdecimal() and 1 <= int(first) <= int(parts)):
-        raise UserError(f"part is {part}; give i/N with i from 1 to N, such as 2/4")
-    return int(first) - 1, int(parts)
+    # From here on no rank waits for another: what is done is on the disk.
+    vae, image_encoder = (fingerprint_files(files) for files in find_encoder_files(model))
+    info = CacheInfo(
+        base=base, vae=vae, image_encoder=image_encoder, source=str(shards),
+        source_fingerprint=index.fingerprint, height=height, width=width, variants=variants, flip=flip,
+        random_crop=random_crop, precision=precision,
+    )  # fmt: skip
+    place = Path(shards) if Path(shards).name else Path(shards).resolve()
+    folder = Path(out) if out is not None else place.with_name(f"{place.name}-{height}x{width}-{info.key}")
+    if is_complete(folder, info):
+        return f"{folder} is complete; train on it with --data.shards {folder}"
+    staging = open_staging(folder, info)
+    share = range((number - 1) * world.size + world.rank, len(index), parts * world.size)
+    if world.is_main:
+        print(f"{len(index):,} clips, {len(share):,} of them here, to {folder}; the same command resumes", flush=True)
+    if staging.name == STAGING:
+        encode_share(index, share, info, model, staging, world)
+    done = join_clips(index, info, folder, Path(shards))
+    return done or f"rank {world.rank} of part {part} is done; whoever ends last joins all clips to shards"
 
 
 def check_options(height: int, width: int, variants: int, flip: bool, random_crop: float) -> None:
@@ -133,6 +126,25 @@ def check_options(height: int, width: int, variants: int, flip: bool, random_cro
         )
 
 
+def refuse_bulk(index: DatasetIndex, height: int, width: int, variants: int, precision: str) -> None:
+    """Refuse a clip whose latents would be larger than a member of a shard may be."""
+    frame_bytes = (2 * 4 * (height // 8) * (width // 8) + 1024) * PRECISIONS[precision].itemsize
+    longest = max(index.rows, key=lambda row: row.clip.frames)
+    most = MEMBER_BYTES["safetensors"] // (frame_bytes * longest.clip.frames)
+    if variants > most:
+        remedy = f"give --variants {most} at most" if most else "pack shorter clips"
+        raise UserError(f"{variants} variants of {longest.key}, {longest.clip.frames} frames, are too large; {remedy}")
+
+
+def is_complete(folder: Path, info: CacheInfo) -> bool:
+    """Whether a folder is this very cache, joined and tidied up."""
+    found = read_info(folder)
+    if found is None or found.key != info.key or (folder / CLAIMED).exists():
+        return False
+    shutil.rmtree(folder / STAGING, ignore_errors=True)  # of a process that came too late
+    return True
+
+
 def open_staging(folder: Path, info: CacheInfo) -> Path:
     """Make or find the folder of single clips. Raises UserError if `folder` holds anything but this very cache."""
     if not (folder / CLAIMED).exists():
@@ -140,14 +152,15 @@ def open_staging(folder: Path, info: CacheInfo) -> Path:
         if folder.exists() and any(not path.name.startswith(STAGING) for path in folder.iterdir()):
             raise UserError(f"{folder} holds something else; give another --out, or delete it")
         aside = folder / f"{STAGING}.{socket.gethostname()}.{os.getpid()}"
-        aside.mkdir(parents=True)
+        aside.mkdir(parents=True, exist_ok=True)
         replace_text(aside / INFO_FILE, info.model_dump_json(indent=1))
         try:
             aside.rename(folder / STAGING)
         except OSError:  # it is there already, and not empty
             shutil.rmtree(aside)
     staging = folder / (CLAIMED if (folder / CLAIMED).exists() else STAGING)
-    if read_info(staging) != info:
+    found = read_info(staging)
+    if found is not None and found.key != info.key:
         raise UserError(f"{folder} was begun with other settings or videos; give another --out, or delete it")
     return staging
 
@@ -161,12 +174,18 @@ def encode_share(
         return
     vae, image_encoder = load_encoders(model, world.device, info.precision)
     for sample in tqdm(missing, unit="clip", desc="encode", disable=None if world.is_main else True):
-        encoded, bad = clip_files(staging, sample)
+        path, bad = clip_files(staging, sample)
         try:
-            _replace_bytes(encoded, encode_clip(index, sample, info, vae, image_encoder, world.device))
+            data = encode_clip(index, sample, info, vae, image_encoder, world.device)
         except BadSample as error:
+            if isinstance(error.__cause__, OSError):  # the disk is at fault, not the clip
+                raise UserError(
+                    f"{index.shards[sample]}: {error}; the same command goes on when it can be read"
+                ) from None
             print(f"{index.shards[sample].name}: {error}", file=sys.stderr)
-            _replace_bytes(bad, str(error).encode())
+            path, data = bad, str(error).encode()
+        with written_aside(path) as file:
+            file.write(data)
 
 
 def clip_files(staging: Path, sample: int) -> tuple[Path, Path]:
@@ -184,9 +203,11 @@ def encode_clip(
     variants = []
     for variant in range(info.variants):
         crop = draw_crop(settings, 0, variant, purpose) if variant else Crop()
-        frames_THWC = torch.from_numpy(decode_frames(index, sample, None, settings, crop))
+        # as many as the sidecar says: a run on the videos draws its windows from those
+        frames_THWC = decode_frames(index, sample, range(index.rows[sample].clip.frames), settings, crop)
         rows = []
-        for frame_HWC in frames_THWC:  # one at a time, as training encodes them: batched kernels round differently
+        for frame_HWC in torch.from_numpy(frames_THWC):
+            # one at a time, as training encodes them: batched kernels round differently
             frame_11CHW = to_signed(frame_HWC[None, None].to(device))
             mean, std = encode_frames(vae, frame_11CHW)
             rows.append([part[0, 0].to("cpu", dtype) for part in (mean, std, embed_stills(image_encoder, frame_11CHW))])
@@ -195,41 +216,54 @@ def encode_clip(
     return pack_latents(mean_VTCHW, std_VTCHW, tokens_VTD)
 
 
-def join_clips(index: DatasetIndex, info: CacheInfo, folder: Path, source: str) -> str | None:
-    """Join the clips' files to shards, if all are there and nobody else does; returns what came out."""
+def join_clips(index: DatasetIndex, info: CacheInfo, folder: Path, source: Path) -> str | None:
+    """Join the clips' files to shards, if all are there; several processes may do it at once, and write the same bytes.
+
+    returns  what came out; None where clips are missing, or another process ended the joining
+    """
     staging, claimed = folder / STAGING, folder / CLAIMED
-    if not claimed.exists():
-        if not all(any(path.exists() for path in clip_files(staging, sample)) for sample in range(len(index))):
-            return None
-        try:
-            staging.rename(claimed)  # exactly one process gets this done
-        except OSError:
-            return None
+    try:
+        if not claimed.exists():
+            there = {int(path.stem) for path in staging.iterdir() if path.suffix in (".safetensors", ".bad")}
+            if len(there) < len(index):
+                return None
+            staging.rename(claimed)
+    except OSError:  # somebody else renamed it
+        pass
+    try:
+        return _join(index, info, folder, source)
+    except FileNotFoundError:  # somebody else ended it, and took the clips away
+        if not is_complete(folder, info):
+            raise
+        return None
+
+
+def _join(index: DatasetIndex, info: CacheInfo, folder: Path, source: Path) -> str:
+    claimed = folder / CLAIMED
+    bad_clips = size_bytes = 0
     for tar, samples in _by_shard(index):
         target = folder / tar.name
-        if index_path(target).exists():
-            continue
-        aside = claimed / tar.name
-        with tarfile.open(aside, "w", format=tarfile.PAX_FORMAT) as archive:
+        with written_aside(target) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
             for sample in samples:
                 row = index.rows[sample]
-                encoded, _ = clip_files(claimed, sample)
-                if encoded.exists():
-                    _add(archive, f"{row.key}.safetensors", encoded.read_bytes())
-                _add(archive, f"{row.key}.json", _sidecar(row, info))
-        write_index(aside, build_index(aside))
-        os.replace(aside, target)
-        os.replace(index_path(aside), index_path(target))
-    for tar in _val_shards(source):
+                path, bad = clip_files(claimed, sample)
+                if bad.exists():
+                    bad_clips += 1
+                else:
+                    add_member(archive, f"{row.key}.safetensors", path.read_bytes())
+                clip = row.clip.model_copy(update={"height": info.height, "width": info.width})
+                add_member(archive, f"{row.key}.json", clip.model_dump_json(exclude_none=True).encode())
+        write_index(target, build_index(target))
+        size_bytes += target.stat().st_size
+    for tar in sorted(source.glob("val-*.tar")):  # evaluation compares pictures, so these go along as they are
+        load_index(tar)
         for path in (tar, index_path(tar)):
-            _link(path, folder / path.name)
+            link_or_copy(path, folder / path.name)
     replace_text(folder / INFO_FILE, info.model_dump_json(indent=1))
-    bad = len(list(claimed.glob("*.bad")))
-    size_gb = sum(path.stat().st_size for path in claimed.glob("*.safetensors")) / 1e9
-    shutil.rmtree(claimed)
+    shutil.rmtree(claimed, ignore_errors=True)
     return (
-        f"{len(index) - bad:,} clips, {info.variants} variants, {size_gb:.2f} GB, {bad} that do not decode, in {folder}\n"
-        f"next: train on it with --data.shards {folder}"
+        f"{len(index) - bad_clips:,} clips, {info.variants} variants, {size_bytes / 1e9:.2f} GB, {bad_clips} that do not "
+        f"decode, in {folder}\nnext: train on it with --data.shards {folder}"
     )
 
 
@@ -294,44 +328,8 @@ def _command(config: RunConfig, info: CacheInfo) -> str:
     )
 
 
-def _sidecar(row: SampleRow, info: CacheInfo) -> bytes:
-    clip = row.clip.model_copy(update={"height": info.height, "width": info.width})
-    return clip.model_dump_json(exclude_none=True).encode()
-
-
 def _by_shard(index: DatasetIndex) -> Iterator[tuple[Path, range]]:
     start = 0
     for size in index.shard_sizes:
         yield Path(str(index.shards[start])), range(start, start + size)
         start += size
-
-
-def _val_shards(source: str) -> list[Path]:
-    try:
-        return [tar for tar, _ in _by_shard(open_shards(source, "val"))]
-    except UserError:  # a folder without val shards
-        return []
-
-
-def _link(source: Path, target: Path) -> None:
-    """Evaluation compares pictures, so the val shards go along as they are, without a copy where the disk allows."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # no date, no owner: the same clips give the same bytes
-    member.size = len(data)
-    archive.addfile(member, io.BytesIO(data))
-
-
-def _replace_bytes(path: Path, data: bytes) -> None:
-    aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

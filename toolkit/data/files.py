@@ -1,0 +1,44 @@
+"""Files that appear whole or not at all, and tar members that hold nothing but their content.
+
+Test: pytest tests/data/test_files.py
+"""
+
+import io
+import os
+import shutil
+import socket
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears under its name only when all of it is written and synced, whoever else writes it too."""
+    aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Append a file to a tar without date or owner, so that the same content gives the same bytes."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Let another folder have a file too, without taking its space twice where the disk allows that."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)
