@@ -312,7 +312,7 @@ def test_latents_without_their_facts_are_refused(tiny_run: dict[str, Any], cache
         ({"part": "3/2"}, "part is 3/2"),
         ({"part": "x"}, "part is x"),
         (
-            {"height": 2048, "width": 2048, "variants": 64, "flip": True},
+            {"height": 2048, "width": 2048, "variants": 64, "flip": True, "precision": "fp32"},
             "variants of .* are too large; give --variants",
         ),
     ],

@@ -20,6 +20,7 @@ from toolkit.data.clips import resize_cover
 from toolkit.data.files import add_member, written_aside
 from toolkit.data.format import MEMBER_BYTES, ClipInfo, build_index, file_sha256, index_path, write_index
 from toolkit.data.plan import PlannedClip
+from toolkit.data.survey import GOES_ON, may_pass
 from toolkit.data.video import VideoError, VideoWriter, iter_frames
 from toolkit.errors import UserError
 
@@ -74,9 +75,12 @@ def encode_source(work: SourceWork) -> None:
         return
     changed = f"{work.video} changed while it was packed; delete {work.target.parents[1]} and start again"
     try:
-        if file_sha256(work.video) != work.sha256:
+        if _read_sha256(work.video) != work.sha256:
             raise UserError(changed)
-        with written_aside(work.target) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        with (
+            written_aside(work.target, first_stays=True) as file,  # another part may have read where its clips lie
+            tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar,
+        ):
             for clip, video in _encode(work):
                 if len(video) > MEMBER_BYTES["mp4"]:
                     raise UserError(
@@ -86,7 +90,14 @@ def encode_source(work: SourceWork) -> None:
                 add_member(tar, f"{clip.key}.mp4", video)
                 add_member(tar, f"{clip.key}.json", _info(clip, work.words).model_dump_json(exclude_none=True).encode())
     except VideoError as error:
-        raise UserError(f"{changed}: {error}") from error
+        raise UserError(f"{error}; {GOES_ON}" if may_pass(error) else f"{changed}: {error}") from error
+
+
+def _read_sha256(video: Path) -> str:
+    try:
+        return file_sha256(video)
+    except OSError as error:
+        raise UserError(f"{video}: {error.strerror}; {GOES_ON}") from error
 
 
 def lay_out(staging: Path, sources: Iterable[tuple[str, Path]], shard_mb: float) -> list[ShardWork]:

@@ -15,17 +15,32 @@ from typing import BinaryIO
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that appears under its name only when all of it is written and synced, whoever else writes it too."""
+def written_aside(path: Path, first_stays: bool = False) -> Iterator[BinaryIO]:
+    """Open a file that appears under its name only when all of it is written and synced, whoever else writes it too.
+
+    first_stays  where the file has appeared meanwhile, it is not replaced
+    """
     aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with open(aside, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        if first_stays:
+            _link_first(aside, path)
+        else:
+            os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _link_first(aside: Path, path: Path) -> None:
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a disk without links, on which nobody can be sure to be the first
+        os.replace(aside, path)
 
 
 def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -6,6 +6,7 @@ Frame numbers count from 0; a span (start, stop) excludes stop.
 """
 
 import math
+from statistics import median
 
 import numpy as np
 
@@ -19,7 +20,7 @@ MIN_FRAMES = 3  # two known ends and one frame between
 SHOT_JUMP, SHOT_RATIO = 10.6, 1.35
 _NEIGHBOURS, _STILL = 5, 0.3
 _LARGEST_CHANGE = 48  # of a pixel: a small part of the picture is no cut, however much it changes
-_GAP = 1.5  # in median intervals
+_UNEVEN, _RECENT = 1.5, 10  # a step is compared with the median of so many before it
 
 
 def jump_between(before_CHW: np.ndarray, after_CHW: np.ndarray) -> float:
@@ -32,10 +33,17 @@ def jump_between(before_CHW: np.ndarray, after_CHW: np.ndarray) -> float:
     return float(np.sqrt(luma + 2 * (blue + red)))
 
 
-def find_breaks(times_s: np.ndarray, interval_s: float, tick_s: float) -> list[int]:
-    """List the frames before which time does not run on evenly: after a gap of over 1.5 intervals, or backwards."""
-    gaps_s = np.diff(times_s)
-    return [int(i) + 1 for i in np.flatnonzero((gaps_s <= 0) | (gaps_s > _GAP * interval_s + 2 * tick_s))]
+def find_breaks(times_s: np.ndarray, tick_s: float) -> list[int]:
+    """List the frames before which time does not run on evenly: after a step that is backwards, or over 1.5 times as long
+    or short as the median of the last 10 since the break before; the first step there is compared with the next.
+    """
+    steps_s = np.diff(times_s).tolist()
+    breaks, start = [], 0
+    for i, step_s in enumerate(steps_s):
+        usual_s = median(steps_s[max(start, i - _RECENT) : i] or steps_s[i + 1 : i + 2] or [step_s])
+        if step_s <= 0 or not usual_s / _UNEVEN - 2 * tick_s <= step_s <= usual_s * _UNEVEN + 2 * tick_s:
+            breaks.append(start := i + 1)
+    return breaks
 
 
 def find_shots(jumps: np.ndarray) -> list[int]:

@@ -15,11 +15,12 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from toolkit.data.files import written_aside
-from toolkit.data.format import index_path
+from toolkit.data.format import index_path, read_index
 from toolkit.data.plan import PackSettings
+from toolkit.data.survey import Survey
 from toolkit.errors import UserError
 
-PACK_VERSION = 1  # bump when the same videos and settings would give other clips
+PACK_VERSION = 2  # bump when the same videos and settings would give other clips
 STAGING, RECORD, REPORT = ".packing", "pack.json", "report.html"
 _PUBLISHING, _JOB = ".publishing", "job.json"
 
@@ -37,6 +38,12 @@ class Job(BaseModel):
     settings: PackSettings
     videos: dict[str, int]
     words: str
+
+    def surveys_as(self, other: "Job", found: Survey) -> bool:
+        """Whether what the other job saw of a video holds for this one too."""
+        same = all(getattr(self.settings, key) == getattr(other.settings, key) for key in ("clip_seconds", "stride_seconds"))
+        same &= self.version == other.version and bool(found.sha256)
+        return same and found.name in self.videos and self.videos[found.name] == other.videos.get(found.name)
 
     def difference(self, other: "Job") -> str:
         """Say what distinguishes another job from this one."""
@@ -62,36 +69,76 @@ class Record(BaseModel):
     seconds: float
     dropped: dict[str, int]
     sources: int
+    partly: tuple[tuple[str, str], ...]
     skipped: tuple[tuple[str, str], ...]
 
 
 def open_staging(out: Path, job: Job, overwrite: bool, alone: bool) -> Path | None:
     """Make or find the half-done packing of a job in `out`; None if this very job is finished there.
 
-    alone   no other machine works on it, so that --overwrite may remove the half-done packing of another job
+    alone   no other machine works on it, so that --overwrite may remove what is finished, or the half-done packing of
+            another job
     raises  UserError if `out` holds something else
     """
-    staging, job_file = out / STAGING, out / STAGING / _JOB
-    finish_publishing(out)
+    staging, job_file, anew = out / STAGING, out / STAGING / _JOB, overwrite and alone
+    goes_on = finish_publishing(out)
     begun = staging.is_dir() and any(path.suffix != ".tmp" for path in staging.iterdir())
-    if not begun and (record := load_record(out)) is not None and record.job == job:
+    record = load_record(out)
+    if not begun and record is not None and record.job == job and (goes_on or not anew):
+        _refuse_broken(out, record, alone)
         return None
     _refuse_foreign(out, overwrite)
-    if begun and (found := _load_job(job_file)) != job:
-        difference = found.difference(job) if found else "another version of this program"
-        if not (overwrite and alone):
-            remedy = "or --overwrite to start anew" if alone else f"or delete {staging} to start anew"
-            raise UserError(
-                f"{out} holds a half-done packing, and this command differs ({difference}); give the same command to "
-                f"go on, {remedy}"
-            )
-        shutil.rmtree(staging)
+    if begun and _load_job(job_file) != job:
+        if not anew:
+            raise _differs(out, job, alone)
+        _start_anew(staging, job)
     staging.mkdir(parents=True, exist_ok=True)
-    with written_aside(job_file) as file:
+    with written_aside(job_file, first_stays=True) as file:
         file.write(job.model_dump_json(indent=1).encode())
+    if _load_job(job_file) != job:  # another command began between our look and our own beginning
+        raise _differs(out, job, alone)
     for folder in ("survey", "clips"):
         (staging / folder).mkdir(exist_ok=True)
     return staging
+
+
+def _differs(out: Path, job: Job, alone: bool) -> UserError:
+    staging = out / STAGING
+    found = _load_job(staging / _JOB)
+    difference = found.difference(job) if found else "another version of this program"
+    remedy = "or --overwrite to start anew" if alone else f"or delete {staging} to start anew"
+    return UserError(
+        f"{out} holds a half-done packing, and this command differs ({difference}); give the same command to go on, {remedy}"
+    )
+
+
+def _start_anew(staging: Path, job: Job) -> None:
+    """Remove what another job left, but for what it saw of the videos where that holds for this job too."""
+    found = _load_job(staging / _JOB)
+    for path in staging.iterdir():
+        if path.is_dir() and path.name != "survey":
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
+    for path in (staging / "survey").glob("*"):
+        if not found or not job.surveys_as(found, Survey.model_validate_json(path.read_bytes())):
+            path.unlink()
+
+
+def _refuse_broken(out: Path, record: Record, alone: bool) -> None:
+    """Look at what the record says was packed. Raises UserError where a shard is not there, or not whole."""
+    for name in record.shards:
+        tar = out / name
+        try:
+            whole = tar.stat().st_size == read_index(tar).tar_size_bytes
+        except (OSError, UserError):
+            whole = False
+        if not whole:
+            remedy = "--overwrite to pack anew" if alone else f"delete {out / RECORD} and give --overwrite to pack anew"
+            raise UserError(
+                f"this command was finished in {out}, but {name} or its index is gone or was changed since; restore it, or "
+                f"{remedy}"
+            )
 
 
 def publish(staging: Path, out: Path) -> None:
@@ -104,8 +151,11 @@ def publish(staging: Path, out: Path) -> None:
     finish_publishing(out)
 
 
-def finish_publishing(out: Path) -> None:
-    """Move what a claimed packing holds into place, from wherever a publisher was stopped: every step may come twice."""
+def finish_publishing(out: Path) -> bool:
+    """Move what a claimed packing holds into place, from wherever a publisher was stopped: every step may come twice.
+
+    Returns whether there was something to move.
+    """
     publishing = out / _PUBLISHING
     record = load_record(publishing)
     if record is not None:
@@ -117,6 +167,7 @@ def finish_publishing(out: Path) -> None:
             with suppress(FileNotFoundError):
                 os.replace(publishing / path.name, path)
     shutil.rmtree(publishing, ignore_errors=True)
+    return record is not None
 
 
 def load_record(folder: Path) -> Record | None:

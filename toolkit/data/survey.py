@@ -5,6 +5,7 @@ Test: pytest tests/data/test_survey.py
 A survey depends on the bytes of the video, its name and the lengths asked for, on nothing else.
 """
 
+import errno
 import io
 import tempfile
 from dataclasses import dataclass, field
@@ -21,10 +22,14 @@ from toolkit.data.screen import SIGNATURE_FRAMES, blocks, sharpness
 from toolkit.data.shots import MIN_FRAMES, cut_span, find_breaks, find_shots, jump_between, rate_of
 from toolkit.data.small import SmallFrame, iter_small
 from toolkit.data.video import MAX_FPS, VideoError, VideoFacts, packed_rate, probe
-from toolkit.errors import in_one_line
+from toolkit.errors import UserError, in_one_line
 
 _PICTURE_HEIGHT_PX = 96
 _SPOOL_BYTES = 64 << 20  # pictures of a longer video wait on disk
+# What the file system says of a name, for good; and what it, or FFmpeg, says of a machine, for now.
+_LASTING = (errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
+_PASSING = (*(errno.EIO, errno.ENOMEM, errno.ENOSPC, errno.ESTALE), *(errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT))
+GOES_ON = "once that is mended, the same command goes on where it was stopped"
 
 
 class _Model(BaseModel):
@@ -54,7 +59,7 @@ class ClipFacts(_Model):
 
 
 class Survey(_Model):
-    """What one video is good for; fault says why it gives no clips, or no more than these."""
+    """What one video is good for; fault says why it gives no clips, or which of its frames lie in none."""
 
     name: str
     sha256: str = ""
@@ -62,22 +67,58 @@ class Survey(_Model):
     clips: tuple[ClipFacts, ...] = ()
 
 
-def survey(path: Path, name: str, clip_seconds: float, stride_seconds: float | None) -> Survey:
-    """Decode a video once and judge the clips it can be cut into; what is wrong with it is in the survey's fault."""
+def survey(
+    path: Path, name: str, clip_seconds: float, stride_seconds: float | None, spool: Path | None = None
+) -> Survey:
+    """Decode a video once and judge the clips it can be cut into; what is wrong with it is in the survey's fault.
+
+    spool   folder for pictures that would take too much memory; None: the system's
+    raises  UserError for an error that may pass, like that of a disk which does not answer
+    """
+    for _ in range(2):
+        try:
+            found, passing = _look(path, name, clip_seconds, stride_seconds, spool)
+        except OSError as error:
+            if error.errno in _LASTING:
+                return Survey(name=name, fault=error.strerror)
+            raise UserError(f"{path}: {error.strerror or error}; {GOES_ON}") from error
+        if not passing:
+            break
+    # FFmpeg takes the end of a cut MKV for an error of the disk. What comes again, though all bytes can be read, is theirs.
+    return found
+
+
+def may_pass(error: VideoError) -> bool:
+    """Whether FFmpeg lays the blame on the machine, not on the video."""
+    return getattr(error.__cause__, "errno", None) in _PASSING
+
+
+def _look(
+    path: Path, name: str, clip_seconds: float, stride_seconds: float | None, spool: Path | None
+) -> tuple[Survey, bool]:
+    """Survey a video, and say whether what is wrong with it may pass. Raises OSError."""
+    sha256 = file_sha256(path)
     try:
-        sha256, facts = file_sha256(path), probe(path)
+        facts = probe(path)
         _refuse(facts)
-    except (VideoError, OSError) as error:
-        return Survey(name=name, fault=_reason(error, path))
-    with tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as pictures:
-        watch, fault = _Watch(pictures), None
+    except VideoError as error:
+        return Survey(name=name, sha256=sha256, fault=_reason(error, path)), may_pass(error)
+    with tempfile.SpooledTemporaryFile(_SPOOL_BYTES, dir=spool) as pictures:
+        watch, faults, passing = _Watch(pictures), [], False
         try:
             for frame in iter_small(path):
                 watch.add(frame)
         except VideoError as error:
-            fault = f"stopped where it does not decode: {_reason(error, path)}"
-        clips = tuple(watch.clip(*span) for span in watch.spans(facts, clip_seconds, stride_seconds))
-    return Survey(name=name, sha256=sha256, fault=fault or (None if clips else "gives no clip"), clips=clips)
+            faults, passing = [f"stopped where it does not decode: {_reason(error, path)}"], may_pass(error)
+        spans, left_out = watch.spans(facts, clip_seconds, stride_seconds)
+        clips = tuple(watch.clip(*span) for span in spans)
+    if left_out:
+        faults.append(
+            f"{left_out} of {len(watch.times_s)} frames lie in no clip: fewer than {MIN_FRAMES} in a row are of one shot "
+            "and follow evenly in time"
+        )
+    fault = "; ".join(faults) or (None if clips else "gives no clip")
+    return Survey(name=name, sha256=sha256, fault=fault, clips=clips), passing
 
 
 def _refuse(facts: VideoFacts) -> None:
@@ -87,8 +128,8 @@ def _refuse(facts: VideoFacts) -> None:
         raise VideoError("is HDR (PQ, SMPTE 2084), whose colours would come out wrong; convert it to SDR first")
 
 
-def _reason(error: Exception, path: Path) -> str:
-    return getattr(error, "strerror", None) or in_one_line(error).removeprefix(f"{path}: ")
+def _reason(error: VideoError, path: Path) -> str:
+    return in_one_line(error).removeprefix(f"{path}: ")
 
 
 @dataclass
@@ -127,21 +168,27 @@ class _Watch:
 
     def spans(
         self, facts: VideoFacts, clip_seconds: float, stride_seconds: float | None
-    ) -> list[tuple[int, int, float]]:
-        """List the clips as (start, stop, fps): inside a span no shot changes, no frame is missing, no size changes."""
+    ) -> tuple[list[tuple[int, int, float]], int]:
+        """List the clips as (start, stop, fps), and count the frames of parts that are too short for one.
+
+        Inside a clip no shot changes, no frame is missing, no size changes.
+        """
         times_s, sizes_px, jumps = np.array(self.times_s), self.sizes_px, np.array(self.jumps)
         resized = [i for i in range(1, len(sizes_px)) if sizes_px[i] != sizes_px[i - 1]]
-        breaks = sorted({0, len(sizes_px), *resized, *find_breaks(times_s, facts.interval_s, facts.tick_s)})
-        spans = []
+        breaks = sorted({0, len(sizes_px), *resized, *find_breaks(times_s, facts.tick_s)})
+        spans, left_out = [], 0
         for start, stop in zip(breaks, breaks[1:], strict=False):
             cuts = [start, *(start + cut for cut in find_shots(jumps[start:stop])), stop]
             for first, last in zip(cuts, cuts[1:], strict=False):
-                if last - first < 2:
-                    continue
-                fps = float(packed_rate(rate_of(times_s[first:last], facts.fps, facts.tick_s)))
-                parts = cut_span(last - first, fps, clip_seconds, stride_seconds)
-                spans += [(first + a, first + b, fps) for a, b in parts if b - a > 1 and 0 < fps <= MAX_FPS]
-        return spans
+                overall_fps = rate_of(times_s[first:last], facts.fps, facts.tick_s)
+                for a, b in cut_span(last - first, overall_fps, clip_seconds, stride_seconds):
+                    part_s = times_s[first + a : first + b]
+                    fps = float(packed_rate(rate_of(part_s, overall_fps, facts.tick_s)))
+                    if b - a >= MIN_FRAMES and 0 < fps <= MAX_FPS:
+                        spans.append((first + a, first + b, fps))
+                    else:
+                        left_out += b - a
+        return spans, left_out
 
     def clip(self, start: int, stop: int, fps: float) -> ClipFacts:
         chosen = np.linspace(start, stop - 1, SIGNATURE_FRAMES).round().astype(int)

@@ -49,8 +49,8 @@ class VideoError(ValueError):
 class VideoFacts:
     """What a video is: frames counted from its packets, size as displayed, codec by FFmpeg's name.
 
-    interval_s, tick_s  median time from frame to frame, and the time that times are rounded to
-    is_pq               high dynamic range whose brightness is coded as in SMPTE 2084
+    tick_s  what times are rounded to
+    is_pq   high dynamic range whose brightness is coded as in SMPTE 2084
     """
 
     fps: float
@@ -58,7 +58,6 @@ class VideoFacts:
     height_px: int
     width_px: int
     codec: str
-    interval_s: float
     tick_s: float
     is_pq: bool
 
@@ -72,15 +71,13 @@ def probe(source: Source, extension: str | None = None) -> VideoFacts:
             raise VideoError(f"{len(times)} frames at {rate} fps; a video has at least 1, at up to {MAX_FPS} fps")
         container.seek(min(times[0], 0), stream=stream)
         height_px, width_px, _ = next(_decode(container, stream))[1].shape
-        tick_s = float(stream.time_base or 1 / rate)
         return VideoFacts(
             fps=float(rate),
             frames=len(times),
             height_px=height_px,
             width_px=width_px,
             codec=stream.codec_context.name,
-            interval_s=float(np.median(np.diff(times))) * tick_s if len(times) > 1 else 0.0,
-            tick_s=tick_s,
+            tick_s=float(stream.time_base or 1 / rate),
             is_pq=stream.codec_context.color_trc == ColorTrc.SMPTE2084,
         )
 
@@ -219,8 +216,8 @@ def open_video(source: Source, extension: str | None) -> Iterator[tuple[InputCon
     name = "" if isinstance(source, bytes) else f"{source}: "
     file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
     max_pixels = MAX_MEMBER_PIXELS if extension else MAX_PIXELS
-    # FFmpeg counts rows padded to 64 px, which makes up to a quarter more; it holds while
-    limits = {"max_pixels": str(max_pixels * 5 // 4)}  # FFmpeg looks for the size, and in mid-stream
+    # Holds while FFmpeg looks for the size, and in mid-stream; it counts rows padded to 64 px, up to a quarter more.
+    limits = {"max_pixels": str(max_pixels * 5 // 4)}
     container_format = CONTAINER_FORMATS[extension] if extension else None
     try:
         if extension == "mp4" and isinstance(source, bytes):

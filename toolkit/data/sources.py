@@ -1,0 +1,50 @@
+"""The videos under a folder: which files count, by what names, and what is passed over.
+
+Test: pytest tests/data/test_sources.py
+"""
+
+import os
+import unicodedata
+from pathlib import Path
+from typing import NoReturn
+
+from toolkit.errors import UserError
+
+SOURCE_EXTENSIONS = (
+    *(".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".ogv"),
+    *(".3gp", ".gif"),
+)
+
+
+def find_videos(folder: Path) -> tuple[list[str], list[str]]:
+    """List the videos of a tree by their path within it, and the links to folders, which are not followed; both sorted.
+
+    Links to files count under the names of the links, wherever they lead.
+
+    raises  UserError if there are no videos, or a folder or a name cannot be read
+    """
+    if not folder.is_dir():
+        fault = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
+        raise UserError(f"{fault}; give the folder that holds the videos")
+    names, links = [], []
+    try:
+        for parent, folders, files in os.walk(folder, onerror=_stop):
+            links += [path for name in folders if (path := Path(parent, name)).is_symlink()]
+            paths = [Path(parent, name) for name in files if Path(name).suffix.lower() in SOURCE_EXTENSIONS]
+            names += [path.relative_to(folder).as_posix() for path in paths if path.is_file() or not path.exists()]
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}); make it readable, or move it away"
+        ) from error
+    if not names:
+        raise UserError(f"no videos in {folder}; files ending in {' '.join(SOURCE_EXTENSIONS)} are looked for")
+    for name in names:
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):  # as in a shard
+            raise UserError(
+                f"the name {name!r} in {folder} holds signs that cannot be written as text; rename the video"
+            )
+    return sorted(names), sorted(str(path) for path in links)
+
+
+def _stop(error: OSError) -> NoReturn:
+    raise error
