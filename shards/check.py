@@ -1,4 +1,4 @@
-"""Verify shards: python shards/check.py SHARDS [--deep] [--json] [--repair OUT]. Exit code 1 if anything is wrong."""
+"""Verify shards: python shards/check.py SHARDS [--deep] [--json] [--repair OUT]. Exit code 1 for a fault or a loss."""
 
 import sys
 
@@ -22,7 +22,7 @@ def check(shards: str, deep: bool = False, json: bool = False, repair: str | Non
 
     report = repairing.repair(shards, repair, deep) if repair else checking.check(shards, deep)
     print(dumps(report.as_dict(), indent=1) if json else report.summary())
-    if report.faults:
+    if not report.is_whole:
         sys.exit(1)
 
 

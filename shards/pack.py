@@ -45,7 +45,7 @@ def pack(
         shard_mb: start another shard at this many megabytes
         part: do part i of N first, as one of N machines that share OUT, like 3/8
         jobs: processes; by default one for each core
-        overwrite: replace the shards that are in out
+        overwrite: replace the shards that are in out, or what another command left half done there
     """
     settings = {name: value for name, value in locals().items() if name not in ("videos", "out")}
     from toolkit.data.pack import pack as start

@@ -29,6 +29,15 @@ def test_values_arrive_in_their_types(monkeypatch):
     assert CALLS == [("7", 3, False)]
 
 
+@pytest.mark.parametrize("name", ["2024_05", "1.10", "007", "1e3", "None", "[a]", "a,b", "v3"])
+def test_a_name_stays_as_it_was_written(monkeypatch, name):
+    """Though Fire would read a number, a list or nothing in it; given by place or by flag."""
+    start(monkeypatch, name, "--steps", "3")
+    start_calls = list(CALLS)
+    start(monkeypatch, f"--folder={name}", "--steps", "3")
+    assert start_calls == CALLS == [(name, 3, False)]
+
+
 def test_what_is_returned_is_printed(monkeypatch, capsys):
     """A summary reaches the terminal."""
     start(monkeypatch, "x")
@@ -62,7 +71,7 @@ def test_a_rank_is_named_where_there_are_several(monkeypatch, capsys):
     ("arguments", "words"),
     [
         (("x", "--stepz", "3"), "did you mean --steps"),
-        (("x", "--steps", "-3"), "--steps is -3"),
+        (("x", "--steps", "-3"), "--steps is -3; it should be greater than 0"),
         (("x", "--steps", "abc"), "--steps is 'abc'"),
         (("x", "--fresh", "maybe"), "--fresh is 'maybe'"),
     ],

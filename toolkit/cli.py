@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import fire
 from pydantic import ConfigDict, ValidationError, validate_call
 
-from toolkit.errors import UserError, in_one_line
+from toolkit.errors import UserError, in_one_line, in_words
 
 _FULL_DISK = "the disk is full; what was published so far is whole, so free some space and start the same command again"
 
@@ -40,7 +40,10 @@ def main(function: Callable[..., Any]) -> None:
         names = list(inspect.signature(function).parameters)  # Fire passes arguments by position
         where = [names[e["loc"][0]] if isinstance(e["loc"][0], int) else e["loc"][0] for e in error.errors()]
         _end(
-            "; ".join(f"--{name} is {e['input']!r}: {e['msg']}" for name, e in zip(where, error.errors(), strict=True))
+            "; ".join(
+                f"--{name} is {e['input']!r}; {in_words(e['msg'])}"
+                for name, e in zip(where, error.errors(), strict=True)
+            )
         )
     except UserError as error:
         _end(str(error))

@@ -21,19 +21,37 @@ def folder(tmp_path: Path) -> Path:
 
 def test_texts_beside_videos_and_rows_of_a_table(folder: Path) -> None:
     """A text beside a video is its caption, on one line; a row replaces it whole; what is empty says nothing."""
-    assert read_words(folder, NAMES, None) == {
-        "a.mp4": Words("a dog, running"),
-        "deep/b c.mkv": Words("grüß dich"),
-    }
+    assert read_words(folder, NAMES, None) == (
+        {"a.mp4": Words("a dog, running"), "deep/b c.mkv": Words("grüß dich")},
+        [],
+    )
     table = folder / "words.csv"
     table.write_text('video,label,caption\na.mp4,dog,"he said ""sit"", twice"\nsilent.mp4,none,\n')
-    assert read_words(folder, NAMES, table) == {
+    assert read_words(folder, NAMES, table)[0] == {
         "a.mp4": Words('he said "sit", twice', "dog"),
         "deep/b c.mkv": Words("grüß dich"),
         "silent.mp4": Words(None, "none"),
     }
     table.write_bytes("\ufeffvideo,caption\r\na.mp4,\r\n".encode())  # as Excel writes it
-    assert "a.mp4" not in read_words(folder, NAMES, table)
+    assert "a.mp4" not in read_words(folder, NAMES, table)[0]
+
+
+def test_a_line_ends_only_where_csv_ends_it(folder: Path) -> None:
+    """A separator of lines that only Unicode knows, and a line end in quotes, stay in the text as spaces."""
+    table = folder / "words.csv"
+    table.write_bytes('video,caption\r\na.mp4,one\u2028two\x0cthree\r\nsilent.mp4,"four\r\nfive"\r\n'.encode())
+    words, _ = read_words(folder, NAMES, table)
+    assert words["a.mp4"] == Words("one two three") and words["silent.mp4"] == Words("four five")
+
+
+def test_rows_about_other_videos_are_passed_over_and_named(folder: Path) -> None:
+    """A table may speak of more videos than are there, but not of others alone; a table without rows says nothing."""
+    table = folder / "words.csv"
+    table.write_text("video,caption\nz.mp4,x\na.mp4,dog\nc.mp4,y\n")
+    words, absent = read_words(folder, NAMES, table)
+    assert words["a.mp4"] == Words("dog") and absent == ["c.mp4", "z.mp4"] and "c.mp4" not in words
+    table.write_text("video,caption\n")
+    assert read_words(folder, NAMES, table) == read_words(folder, NAMES, None)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +61,7 @@ def test_texts_beside_videos_and_rows_of_a_table(folder: Path) -> None:
         ("a.mp4,dog\n", "must be video,caption,label"),
         ("video\na.mp4\n", "must be video,caption,label"),
         ("video,caption,caption\n", "must be video,caption,label"),
-        ("video,caption\nc.mp4,dog\n", "line 2: c.mp4 is no video in"),
+        ("video,caption\nc.mp4,dog\n", "c.mp4 is no video in"),
         ("video,caption\na.mp4,x\na.mp4,y\n", "line 3: a.mp4 comes twice"),
         ("video,caption\na.mp4,a dog, running\n", "line 2: not 2 fields"),
         ("video,caption,label\na.mp4,x\n", "line 2: not 3 fields"),

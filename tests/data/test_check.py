@@ -1,5 +1,6 @@
 """A check finds each fault and its place; a repair loses only what is damaged. Run: pytest tests/data/test_check.py"""
 
+import gzip
 import json
 import os
 import shutil
@@ -14,11 +15,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.data.hostile import clip, header, members, pad, write_tar
+from tests.data.hostile import clip, encode, header, members, pad, write_tar
 from toolkit.data import check as checking
+from toolkit.data import repair as repairing
 from toolkit.data.check import CheckReport, Fault, check
 from toolkit.data.format import build_index, index_path, load_index, write_index
+from toolkit.data.index import open_shards
 from toolkit.data.latents import pack_latents
+from toolkit.data.parallel import Workers
 from toolkit.data.repair import repair
 from toolkit.data.tar import walk_tar
 from toolkit.errors import UserError
@@ -154,7 +158,7 @@ def test_processes_find_what_one_finds(folder: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_command_line(folder: Path, tmp_path: Path) -> None:
-    """stdout is one JSON object and nothing else; exit code 1 with faults, 0 after a repair, 2 for a user's mistake."""
+    """stdout is one JSON object and nothing else; exit code 1 with faults or losses, 2 for a user's mistake."""
     change(folder / "train-0.tar", 600, b"damage")
     run = [sys.executable, ROOT / "shards/check.py", folder, "--json"]
     found = subprocess.run(run, capture_output=True, text=True)
@@ -163,10 +167,12 @@ def test_command_line(folder: Path, tmp_path: Path) -> None:
     assert list(report) == ["clips", "shards", "train", "val", "seconds", "faults"]
     assert report["faults"][0].keys() == {"shard", "key", "offset", "fault", "repairable"}
     repaired = subprocess.run([*run, "--deep", "--repair", tmp_path / "out"], capture_output=True, text=True)
-    assert repaired.returncode == 0, repaired.stderr
+    assert repaired.returncode == 1, repaired.stderr
     report = json.loads(repaired.stdout)
     assert report["faults"] == [] and [fault["key"] for fault in report["lost"]] == ["a"]
-    refused = subprocess.run([*run, "--repair", folder / "in"], capture_output=True, text=True)
+    run[2] = tmp_path / "out"
+    assert subprocess.run(run, capture_output=True).returncode == 0
+    refused = subprocess.run([*run, "--repair", run[2] / "in"], capture_output=True, text=True)
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
 
 
@@ -269,13 +275,152 @@ def test_a_shard_without_a_whole_sample_is_left_out(folder: Path, tmp_path: Path
     assert {fault.key for fault in report.lost} == {"a", "b", None}
 
 
-def test_an_interrupted_repair_is_begun_anew(folder: Path, tmp_path: Path) -> None:
-    """What a killed repair left does not come into the next; a taken folder is refused."""
-    (tmp_path / ".out.repairing").mkdir()
+def test_an_interrupted_repair_is_begun_anew(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a stopped repair left does not come into the next; a taken folder is refused."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(repairing, "check", lambda *_: stop())
+        repair(folder, tmp_path / "out")
     (tmp_path / ".out.repairing/train-9.tar").write_bytes(b"half")
     assert repair(folder, tmp_path / "out").faults == [] and keys(tmp_path / "out") == ["a", "b", "c"]
     with pytest.raises(UserError, match="give a new folder"):
         repair(folder, tmp_path / "out")
+
+
+def stop() -> CheckReport:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["it", "in it", "beside it", "linked"])
+def test_a_repair_removes_nothing_but_its_own(folder: Path, tmp_path: Path, where: str) -> None:
+    """A folder under the name a repair works under is not taken for its own: not the input, nor another, nor a link."""
+    aside = tmp_path / ".out.repairing"
+    if where == "linked":
+        aside.symlink_to(folder)
+    else:
+        aside.mkdir()
+        (aside / "thesis.tex").write_text("x")
+    if where != "beside it":
+        (aside / ".repairing").touch()  # not even where it looks like one that was stopped
+    shards = {"it": aside, "in it": aside / "shards"}.get(where, folder)
+    if shards != folder:
+        shutil.copytree(folder, shards, dirs_exist_ok=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"\.out\.repairing, which is there already; give another name"):
+        repair(shards, tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_is_not_finished_is_not_repaired(folder: Path, tmp_path: Path) -> None:
+    """Its copy would pass for whole; it is refused as a run refuses it."""
+    (folder / ".publishing").mkdir()
+    with pytest.raises(UserError, match="holds .publishing; run the same python shards/pack.py"):
+        repair(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.repairing").exists()
+
+
+def put(path: Path, kind: str) -> None:
+    """Something under the name of a file that is none."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("nothing")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link"])
+def test_what_is_no_file_is_no_shard(folder: Path, tmp_path: Path, kind: str) -> None:
+    """A run refuses it, a check names it, a repair leaves it out: none waits for it."""
+    put(folder / "train-9.tar", kind)
+    assert "train-9.tar is no regular file" in only(check(folder)).fault
+    with pytest.raises(UserError, match="train-9.tar is no regular file"):
+        open_shards(folder, "train")
+    report = repair(folder, tmp_path / "out")
+    assert report.faults == [] and [fault.shard for fault in report.lost] == ["train-9.tar"]
+    assert keys(tmp_path / "out") == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_file_is_no_index(folder: Path, kind: str) -> None:
+    """It is named, and the shard checked without it."""
+    index_path(folder / "val-0.tar").unlink()
+    put(index_path(folder / "val-0.tar"), kind)
+    assert "val-0.index.json is no regular file" in only(check(folder)).fault
+    with pytest.raises(UserError, match="val-0.index.json is no regular file, .*; delete"):
+        open_shards(folder, "val")
+
+
+def test_a_disk_that_fails_is_a_fault_of_its_shard(folder: Path, tmp_path: Path) -> None:
+    """The others are checked, and saved, all the same."""
+    (folder / "train-9.tar").symlink_to("/proc/self/mem")  # a regular file whose reading fails
+    shutil.copy(index_path(folder / "train-0.tar"), index_path(folder / "train-9.tar"))
+    report = check(folder)
+    assert {fault.shard for fault in report.faults} == {"train-9.tar"}
+    assert any("Input/output error" in fault.fault for fault in report.faults)
+    report = repair(folder, tmp_path / "out")
+    assert {fault.shard for fault in report.lost} == {"train-9.tar"} and keys(tmp_path / "out") == ["a", "b", "c"]
+
+
+def test_what_is_printed_is_printable(folder: Path, parts: dict[str, list[tuple[str, bytes]]], tmp_path: Path) -> None:
+    """Names that command a terminal, or are no text at all, are printed escaped, and stand in the JSON as they are."""
+    shard = folder / os.fsdecode(b"\xff\x1b[31m.tar")
+    write_tar(shard, [("\x1b]0;owned\x07b.mp4", b"x"), ("\udc80.mp4", b"x"), *parts["a"]])
+    report = check(folder)
+    reports = [(report, report.faults), ((repaired := repair(folder, tmp_path / "out")), repaired.lost)]
+    for said, faults in reports:
+        lines = said.summary().encode().decode().splitlines()
+        assert len(faults) > 1 and all(line.isprintable() for line in lines), lines
+        assert faults[0].shard == shard.name and json.loads(json.dumps(said.as_dict())) == said.as_dict()
+
+
+def test_only_a_folder_of_this_machine_is_checked(folder: Path) -> None:
+    """A shard or an address in its place is said to be none."""
+    for place in (folder / "val-0.tar", "https://host/val-0.tar", "hf://datasets/a/b"):
+        with pytest.raises(UserError, match=f"{place} is no folder of this machine"):
+            check(place)
+
+
+def test_a_compressed_tar_is_named_as_such(folder: Path, tmp_path: Path) -> None:
+    """By a check as well as by a run; a repair of it alone keeps nothing, and says so."""
+    (folder / "train-0.tar").write_bytes(gzip.compress((folder / "train-0.tar").read_bytes()))
+    index_path(folder / "train-0.tar").unlink()
+    (folder / "val-0.tar").unlink()
+    index_path(folder / "val-0.tar").unlink()
+    assert "compressed with gzip" in only(check(folder)).fault
+    with pytest.raises(UserError, match="compressed with gzip"):
+        open_shards(folder, "train")
+    report = repair(folder, tmp_path / "out")
+    assert report.lost and not report.is_whole and not list(report.out.glob("*.tar"))
+
+
+def test_a_killed_process_is_a_sentence() -> None:
+    """It says what the command that asked can do."""
+    with pytest.raises(UserError, match="a process was killed, .*; more memory$"), Workers(2, "more memory") as workers:
+        list(workers.run(os._exit, [1, 1]))
+
+
+def test_samples_need_not_be_alike(folder: Path, parts: dict[str, list[tuple[str, bytes]]], tmp_path: Path) -> None:
+    """Where damage lies elsewhere, a video without facts is a whole sample, and so is one in another container."""
+    a, b, c = (parts[key] for key in KEYS)
+    webm = members("w", encode("libvpx-vp9", "webm", [(48, 64)]), "webm", frames=3)
+    tar = write_tar(folder / "train-0.tar", [*a, *webm, *b, c[0]])
+    index_path(folder / "val-0.tar").unlink()
+    (folder / "val-0.tar").unlink()
+    index_path(tar).unlink()
+    change(tar, 0, b"\xff" * 100)  # the header of a's video
+    report = repair(folder, tmp_path / "out")
+    assert report.faults == [] and keys(tmp_path / "out") == ["w", "b", "c"]
+    assert [fault.key for fault in report.lost] == ["a"]
+
+
+def test_links_are_followed(folder: Path, tmp_path: Path) -> None:
+    """The hub's folders hold links to its files: what a repair makes holds files."""
+    (tmp_path / "snapshot").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "snapshot" / path.name).symlink_to(os.path.relpath(path, tmp_path / "snapshot"))
+    report = repair(tmp_path / "snapshot", tmp_path / "out")
+    assert report.is_whole and not any(path.is_symlink() for path in report.out.iterdir())
+    assert contents(report.out) == contents(folder)
 
 
 @pytest.fixture(scope="module")

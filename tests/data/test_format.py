@@ -6,13 +6,16 @@ import shutil
 import subprocess
 import tarfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import webdataset
 
 from tests.data.conftest import encode, frame_numbers, numbered_frames
+from tests.data.test_index import make_cached
+from toolkit.data import format
 from toolkit.data.check import check
 from toolkit.data.format import (
     BadSample,
@@ -127,6 +130,16 @@ def test_hostile_names_are_refused(tmp_path: Path, name: str) -> None:
         build_index(tar)
 
 
+def test_a_refused_name_says_what_to_do(tmp_path: Path) -> None:
+    """Foreign members are left out by a repair, which the sentence names; a camera's capitals are to be changed."""
+    for name, said in (
+        ("a.cls", r"extension 'cls'; allowed are mp4, .*check.py .* --repair OUT"),
+        ("a.MP4", r"extension 'MP4'; name it 'mp4'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            build_index(make_tar(tmp_path / "x.tar", [(name, b"x")]))
+
+
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
 def test_only_regular_members(tmp_path: Path, kind: bytes) -> None:
     """Links, devices and pipes are refused."""
@@ -202,13 +215,66 @@ def test_stale_or_foreign_index_is_refused(tmp_path: Path) -> None:
         load_index(tar)
 
 
+@pytest.mark.parametrize(
+    ("said", "change"),
+    [
+        ("'a' has no members", lambda row: row.update(members={})),
+        ("is an absolute or climbing name", lambda row: row.update(key="../a")),
+        ("is an absolute or climbing name", lambda row: row.update(key="/a")),
+        (r"'\\x1b\[2Ja' is a name with control", lambda row: row.update(key="\x1b[2Ja")),
+        ("is no key", lambda row: row.update(key="a.b")),
+        ("greater than or equal to 0.01", lambda row: row["clip"].update(fps=5e-324)),
+    ],
+)  # fmt: skip
+def test_an_index_names_what_a_tar_may_hold(
+    tmp_path: Path, said: str, change: Callable[[dict[str, Any]], None]
+) -> None:
+    """By the rules for the names in a tar; a sample without members, or an endless clip, is none."""
+    tar = make_tar(tmp_path / "x.tar", sample("a"))
+    load_index(tar)
+    tree = json.loads(index_path(tar).read_text())
+    change(tree["samples"][0])
+    index_path(tar).write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=f"{said}.*; delete .*x.index.json"):
+        load_index(tar)
+
+
+def test_cached_frames_are_the_clips(tmp_path: Path) -> None:
+    """An index that says more frames of a clip than its latents have would be read beyond them."""
+    tar = make_cached(tmp_path / "cached") / "train-000000.tar"
+    load_index(tar)
+    tree = json.loads(index_path(tar).read_text())
+    tree["samples"][0]["clip"]["frames"] = 9
+    index_path(tar).write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="safetensors holds other tensors"):
+        load_index(tar)
+
+
+def test_an_index_that_none_would_read_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound on reading is the bound on making."""
+    tar = make_tar(tmp_path / "x.tar", sample("a") + sample("b"))
+    load_index(tar)
+    size_bytes = index_path(tar).stat().st_size
+    monkeypatch.setattr(format, "MAX_INDEX_BYTES", size_bytes)
+    load_index(tar)
+    build_index(tar)
+    monkeypatch.setattr(format, "MAX_INDEX_BYTES", size_bytes - 1)
+    with pytest.raises(UserError, match=f"has over {size_bytes - 1} bytes; delete"):
+        load_index(tar)
+    with pytest.raises(UserError, match=f"would have {size_bytes} bytes, .*pack smaller shards"):
+        build_index(tar)
+
+
 def test_fingerprint_is_of_content_in_order(tmp_path: Path) -> None:
-    """Another name keeps the fingerprint; another order, which a run would follow, or other content changes it."""
+    """Another name keeps the fingerprint; another order, which a run would follow, content, or rows change it."""
     a = load_index(make_tar(tmp_path / "a.tar", sample("a")))
     b = load_index(make_tar(tmp_path / "b.tar", sample("b")))
     renamed = load_index(Path(shutil.copy(tmp_path / "a.tar", tmp_path / "c.tar")))
     assert fingerprint([a, b]) == fingerprint([renamed, b])
-    assert len({fingerprint([a, b]), fingerprint([b, a]), fingerprint([a]), fingerprint([b])}) == 4
+    less, caption = a.model_copy(update={"samples": ()}), a.samples[0].clip.model_copy(update={"caption": "sign"})
+    other = a.model_copy(update={"samples": (a.samples[0].model_copy(update={"clip": caption}),)})
+    datasets = ([a, b], [b, a], [a], [b], [less, b], [other, b])
+    assert len({fingerprint(indexes) for indexes in datasets}) == len(datasets)
 
 
 def test_split_is_in_the_names(packed: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from toolkit.data.clips import ClipSettings, load_cached
 from toolkit.data.format import BadSample, build_index
 from toolkit.data.index import DatasetIndex, open_shards
-from toolkit.data.latents import MAX_HEADER_BYTES, LatentsError, LatentsReader, describe, pack_latents, stack
+from toolkit.data.latents import MAX_HEADER_BYTES, MAX_OPEN, LatentsError, LatentsReader, describe, pack_latents, stack
 from toolkit.errors import UserError
 
 V, T, CHW, D = 2, 9, (4, 3, 5), 6
@@ -158,3 +160,31 @@ def test_frames_must_agree_with_the_sidecar(tmp_path: Path) -> None:
     folder = write_shard(tmp_path / "s", [("a.safetensors", data), ("a.json", sidecar(T + 1))])
     with pytest.raises(UserError, match=f"has {T} frames, a.json says {T + 1}"):
         build_index(folder / "train-000000.tar")
+
+
+def test_clips_of_several_shapes_do_not_mix(tmp_path: Path) -> None:
+    """A batch takes its shape from its first clip, so all of a run's must be alike."""
+    for number, part in enumerate(({}, {"mean": (V, T, 4, 5, 3), "std": (V, T, 4, 5, 3)})):
+        tensors = make_tensors(number)
+        tensors |= {name: tensors[name].reshape(shape) for name, shape in part.items()}
+        data = pack_latents(tensors["mean"], tensors["std"], tensors["tokens"])
+        folder = write_shard(tmp_path / str(number), [("a.safetensors", data), ("a.json", sidecar())])
+        (folder / "train-000000.tar").rename(tmp_path / f"train-{number}.tar")
+    with pytest.raises(
+        UserError, match=r"train-0.tar holds latents \('BF16', \(4, 3, 5\), 6\).*cache all sources alike"
+    ):
+        open_shards(tmp_path, "train")
+
+
+def test_many_shards_need_few_descriptors(tmp_path: Path) -> None:
+    """Over 200 shards the reader keeps MAX_OPEN of them open, and reads each as well the second time."""
+    data = pack_latents(GOOD["mean"], GOOD["std"], GOOD["tokens"])
+    folder = write_shard(tmp_path / "s", [("a.safetensors", data), ("a.json", sidecar())])
+    for number in range(1, 200):
+        shutil.copy(folder / "train-000000.tar", folder / f"train-{number:06d}.tar")
+    index, reader = open_shards(folder, "train"), LatentsReader()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        for sample in range(len(index)):
+            load_cached(index, sample, ClipSettings(3, 24, 40), 0, sample, reader)
+            assert len(os.listdir("/proc/self/fd")) <= before + MAX_OPEN + 1

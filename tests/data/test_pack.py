@@ -1,14 +1,17 @@
 """Videos in, shards out: split by source, nothing lost in silence, same bytes. Run: pytest tests/data/test_pack.py"""
 
+import errno
+import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import av
 import numpy as np
@@ -16,12 +19,14 @@ import pytest
 
 from tests.data.conftest import frame_numbers, numbered_frames
 from toolkit.data.check import check
+from toolkit.data.encode import SourceWork, encode_source
 from toolkit.data.index import open_shards
-from toolkit.data.pack import pack
+from toolkit.data.pack import _Packing, pack
 from toolkit.data.parallel import Workers
 from toolkit.data.plan import name_hash
-from toolkit.data.staging import load_record
-from toolkit.data.video import read_frames, write_video
+from toolkit.data.staging import load_record, publish
+from toolkit.data.survey import Survey, survey
+from toolkit.data.video import VideoError, iter_frames, read_frames, write_video
 from toolkit.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,12 +127,12 @@ def test_stopped_at_any_write_it_goes_on(
     videos: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
     """Whichever file is the last to appear, the same command ends with the same folder; old shards go only at the end."""
-    out, real, count = tmp_path / "out", os.replace, 0
+    out, count = tmp_path / "out", 0
     if overwrite:
         pack(videos, out, short_side=24, holdout=0)
     before = content(out) if overwrite else {}
 
-    def stop_at(limit: int, *paths: Path) -> None:
+    def stop_at(limit: int, real: Callable[[Path, Path], None], *paths: Path) -> None:
         nonlocal count
         count += 1
         if count > limit:
@@ -137,12 +142,14 @@ def test_stopped_at_any_write_it_goes_on(
     for limit in (0, 3, 5, 4, 3, 9, 1, 9, 3, 2, 4, 1):  # each starts where the last stopped
         count = 0
         with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", partial(stop_at, limit))
+            for name in ("replace", "link"):
+                patch.setattr(os, name, partial(stop_at, limit, getattr(os, name)))
             with pytest.raises(KeyboardInterrupt):
                 pack(videos, out, **SETTINGS, overwrite=overwrite)
         if (out / ".packing").exists():
             assert {name: data for name, data in content(out).items() if not name.startswith(".packing")} == before
     assert (out / ".publishing").exists()
+    monkeypatch.setattr("toolkit.data.pack.encode_source", _interrupted)  # all is encoded: even --overwrite goes on
     pack(videos, out, **SETTINGS, overwrite=overwrite)
     assert content(out) == content(packed)
 
@@ -162,6 +169,8 @@ def test_half_done_work_of_another_command_is_not_mixed(videos: Path, tmp_path: 
     with pytest.raises(UserError, match=r"other videos \(v9\.mp4\)"):
         pack(mine, out, **SETTINGS)
     assert pack(mine, out, clip_seconds=0.5, overwrite=True).record.sources == 7
+    pack(mine, tmp_path / "fresh", clip_seconds=0.5)
+    assert content(out) == content(tmp_path / "fresh")
     assert sorted(path.name for path in out.iterdir() if path.suffix not in (".tar", ".json")) == ["report.html"]
 
 
@@ -196,14 +205,213 @@ def test_overwrite_replaces_only_when_done(videos: Path, packed: Path, tmp_path:
     (tmp_path / "bad" / "a.mp4").write_text("no video")
     with pytest.raises(UserError, match="none of the 1 videos"):
         pack(tmp_path / "bad", out, overwrite=True)
-    assert content(out) == content(packed)
+    with pytest.raises(UserError, match=r"\(v\d\.mp4: near-black.*move the threshold"):
+        pack(videos, out, min_brightness=255, overwrite=True)
+    assert {name: data for name, data in content(out).items() if not name.startswith(".packing")} == content(packed)
     report = pack(videos, out, short_side=24, overwrite=True)
     assert open_shards(out, "train").rows[0].clip.height == 24
     assert (
         {path.name for path in out.glob("*.tar")} == {*report.record.shards} < {path.name for path in packed.iterdir()}
     )
-    shutil.rmtree(out / "report.html", ignore_errors=True)
-    assert pack(videos, out, short_side=24).summary() == report.summary() and load_record(out) == report.record
+    assert f"look at them: {out / 'report.html'}" in (said := report.summary())
+    assert pack(videos, out, short_side=24).summary() == said and load_record(out) == report.record
+    (out / "report.html").unlink()
+    assert "report.html" not in pack(videos, out, short_side=24).summary()
+
+
+def test_a_finished_packing_is_looked_at_before_it_is_believed(videos: Path, packed: Path, tmp_path: Path) -> None:
+    """A shard or an index that is gone, cut or empty: refused with its name; --overwrite makes it anew, but not in parts."""
+    for spoil in ("unlink *.tar", "cut *.tar", "unlink *.index.json", "cut *.index.json"):
+        out = Path(shutil.copytree(packed, tmp_path / spoil.replace("*", "")))
+        for path in sorted(out.glob(spoil.split()[1]))[:1]:
+            path.unlink() if spoil.startswith("unlink") else path.write_bytes(path.read_bytes()[:-512])
+            with pytest.raises(
+                UserError, match=rf"but {path.name.split('.')[0]}\.tar or its index is gone.*--overwrite"
+            ):
+                pack(videos, out, **SETTINGS)
+        pack(videos, out, **SETTINGS, overwrite=True)
+        assert content(out) == content(packed)
+    (out / "report.html").write_text("changed")
+    pack(videos, out, **SETTINGS, part="1/2", overwrite=True)  # the other machine has just made it
+    assert (out / "report.html").read_text() == "changed"
+    pack(videos, out, **SETTINGS, overwrite=True)
+    assert content(out) == content(packed)
+
+
+def test_another_threshold_does_not_look_through_the_videos_again(
+    videos: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a packing that kept nothing, --overwrite surveys only what is new or changed, and gives the same."""
+    mine, out, seen = Path(shutil.copytree(videos, tmp_path / videos.name)), tmp_path / "out", []
+    (mine / "v0.mp4").write_bytes(b"no video")
+    with pytest.raises(UserError, match="none of the 6"):
+        pack(mine, out, **SETTINGS, min_brightness=255)
+    shutil.copy(videos / "v0.mp4", mine)
+    (mine / "gone.mp4").symlink_to("nowhere")
+
+    def look(path: Path, name: str, *more: Any, **options: Any) -> Survey:
+        seen.append(name)
+        return survey(path, name, *more, **options)
+
+    monkeypatch.setattr("toolkit.data.pack.survey", look)
+    with pytest.raises(UserError, match="none of the 7"):
+        pack(mine, out, **SETTINGS, min_brightness=254.5, overwrite=True)
+    (mine / "gone.mp4").unlink()
+    (mine / "gone.mp4").touch()
+    with pytest.raises(UserError, match="none of the 7"):
+        pack(mine, out, **SETTINGS, min_brightness=254, overwrite=True)
+    (mine / "gone.mp4").unlink()
+    pack(mine, out, **SETTINGS, overwrite=True)
+    assert seen == ["v0.mp4", "gone.mp4", "gone.mp4"] and content(out) == content(packed)
+
+
+def test_of_two_commands_that_begin_at_once_one_is_refused(videos: Path, tmp_path: Path) -> None:
+    """Who finds nothing, and then another's beginning, says so and changes nothing of it; the first of two files stays."""
+    out = tmp_path / "out"
+
+    def begin_between(*arguments: object) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr("toolkit.data.staging._refuse_foreign", lambda *_: None)
+            _begin(videos, out)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("toolkit.data.staging._refuse_foreign", begin_between)
+        with pytest.raises(UserError, match=r"clip_seconds 0\.5 instead of 0\.8"):
+            pack(videos, out, **SETTINGS | {"clip_seconds": 0.5})
+    assert pack(videos, out, **SETTINGS).record.job.settings.clip_seconds == 0.8
+
+
+def test_the_clips_of_the_first_to_finish_stay(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another part encoded the same video meanwhile, its tar is not replaced: somebody may be reading it by offset."""
+    works: list[SourceWork] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("toolkit.data.pack.encode_source", works.append)
+        with pytest.raises(FileNotFoundError):
+            pack(videos, tmp_path / "out", **SETTINGS)
+
+    def slowly(*arguments: Any) -> Iterator[np.ndarray]:
+        works[0].target.write_bytes(b"another's")
+        yield from iter_frames(*arguments)
+
+    monkeypatch.setattr("toolkit.data.encode.iter_frames", slowly)
+    encode_source(works[0])
+    assert works[0].target.read_bytes() == b"another's"
+
+
+def test_the_record_of_another_command_is_not_reported(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who publishes and then finds what somebody else published says so."""
+
+    def publish_twice(staging: Path, out: Path) -> None:
+        monkeypatch.undo()
+        publish(staging, out)
+        pack(videos, out, short_side=24, overwrite=True)
+
+    monkeypatch.setattr("toolkit.data.pack.publish", publish_twice)
+    with pytest.raises(UserError, match="was changed while it was packed"):
+        pack(videos, tmp_path / "out", **SETTINGS)
+
+
+def test_an_error_of_the_disk_while_encoding_loses_nothing(
+    videos: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether Python or FFmpeg meets it: a sentence that names the video, and the same command goes on."""
+
+    def ffmpeg(path: Path, *_: object) -> NoReturn:
+        raise VideoError(f"{path}: Input/output error") from av.error.OSError(errno.EIO, "Input/output error")
+
+    def python(path: Path) -> NoReturn:
+        raise OSError(errno.EIO, "Input/output error")
+
+    for name, fail in (("file_sha256", python), ("iter_frames", ffmpeg)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"toolkit.data.encode.{name}", fail)
+            with pytest.raises(UserError, match=r"v\d\.mp4: Input/output error; .*the same command goes on"):
+                pack(videos, tmp_path / "out", **SETTINGS)
+    pack(videos, tmp_path / "out", **SETTINGS)
+    assert content(tmp_path / "out") == content(packed)
+
+
+def test_parts_that_are_done_begin_the_rest_at_places_of_their_own() -> None:
+    """Each part does all items once, its share first; no two begin what is left with the same one."""
+    orders: list[list[int]] = [[], [], [], []]
+    for number, order in enumerate(orders, 1):
+        nothing: Any = None
+        part = _Packing(Path(), Path(), Path(), nothing, {}, Workers(1), number, 4)
+        part._do("count", order.append, range(40), lambda item: item, "")
+    assert all(sorted(order) == list(range(40)) for order in orders)
+    assert sorted(item for order in orders for item in order[:10]) == list(range(40))
+    assert len({order[10] for order in orders}) == 4
+
+
+def test_links_to_folders_and_rows_about_nothing_are_said(
+    videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is passed over, a link to a folder or a row of the table, is a line each."""
+    mine = Path(shutil.copytree(videos, tmp_path / videos.name))
+    (mine / "more").symlink_to(videos)
+    (tmp_path / "words.csv").write_text("video,caption\nv1.mp4,x\nv8.mp4,y\nv9.mp4,z\n")
+    pack(mine, tmp_path / "out", captions=tmp_path / "words.csv")
+    said = capsys.readouterr().out
+    assert f"not followed: {mine / 'more'}, a link to a folder" in said
+    assert "passed over 2 rows" in said and "v8.mp4, v9.mp4" in said
+
+
+@pytest.mark.parametrize("size_px", [(2160, 3840), (2728, 1534)], ids=["4K", "upright"])
+def test_large_videos_come_back_from_the_shard(tmp_path: Path, size_px: tuple[int, int]) -> None:
+    """Pictures near the largest that a shard may hold pack, check and decode to what they showed."""
+    (tmp_path / "videos").mkdir()
+    frames_THWC = numbered_frames(range(4)).repeat(size_px[0] // 48 + 1, 1).repeat(size_px[1] // 64 + 1, 2)
+    write_video(tmp_path / "videos" / "large.mp4", frames_THWC[:, : size_px[0], : size_px[1]], 25)
+    pack(tmp_path / "videos", tmp_path / "out", min_motion=0, jobs=1)
+    index = open_shards(tmp_path / "out", "train")
+    decoded_THWC = read_frames(index.read(0, "mp4"), extension="mp4")
+    assert len(index.rows) == 1 and check(tmp_path / "out", deep=True).faults == []
+    assert decoded_THWC.shape[1:3] == (index.rows[0].clip.height, index.rows[0].clip.width)
+    assert 0.98 * 2048**2 < decoded_THWC[0, ..., 0].size <= 2048**2
+    middle_THWC = decoded_THWC[:, decoded_THWC.shape[1] // 4]
+    shown = middle_THWC.mean(2)[:, np.linspace(0, middle_THWC.shape[1], 17).astype(int)[1:-1:2]] > 128
+    assert [int((row << np.arange(8)).sum()) for row in shown] == [0, 1, 2, 3]
+
+
+def test_a_stopped_packing_does_not_finish_the_videos_it_is_at(tmp_path: Path) -> None:
+    """Ctrl-C ends the command and its processes in the middle of long videos, which are not surveyed to their end."""
+    (tmp_path / "videos").mkdir()
+    for name in ("a.mkv", "b.mkv"):
+        _write_long(tmp_path / "videos" / name, repeats=1500)
+    command = pack_command(tmp_path / "videos", tmp_path / "out", "--jobs=2")
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while process.poll() is None and not any(map(_reads_long, Path("/proc").glob("[0-9]*/fd"))):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130 and "stopped; what was published so far is whole" in error, error
+    assert list((tmp_path / "out" / ".packing" / "survey").glob("*.json")) == []
+
+
+def _write_long(path: Path, repeats: int) -> None:
+    """A second of video over and over, by copying its packets."""
+    second = io.BytesIO()
+    write_video(second, numbered_frames(range(25)).repeat(8, 1).repeat(8, 2), 25)
+    second.seek(0)
+    with av.open(second) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for i in range(repeats):
+            source.seek(0)
+            for packet in source.demux(video=0):
+                if packet.size and packet.pts is not None and packet.dts is not None:
+                    shift = round(i / packet.time_base)
+                    packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                    packet.stream = stream
+                    target.mux(packet)
+
+
+def _reads_long(descriptors: Path) -> bool:
+    try:
+        return any(str(path.readlink()).endswith("videos/a.mkv") for path in descriptors.iterdir())
+    except OSError:
+        return False
 
 
 def test_unreadable_videos_are_skipped_and_listed(tmp_path: Path) -> None:
@@ -221,7 +429,7 @@ def test_unreadable_videos_are_skipped_and_listed(tmp_path: Path) -> None:
     assert result.stdout.startswith("packing 4 videos") and "the same command goes on" in result.stdout
     for name in ("short.mp4: has 2 frames", "text.mkv: Invalid data", "cut.mp4: "):
         assert f"skipped {name}" in result.stdout
-    assert "1 clips (1 train, 0 val), 0.5 s, from 1 videos, 3 skipped" in result.stdout
+    assert "1 clips (1 train, 0 val), 0.5 s, from 1 videos, 0 used in part, 3 skipped" in result.stdout
     row = open_shards(tmp_path / "out", "train").rows[0]
     assert row.key.startswith("good-clip_") and row.clip.source == "deep/Good Clip!.mp4"
 
@@ -233,6 +441,7 @@ def test_errors_are_one_sentence_and_exit_2(tmp_path: Path, packed: Path) -> Non
     (tmp_path / "bad" / "a.mp4").write_text("no video")
     cases = {
         "there is no folder": (tmp_path / "none", tmp_path / "out"),
+        "a.mp4 is a file; give the folder": (tmp_path / "bad" / "a.mp4", tmp_path / "out"),
         ".mp4 .mkv": (tmp_path / "empty", tmp_path / "out"),
         "none of the 1 videos": (tmp_path / "bad", tmp_path / "out"),
         "already holds shards": (tmp_path / "bad", packed),
@@ -250,12 +459,12 @@ def test_errors_are_one_sentence_and_exit_2(tmp_path: Path, packed: Path) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"clip_seconds": 0}, "clip_seconds is 0"),
+        ({"clip_seconds": 0}, "^--clip_seconds is 0; it should be greater than 0$"),
         ({"stride_seconds": -1}, "stride_seconds is -1"),
         ({"gop": 13}, "gop is 13"),
         ({"short_side": 8}, "short_side is 8"),
         ({"holdout": 1}, "holdout is 1"),
-        ({"aspects": "wide"}, "16:9,1:1,9:16"),
+        ({"aspects": "wide"}, "^--aspects is 'wide'; it should be .*16:9,1:1,9:16"),
         ({"aspects": "0:1"}, "16:9,1:1,9:16"),
         ({"part": "0/2"}, "part is 0/2"),
         ({"part": "3/2"}, "like 3/8"),

@@ -5,6 +5,7 @@ The server is a real one, over TLS, on this machine; what it does wrong is set b
 
 import functools
 import multiprocessing
+import os
 import shutil
 import ssl
 import subprocess
@@ -326,6 +327,24 @@ def test_cache_keeps_what_was_used_last(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_cache_touches_only_its_own(tmp_path: Path) -> None:
+    """What else lies in its folder, old and large, is neither counted nor removed; what a killed writer left is."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "train-000000.tar").write_bytes(bytes(5000))
+    (tmp_path / "thesis.tex").write_bytes(bytes(3000))
+    (tmp_path / ("a" * 64)).symlink_to(tmp_path / "thesis.tex")
+    left = tmp_path / f"{'0' * 64}.x1y2z3.tmp"
+    left.write_bytes(bytes(900))
+    users = {"sub", "train-000000.tar", "thesis.tex", "a" * 64}
+    for path in tmp_path.iterdir():
+        os.utime(path, (1, 1), follow_symlinks=False)
+    cache = DiskCache(tmp_path, 1000)
+    for i in range(30):
+        cache.write(str(i), bytes(100))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= users and left.name not in names and len(names) > len(users) + 5
+
+
 def _write_and_read(folder: Path, writer: int) -> int:
     """Write copies that others write too, and read them all the while; returns how many were read whole."""
     cache, found = DiskCache(folder, 20_000), 0
@@ -375,6 +394,13 @@ def test_cache_on_a_full_or_forbidden_disk_is_a_sentence(tmp_path: Path) -> None
         ("https://host/train-0.tar?X-Amz-Signature=secret", "an address may hold no password"),
         ("https://host/asl/", "https has no folders; name the shards: https://host/asl/train-{000000..000011}.tar"),
         ("https://host/train-{0..3.tar", "a brace is not closed"),
+        (f"https://host/{'{' * 3000}a{'}' * 3000}.tar", "a brace is not closed, or within another"),
+        ("https://host/train-{-1..30000000}.tar", "more than 100000 shards"),
+        ("https://host/train-{30000000..-1..2}.tar", "more than 100000 shards"),
+        (f"https://host/train-{{1..{'9' * 5000}}}.tar", "more than 100000 shards"),
+        (f"https://host/train-{{1..2..{'9' * 5000}}}.tar", "more than 100000 shards"),
+        (f"https://host/{'{1,2}' * 40}.tar", "more than 100000 shards"),
+        ("https://[::1/train-0.tar", "is no address"),
         ("https://host/train-{000000000..999999999}.tar", "more than 100000 shards"),
     ],
 )  # fmt: skip

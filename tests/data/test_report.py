@@ -97,8 +97,10 @@ def dropped_card(number: int, reason: str = "near-static: motion 3 is below 8") 
     return make_card(number, reason=reason, size_bytes=0)
 
 
-def report(folder: Path, cards: list[Card] | Iterator[Card], skipped: tuple = (), **settings: str) -> Page:
-    write_report(folder / "report.html", "videos to shards", settings, cards, list(skipped))
+def report(
+    folder: Path, cards: list[Card] | Iterator[Card], skipped: tuple = (), partly: tuple = (), **settings: str
+) -> Page:
+    write_report(folder / "report.html", "videos to shards", settings, cards, list(partly), list(skipped))
     return Page((folder / "report.html").read_text())
 
 
@@ -130,15 +132,14 @@ def test_no_name_and_no_caption_becomes_a_tag(tmp_path_factory: pytest.TempPathF
         fields = {"key": f"k{words}", "source": f"s{words}", "split": f"p{words}", "text": f"t{words}"}
         cards = [make_card(1, **fields), make_card(2, **fields, reason=f"r{words}")]
         folder = tmp_path_factory.getbasetemp()
-        write_report(
-            folder / "report.html", f"n{words}", {f"o{words}": f"v{words}"}, cards, [(f"a{words}", f"b{words}")]
-        )
+        partly, skipped = [(f"c{words}", f"d{words}")], [(f"a{words}", f"b{words}")]
+        write_report(folder / "report.html", f"n{words}", {f"o{words}": f"v{words}"}, cards, partly, skipped)
         pages.append(Page((folder / "report.html").read_text()))
     assert pages[0].tags == pages[1].tags
     shown = re.sub(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", " ", hostile)
     if len(hostile) < 290:
         visible = " ".join(pages[0].text.split())
-        for field in "kstrovab":
+        for field in "kstrovabcd":
             assert " ".join(f"{field}{shown}".split()) in visible
 
 
@@ -153,10 +154,10 @@ def test_totals_are_those_of_the_cards(tmp_path: Path) -> None:
     kept = [make_card(i, source=f"v{i // 2}.mkv", frames=90) for i in range(40)]
     black = [dropped_card(100 + i, f"near-black: brightness {i} is below 12") for i in range(3)]
     static = [dropped_card(200), dropped_card(201)]
-    page = report(tmp_path, [*kept, *black, *static], [("broken.avi", "0 frames"), ("v1.mkv", "stopped at 3 s")])
+    page = report(tmp_path, [*kept, *black, *static], [("broken.avi", "0 frames")], [("v1.mkv", "stopped at 3 s")])
     tiles = re.sub(r"\s+", " ", " ".join(page.texts[page.texts.index("videos") : page.texts.index("as packed")]))
     assert tiles == (
-        "videos 26 2 skipped clips kept 40 32 train, 8 val clips dropped 5 11% of 45 "
+        "videos 26 1 skipped clips kept 40 32 train, 8 val clips dropped 5 11% of 45 "
         "length kept 2 min 3,600 frames size 40.0 kB"
     )
     reasons = page.texts[page.texts.index("of all") + 1 :][:6]

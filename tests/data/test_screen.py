@@ -51,23 +51,37 @@ def test_each_threshold_drops_what_is_below_it_and_can_be_moved() -> None:
 
 def test_the_first_of_several_alike_is_kept() -> None:
     """Of clips that differ by less than the distance one stays; what is dropped anyway makes no other a duplicate."""
-    dropped = reasons(facts(50), facts(52), facts(51), facts(54), facts(90, motion=1), facts(90))
+    clips = [facts(50), facts(52), facts(51), facts(54), facts(90, motion=1), facts(90)]
+    dropped = reasons(*(clip.model_copy(update={"first": 40 * i}) for i, clip in enumerate(clips)))
     assert [reason and reason.split(" is")[0] for reason in dropped] == [
         None, "duplicate: difference 2.00", "duplicate: difference 1.00", None, "near-static: motion 1", None,
     ]  # fmt: skip
     assert reasons(facts(50), facts(50), duplicate_distance=0) == [None, None]
 
 
+def test_clips_that_share_frames_are_no_duplicates() -> None:
+    """Overlap is asked for; the same picture in frames that are not shared, or in another video, is a duplicate."""
+    clips = [facts(first=first) for first in (0, 20, 39, 40, 79)]
+    expected = [None, None, None, *["duplicate: difference 0.00 is below 2.5"] * 2]
+    assert reasons(*clips) == expected
+    both = [Survey(name=name, clips=tuple(clips)) for name in ("a.mp4", "b.mp4")]
+    kept = [clip.source for clip in make_plan(both, PackSettings()) if clip.reason is None]
+    assert len(kept) == 3 and len(set(kept)) == 1
+
+
 @given(st.integers(0, 2**32 - 1), st.floats(0.5, 12))
 def test_duplicates_are_those_of_comparing_all_with_all(seed: int, distance: float) -> None:
-    """Shortcuts change nothing: a clip is dropped exactly if it comes within the distance of one that is kept."""
+    """Shortcuts change nothing: a clip is dropped exactly if it comes within the distance of one that is kept apart."""
     draws = np.random.default_rng(seed)
     centres = draws.integers(0, 255, (4, 1)) + draws.integers(-20, 20, (4, PIXELS))
     noise = draws.normal(0, 1, (30, PIXELS)) * draws.uniform(0, 10, (30, 1))
     signatures_NP = np.clip(centres[draws.integers(0, 4, 30)] + noise, 0, 255).astype(np.uint8)
     kept: list[int] = []
-    for i, found in enumerate(find_duplicates(signatures_NP, distance)):
-        gaps = [float(np.sqrt(((signatures_NP[i] - signatures_NP[j].astype(float)) ** 2).mean())) for j in kept]
+    videos, firsts = draws.integers(0, 3, 30), draws.integers(0, 40, 30)
+    places_N3 = np.stack([videos, firsts, firsts + 10], axis=1)
+    for i, found in enumerate(find_duplicates(signatures_NP, places_N3, distance)):
+        others = [j for j in kept if videos[i] != videos[j] or abs(firsts[i] - firsts[j]) >= 10]
+        gaps = [float(np.sqrt(((signatures_NP[i] - signatures_NP[j].astype(float)) ** 2).mean())) for j in others]
         nearest = min(gaps, default=np.inf)
         assume(abs(nearest - distance) > 1e-4)
         assert found == (pytest.approx(nearest, rel=1e-5) if nearest < distance else None)
@@ -94,7 +108,10 @@ def test_real_videos_and_their_spoilt_copies(real_videos: Path, tmp_path: Path) 
     surveys = [survey(path, path.stem, 4.0, None) for path in sorted((real_videos / "asl").iterdir())]
     assert all(clip.reason is None for clip in make_plan(surveys, PackSettings()))
     signatures_NP = np.stack([np.frombuffer(s.clips[0].signature, np.uint8) for s in surveys])
-    assert [gap for gap in find_duplicates(signatures_NP, 3 * PackSettings().duplicate_distance) if gap] == []
+    places_N3 = np.array([(number, 0, 1) for number in range(len(surveys))])
+    assert [
+        gap for gap in find_duplicates(signatures_NP, places_N3, 3 * PackSettings().duplicate_distance) if gap
+    ] == []
     for name in ("bird", "want"):
         frames_THWC = read_frames(real_videos / "asl" / f"{name}.mkv")[:, ::2, ::2]
         spoilt = {

@@ -99,6 +99,22 @@ def test_pax_headers_may_not_move_what_follows(tmp_path: Path, key: str, kind: b
         list(walk_tar(tar))
 
 
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_extension_headers_are_few(tmp_path: Path, kind: bytes) -> None:
+    """Up to eight before one member, as many bytes together as one may have; the fault is where the ninth is."""
+    tar, one = tmp_path / "x.tar", header("x", 0, kind)
+    tar.write_bytes(8 * one + header("a.mp4", 1) + pad(b"x") + bytes(1024))
+    assert [entry.name for entry in walk_tar(tar)] == ["a.mp4"]
+    tar.write_bytes(9 * one + header("a.mp4", 1) + pad(b"x") + bytes(1024))
+    with pytest.raises(TarFault, match="9 extension headers") as fault:
+        list(walk_tar(tar))
+    assert fault.value.offset == 8 * 512
+    half = pax(record("comment", "x" * 40_000))
+    tar.write_bytes(2 * half + header("a.mp4", 1) + pad(b"x") + bytes(1024))
+    with pytest.raises(TarFault, match="2 extension headers"):
+        list(walk_tar(tar))
+
+
 def test_the_next_header_is_found(tmp_path: Path) -> None:
     """Behind damage, and not in what only looks like one."""
     almost = bytearray(header("a.mp4", 1))
@@ -109,6 +125,9 @@ def test_the_next_header_is_found(tmp_path: Path) -> None:
         list(walk_tar(tar))
     assert fault.value.offset == 0 and find_header(tar, 1) == 1024 and find_header(tar, 1025) is None
     assert [entry.name for entry in walk_tar(tar, 1024)] == ["b.mp4"]
+    far = b"ustar" * (1 << 19)  # and farther than is read at once
+    tar.write_bytes(far + bytes(-len(far) % 512) + header("c.mp4", 1) + pad(b"x"))
+    assert find_header(tar, 0) == -(-len(far) // 512) * 512
 
 
 def test_claims_are_counted() -> None:

@@ -57,16 +57,25 @@ def test_a_small_part_never_jumps_like_a_shot() -> None:
     assert jump_between(before, before) == 0 and jump_between(before, part) < SHOT_JUMP < jump_between(before, after)
 
 
-@given(st.lists(st.integers(1, 60), min_size=2, max_size=60), st.integers(0, 3))
-def test_time_runs_evenly_between_breaks(gaps: list[int], back: int) -> None:
-    """Between two breaks no step is over one and a half intervals, or backwards; every break has such a step."""
-    gaps[len(gaps) // 2] -= 60 * (back == 3)
-    times_s = np.cumsum([0, *gaps]) / 1000
-    interval_s = float(np.median(gaps)) / 1000
-    breaks = find_breaks(times_s, interval_s, 0.001)
-    assume(all(abs(gap / 1000 - 1.5 * interval_s - 0.002) > 1e-6 for gap in gaps))
-    wild = [i + 1 for i, gap in enumerate(gaps) if gap <= 0 or gap / 1000 > 1.5 * interval_s + 0.002]
-    assert breaks == wild
+@given(st.lists(st.integers(-4, 60) | st.sampled_from([20, 33]), min_size=1, max_size=60))
+def test_time_runs_evenly_between_breaks(steps_ms: list[int]) -> None:
+    """Within a span each step is forward and within a factor of 1.5 of the median of those before it; at a break none is."""
+    breaks = find_breaks(np.cumsum([0, *steps_ms]) / 1000, 0.001)
+    for first, last in pairwise([0, *breaks, len(steps_ms) + 1]):
+        for i in range(first, min(last, len(steps_ms))):
+            before = steps_ms[max(first, i - 10) : i] or steps_ms[i + 1 : i + 2] or [steps_ms[i]]
+            usual_ms, step_ms = float(np.median(before)), steps_ms[i]
+            assume(abs(usual_ms / 1.5 - 2 - step_ms) > 1e-6 < abs(usual_ms * 1.5 + 2 - step_ms))
+            is_even = step_ms > 0 and usual_ms / 1.5 - 2 < step_ms < usual_ms * 1.5 + 2
+            assert is_even == (i + 1 < last or last == len(steps_ms) + 1)
+
+
+def test_a_changed_rate_costs_no_frame_and_a_lost_one_no_other() -> None:
+    """Where another rate begins one span follows the other; a frame that stands alone, also the first, is a span alone."""
+    for first_ms, then_ms in ((20, 50), (50, 20), (33, 16)):
+        assert find_breaks(np.cumsum([0, *[first_ms] * 99, *[then_ms] * 60]) / 1000, 0.001) == [100]
+    assert find_breaks(np.cumsum([0, 500, *[33] * 9, 200, 150, *[33] * 9]) / 1000, 0.001) == [1, 11, 12]
+    assert find_breaks(np.cumsum([0, *[33, 50] * 20]) / 1000, 0.001) == []  # film shown at 24 by fields
 
 
 def test_rate_is_the_declared_one_where_the_times_agree() -> None:

@@ -3,25 +3,29 @@
 Run: pytest tests/data/test_survey.py
 """
 
+import errno
 import io
 import os
 from collections.abc import Iterable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
+import toolkit.data.survey
 from tests.data.conftest import HEIGHT_PX, WIDTH_PX, frame_numbers, numbered_frames
 from toolkit.data.index import open_shards
 from toolkit.data.motion import motion_score
 from toolkit.data.pack import pack
 from toolkit.data.small import iter_small
 from toolkit.data.survey import survey
-from toolkit.data.video import read_frames, write_video
+from toolkit.data.video import VideoError, read_frames, write_video
+from toolkit.errors import UserError
 
 COUNT = 30
 # File, encoder, pixel format: what cameras, phones, browsers and editors write.
@@ -139,9 +143,71 @@ def test_time_is_even_inside_every_clip(tmp_path: Path) -> None:
     mux(path, numbered_frames(range(len(times_ms))), times_ms=times_ms)
     assert clips_of(path) == [(0, 11, 25.0), (11, 10, 25.0), (21, 11, 25.0)]
     assert [clip.start_s for clip in survey(path, "", 1e6, None).clips] == [0, 0.6, 1.08]
+    for first_ms, then_ms in ((20, 50), (50, 20)):  # as where a phone goes to slow motion, and a quarter is dropped
+        both = tmp_path / f"{first_ms}.mkv"
+        mux(both, numbered_frames(range(30)), times_ms=np.cumsum([0, *[first_ms] * 15, *[then_ms] * 14]).tolist())
+        assert clips_of(both) == [(0, 16, 1000 / first_ms), (16, 14, 1000 / then_ms)]
     slow = tmp_path / "slow.mkv"
     mux(slow, numbered_frames(range(12)), times_ms=list(range(0, 1200, 100)))  # though 25 frames/s are announced
     assert clips_of(slow) == [(0, 12, 10.0)]
+
+
+def test_every_part_has_the_rate_of_its_own_times(tmp_path: Path) -> None:
+    """Where the rate changes too slowly for a break, each clip still says how fast its frames come."""
+    steps_ms = [20 + i // 4 for i in range(119)]
+    times_s = np.cumsum([0, *steps_ms]) / 1000
+    mux(tmp_path / "slower.mkv", numbered_frames(range(120)), times_ms=(1000 * times_s).round().astype(int).tolist())
+    clips = survey(tmp_path / "slower.mkv", "", 0.5, None).clips
+    assert len(clips) > 5 and clips[0].fps > 1.5 * clips[-1].fps
+    for clip in clips:
+        part_s = times_s[clip.first : clip.first + clip.frames]
+        assert clip.fps == pytest.approx((len(part_s) - 1) / (part_s[-1] - part_s[0]), rel=0.03)
+
+
+def test_frames_that_lie_in_no_clip_are_counted(tmp_path: Path) -> None:
+    """A screen recording whose frames come as they please: each is in a clip or in the count that is shown."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    steps_ms = np.random.default_rng(0).choice([17, 33, 50, 67, 83], 79, p=[0.35, 0.25, 0.15, 0.15, 0.1])
+    mux(videos / "screen.mkv", numbered_frames(range(80)), times_ms=np.cumsum([0, *steps_ms]).tolist())
+    found = survey(videos / "screen.mkv", "", 4.0, None)
+    left_out = 80 - sum(clip.frames for clip in found.clips)
+    assert 0 < left_out < 80 and f"{left_out} of 80 frames lie in no clip" in (found.fault or "")
+    report = pack(videos, tmp_path / "out", min_motion=0, min_sharpness=0)
+    assert f"used in part screen.mkv: {left_out} of 80 frames lie in no clip" in report.summary()
+    assert "1 used in part, 0 skipped" in report.summary() and report.skipped == []
+    assert f"{left_out} of 80 frames lie in no clip" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_an_error_that_may_pass_is_not_held_against_the_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that does not answer stops the survey; FFmpeg's error is looked at again; a cut file is a fault."""
+    path = tmp_path / "a.mkv"
+    mux(path, numbered_frames(range(COUNT)))
+    whole = survey(path, "", 4.0, None)
+    for number in (errno.EIO, errno.ESTALE, errno.ENOMEM):
+        with monkeypatch.context() as patch:
+            patch.setattr("toolkit.data.survey.file_sha256", partial(fail, OSError(number, os.strerror(number))))
+            with pytest.raises(UserError, match=rf"a\.mkv: {os.strerror(number)}; .*the same command goes on"):
+                survey(path, "", 4.0, None)
+        for name in ("probe", "iter_small"):
+            real, failures = getattr(toolkit.data.survey, name), [VideoError("once")]
+            failures[0].__cause__ = av.error.OSError(number, os.strerror(number))
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    toolkit.data.survey, name, lambda path, r=real, f=failures: fail(f.pop()) if f else r(path)
+                )
+                assert survey(path, "", 4.0, None) == whole and not failures
+    cut, faults = tmp_path / "cut.mkv", []
+    for keep in range(300, path.stat().st_size, 97):
+        cut.write_bytes(path.read_bytes()[:keep])
+        faults.append(survey(cut, "", 4.0, None).fault or "")
+    assert any("Input/output error" in fault for fault in faults)  # which FFmpeg says though the disk is well
+    (tmp_path / "folder.mkv").mkdir()
+    assert survey(tmp_path / "folder.mkv", "", 4.0, None).fault == "Is a directory"
+
+
+def fail(error: Exception, *_: object) -> NoReturn:
+    raise error
 
 
 def test_what_cannot_be_used_is_skipped_with_its_reason(tmp_path: Path) -> None:

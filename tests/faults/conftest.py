@@ -1,6 +1,7 @@
 """How long the fault tests run, and what each of them counted. Run: pytest tests/faults --long
 
-Short by default, as a part of all tests. Long, one line is printed per test, and the rows stand in runs/faults.json.
+Short by default, as a part of all tests. Long, one line is printed per test, and the rows stand in runs/faults.json, beside
+those of tests that ran another time.
 """
 
 import json
@@ -29,18 +30,26 @@ ROWS = pytest.StashKey[list[Row]]()
 
 @dataclass
 class Faults:
-    """What a test asks for its number of trials, and tells how many passed."""
+    """What a test asks for its number of trials, and tells how many passed; one that fails in between passed none."""
 
     long: bool
-    rows: list[Row]
+    name: str = ""
+    trials: int = 0
+    passed: int = 0
     started_s: float = field(default_factory=time.monotonic)
 
-    def trials(self, short: int, long: int) -> int:
+    def choose(self, short: int, long: int) -> int:
         return long if self.long else short
 
-    def row(self, name: str, trials: int, passed: int) -> None:
-        """Record a test; it asserts passed == trials afterwards, so that the row stands there when it fails, too."""
-        self.rows.append(Row(name, trials, passed, round(time.monotonic() - self.started_s, 1)))
+    def begin(self, name: str, trials: int) -> None:
+        self.name, self.trials = name, trials
+
+    def end(self, passed: int, why: object = None) -> None:
+        self.passed = passed
+        assert passed == self.trials, why
+
+    def row(self) -> Row:
+        return Row(self.name, self.trials, self.passed, round(time.monotonic() - self.started_s, 1))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,7 +59,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def faults(request: pytest.FixtureRequest) -> Iterator[Faults]:
     # Without this folder on the command line pytest reads this file too late to know the option.
-    yield Faults(request.config.getoption("--long", False), request.config.stash.setdefault(ROWS, []))
+    faults = Faults(request.config.getoption("--long", False))
+    yield faults
+    if faults.name:
+        request.config.stash.setdefault(ROWS, []).append(faults.row())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -61,4 +73,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for row in rows:
         terminalreporter.line(f"{row.name:48} {row.trials:6} {row.passed:6}")
     REPORT.parent.mkdir(exist_ok=True)
-    REPORT.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    before = json.loads(REPORT.read_text()) if REPORT.exists() else []
+    named = {row["name"]: row for row in [*before, *map(asdict, rows)]}
+    REPORT.write_text(json.dumps([named[name] for name in sorted(named)], indent=1) + "\n")

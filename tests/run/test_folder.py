@@ -1,6 +1,8 @@
 """One job per run folder, and no good run moved for a faulty recipe. Run: pytest tests/run/test_folder.py"""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,3 +51,19 @@ def test_clips_too_short_for_the_window_are_refused_at_the_start(tiny_shards: Pa
     config = load_config(RECIPE, {"data.shards": str(tiny_shards)})
     with pytest.raises(UserError, match="holds 0 training clips of 17 frames or more"):
         check_clips(config, open_shards(tiny_shards, "train"))
+
+
+def test_the_same_data_may_lie_elsewhere(
+    tiny_run: dict[str, Any], tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run goes on when its shards were moved, and is refused when others lie where they lay."""
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tiny_shards, moved)
+    overrides = tiny_run | {"name": "moved", "runs_dir": str(tmp_path), "engine.kind": "plain", "schedule.steps": 2}
+    train_here(overrides)
+    train_here(overrides | {"data.shards": str(moved)})
+    assert "the run is finished" in capsys.readouterr().out
+    index = moved / "train-000000.index.json"
+    index.write_text(index.read_text().replace('"motion": ', '"motion": 1'))
+    with pytest.raises(UserError, match="data fingerprint"):
+        train_here(overrides | {"data.shards": str(moved)})

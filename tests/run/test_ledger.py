@@ -58,6 +58,21 @@ def test_resume_cuts_to_where_it_starts(tmp_path: Path) -> None:
     assert read(tmp_path) == []
 
 
+@pytest.mark.parametrize("torn", ['{"position": 1, "ke{"position": 2}', '{"position": 2}', "", "[]", "\udcff"])
+def test_a_torn_row_is_named(tmp_path: Path, torn: str) -> None:
+    """In the midst of the file no kill of ours leaves one: file and line are told, and nothing is dropped in silence."""
+    ledger = Ledger(tmp_path, 100, 1)
+    ledger.note([row(1, "a")])
+    with (tmp_path / NAME).open("ab") as file:
+        file.write(f"{torn}\n".encode("utf-8", "surrogateescape"))
+    ledger.note([row(3, "b")])
+    before = (tmp_path / NAME).read_bytes()
+    for read_ledger in (lambda: cut_ledger(tmp_path, 8), lambda: ledger.refuse_too_many(ALONE)):
+        with pytest.raises(UserError, match="substituted.jsonl holds a torn line, b.*; remove that line"):
+            read_ledger()
+    assert (tmp_path / NAME).read_bytes() == before
+
+
 def test_bound_is_on_the_different_clips_of_the_whole_file(tmp_path: Path) -> None:
     """The same clip again is one; clips of other ranks and of before the resume count; one bad clip is always allowed."""
     before, ledger, other = (Ledger(tmp_path, 40, 0.05) for _ in range(3))

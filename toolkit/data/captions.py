@@ -4,7 +4,8 @@ Test: pytest tests/data/test_captions.py
 """
 
 import csv
-from collections.abc import Iterable
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,24 +22,33 @@ class Words(NamedTuple):
     label: str | None = None
 
 
-def read_words(folder: Path, names: Iterable[str], table: Path | None) -> dict[str, Words]:
+def read_words(folder: Path, names: Sequence[str], table: Path | None) -> tuple[dict[str, Words], list[str]]:
     """Find the words about videos, by the path within their folder; a video nothing is said about is left out.
 
+    Returns also the videos of the table that are not there.
+
     table   CSV with a header of video and caption, label or both; its row replaces the text file beside a video
-    raises  UserError for a text that is not UTF-8 or too long, another header, or a video that is not there
+    raises  UserError for a text that is not UTF-8 or too long, another header, or a table about none of the videos
     """
-    words = {}
+    words: dict[str, Words] = {}
+    absent: list[str] = []
     for name in names:
         path = (folder / name).with_suffix(".txt")
         if path.is_file():
             words[name] = Words(caption=_clean(_read(path), str(path)))
     if table is not None:
-        words |= _read_table(table, set(names), folder)
-    return {name: said for name, said in words.items() if any(said)}
+        rows = _read_table(table)
+        absent = sorted(rows.keys() - set(names))
+        if absent and len(absent) == len(rows):
+            raise UserError(
+                f"{table}: {absent[0]} is no video in {folder}, nor is any other; give videos by their path within it"
+            )
+        words |= {name: rows[name] for name in names if name in rows}
+    return {name: said for name, said in words.items() if any(said)}, absent
 
 
-def _read_table(table: Path, names: set[str], folder: Path) -> dict[str, Words]:
-    rows = csv.DictReader(_read(table).splitlines(keepends=True), strict=True)
+def _read_table(table: Path) -> dict[str, Words]:
+    rows = csv.DictReader(io.StringIO(_read(table), newline=""), strict=True)
     words: dict[str, Words] = {}
     try:
         header = rows.fieldnames or []
@@ -51,9 +61,8 @@ def _read_table(table: Path, names: set[str], folder: Path) -> dict[str, Words]:
             where, name = f"{table}, line {rows.line_num}", row["video"]
             if None in row or None in row.values():
                 raise UserError(f"{where}: not {len(header)} fields; put text that holds commas in double quotes")
-            if name not in names or name in words:
-                fault = "comes twice" if name in words else f"is no video in {folder}"
-                raise UserError(f"{where}: {name} {fault}; give each video once, by its path within the folder")
+            if name in words:
+                raise UserError(f"{where}: {name} comes twice; give each video once")
             words[name] = Words(*(_clean(row.get(column) or "", where) for column in _COLUMNS[1:]))
     except csv.Error as error:
         raise UserError(f"{table}, line {rows.line_num}: {error}; save it as CSV with commas") from error
@@ -62,7 +71,7 @@ def _read_table(table: Path, names: set[str], folder: Path) -> dict[str, Words]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")  # lines end as they are written, also inside quotes
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from error
     except OSError as error:

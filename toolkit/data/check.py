@@ -13,6 +13,7 @@ from typing import Any
 from safetensors.torch import load
 from tqdm import tqdm
 
+from toolkit.data.files import refuse_irregular
 from toolkit.data.format import (
     BadSample,
     ClipInfo,
@@ -31,9 +32,10 @@ from toolkit.data.format import (
 from toolkit.data.index import UNFINISHED
 from toolkit.data.latents import LatentsError
 from toolkit.data.parallel import Workers, cores
+from toolkit.data.remote import is_remote
 from toolkit.data.tar import TarFault, walk_tar
 from toolkit.data.video import VideoError, iter_frames, probe
-from toolkit.errors import UserError
+from toolkit.errors import UserError, printable
 
 CACHE_FILE = "cache.json"  # what the latents of a folder depend on
 _BLOCK_SAMPLES = 16  # checked by one process at a time
@@ -56,7 +58,8 @@ class Fault:
     repairable: bool = True
 
     def __str__(self) -> str:
-        return f"{self.shard}, {self.key or 'whole shard'}, offset {self.offset or 0}: {self.fault}"
+        text = f"{self.shard}, {self.key or 'whole shard'}, offset {self.offset or 0}: {self.fault}"
+        return printable(text)
 
 
 @dataclass
@@ -69,11 +72,20 @@ class CheckReport:
     seconds: float = 0.0
     faults: list[Fault] = field(default_factory=list)
 
+    @property
+    def clips(self) -> int:
+        return self.train + self.val
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is wrong, as the exit code says."""
+        return not self.faults
+
     def as_dict(self) -> dict[str, Any]:
-        return {"clips": self.train + self.val} | asdict(self)
+        return {"clips": self.clips} | asdict(self)
 
     def summary(self) -> str:
-        clips = f"{self.train + self.val} clips ({self.train} train, {self.val} val), {self.seconds:.1f} s"
+        clips = f"{self.clips} clips ({self.train} train, {self.val} val), {self.seconds:.1f} s"
         return "\n".join([*map(str, self.faults), f"{self.shards} shards, {clips}, {len(self.faults)} faults"])
 
 
@@ -98,12 +110,12 @@ def check(folder: str | Path, deep: bool = False, write_indexes: bool = True) ->
     write_indexes  make the index of a shard that has none, as a run does at first sight
     raises         UserError if the folder holds no shards
     """
-    folder = Path(str(folder))
     tars = find_tars(folder)
+    folder = Path(folder)
     report = CheckReport(shards=len(tars))
     indexes: dict[Path, ShardIndex] = {}
-    jobs = cores() if sum(tar.stat().st_size for tar in tars) > _POOL_BYTES else 1
-    with Workers(jobs) as workers:
+    jobs = cores() if sum(tar.stat().st_size for tar in tars if tar.is_file()) > _POOL_BYTES else 1
+    with Workers(jobs, remedy="end other programs and start the same command again") as workers:
         opened = workers.run(partial(_open, write_indexes=write_indexes), tars)
         for tar, (index, faults) in tqdm(opened, "indexes", len(tars), unit="shard"):
             report.faults += faults
@@ -126,9 +138,13 @@ def check(folder: str | Path, deep: bool = False, write_indexes: bool = True) ->
     return report
 
 
-def find_tars(folder: Path) -> list[Path]:
-    """List the shards of a folder by name. Raises UserError if there are none."""
-    tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
+def find_tars(folder: str | Path) -> list[Path]:
+    """List the shards of a folder by name. Raises UserError if there are none, or it is no folder of this machine."""
+    if is_remote(str(folder)) or Path(folder).is_file():
+        raise UserError(
+            f"{folder} is no folder of this machine; a check reads one: copy the shards, or name their folder"
+        )
+    tars = sorted(Path(folder).glob("*.tar")) if Path(folder).is_dir() else []
     if not tars:
         raise UserError(f"no .tar shards in {folder}; pack videos into it: python shards/pack.py VIDEOS {folder}")
     return tars
@@ -169,19 +185,25 @@ def shard_faults(tar: Path, index: ShardIndex, deep: bool = False) -> list[Fault
 def _open(tar: Path, write_indexes: bool) -> tuple[ShardIndex | None, list[Fault]]:
     """Find the index of a shard; if it does not fit, what stands in it still tells which samples are lost."""
     faults: list[Fault] = []
+    try:
+        refuse_irregular(tar)
+    except UserError as error:
+        return None, [Fault(tar.name, None, None, str(error))]
     if index_path(tar).exists():
         try:
             return load_index(tar), faults
-        except UserError as error:
+        except (UserError, OSError) as error:
             faults.append(Fault(tar.name, None, None, str(error)))
         try:
             return read_index(tar), faults
-        except UserError:
+        except (UserError, OSError):
             write_indexes = False
     try:
         return (load_index if write_indexes else build_index)(tar), faults
     except UserError as error:
         return None, faults + ([*_layout_faults(tar)] or [Fault(tar.name, None, None, str(error))])
+    except OSError as error:
+        return None, faults or [Fault(tar.name, None, None, str(error))]
 
 
 def _blocks(tar: Path, index: ShardIndex) -> Iterator[_Block]:
@@ -191,10 +213,13 @@ def _blocks(tar: Path, index: ShardIndex) -> Iterator[_Block]:
 
 
 def _check_block(block: _Block, deep: bool) -> list[Fault]:
-    if not block.samples:
+    if block.samples:
+        return [fault for row in block.samples for fault in sample_faults(block.tar, row, deep)]
+    try:
         changed = file_sha256(block.tar) != block.index.tar_sha256
         return [*_layout_faults(block.tar, block.index)] + [Fault(block.tar.name, None, None, _CHANGED)] * changed
-    return [fault for row in block.samples for fault in sample_faults(block.tar, row, deep)]
+    except OSError as error:
+        return [Fault(block.tar.name, None, None, str(error))]
 
 
 def _layout_faults(tar: Path, index: ShardIndex | None = None) -> Iterator[Fault]:
@@ -215,6 +240,8 @@ def _layout_faults(tar: Path, index: ShardIndex | None = None) -> Iterator[Fault
             unseen.pop(place, None)
     except TarFault as fault:
         yield Fault(tar.name, None, fault.offset, str(fault))
+    except OSError as error:
+        yield Fault(tar.name, None, None, str(error))
     else:
         for (name, offset, _), row in unseen.items():
             yield Fault(tar.name, row.key, offset, f"{name!r} of the index has no header in the tar")

@@ -3,12 +3,14 @@
 Test: pytest tests/data/test_remote.py
 
 A file's name is the hash of what it is a copy of, so no two can collide. Nothing here is trusted or needed: a file is
-checked against its crc32 whenever it is read, and any file may be deleted at any time.
+checked against its crc32 whenever it is read, and any file may be deleted at any time. What else lies in the folder is the
+user's: it is neither counted nor touched.
 """
 
 import contextlib
 import hashlib
 import os
+import re
 import tempfile
 import zlib
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from toolkit.errors import UserError
 # A process measures the folder after writing this share of the bound, and then frees a quarter of it: so the bound
 # holds for as many as 64 processes that write at once.
 _LOOK_SHARE, _KEEP_SHARE = 1 / 256, 3 / 4
+_OWN_NAME = re.compile(r"[0-9a-f]{64}(\.[^.]+\.tmp)?")  # a copy, or one that is, or was never, finished
 
 
 @dataclass(eq=False)
@@ -49,12 +52,13 @@ class DiskCache:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor, aside = tempfile.mkstemp(suffix=".tmp", dir=self.folder)
+            path = self._path(name)
+            descriptor, aside = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=self.folder)
             try:
                 with open(descriptor, "wb") as file:
                     file.write(data)
                 with contextlib.suppress(FileNotFoundError):  # another process, over the bound, removed it already
-                    os.replace(aside, self._path(name))
+                    os.replace(aside, path)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(aside)
@@ -73,6 +77,8 @@ class DiskCache:
         """Remove the copies unused for longest where all together are over the bound; readers keep what they opened."""
         files = []
         for entry in os.scandir(self.folder):
+            if not _OWN_NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+                continue
             with contextlib.suppress(FileNotFoundError):  # another process removes them too
                 status = entry.stat()
                 files.append((status.st_mtime_ns, status.st_size, entry.path))

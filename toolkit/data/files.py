@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and tar members that hold nothing but their content.
+"""Files that are files, that appear whole or not at all, and tar members that hold nothing but their content.
 
 Test: pytest tests/data/test_files.py
 """
@@ -6,12 +6,19 @@ Test: pytest tests/data/test_files.py
 import io
 import os
 import shutil
-import socket
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from toolkit.errors import UserError
+
+
+def refuse_irregular(path: Path, remedy: str = "take it out of the folder") -> None:
+    """Raise UserError for what bears a file's name and is none: a pipe is waited for, and a device never ends."""
+    if not path.is_file():
+        raise UserError(f"{path} is no regular file, but a folder, a pipe, a device or a link to nothing; {remedy}")
 
 
 @contextmanager
@@ -20,9 +27,9 @@ def written_aside(path: Path, first_stays: bool = False) -> Iterator[BinaryIO]:
 
     first_stays  where the file has appeared meanwhile, it is not replaced
     """
-    aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    aside = path.with_name(f"{path.name}.{os.urandom(8).hex()}.tmp")
     try:
-        with open(aside, "wb") as file:
+        with open(aside, "xb") as file:  # never through a link that somebody put there
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -54,6 +61,6 @@ def link_or_copy(source: Path, target: Path) -> None:
     """Let another folder have a file too, without taking its space twice where the disk allows that."""
     target.unlink(missing_ok=True)
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)  # of a link itself, as the hub's folders are full of, nothing would be kept
     except OSError:  # another disk, or one without links
         shutil.copyfile(source, target)

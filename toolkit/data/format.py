@@ -17,9 +17,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from toolkit.data.files import written_aside
+from toolkit.data.files import refuse_irregular, written_aside
 from toolkit.data.latents import NAMES, LatentsInfo, describe
-from toolkit.data.remote import MAKE_INDEX, RemoteShard, Shard
+from toolkit.data.remote import MAKE_INDEX, MAX_INDEX_BYTES, RemoteShard, Shard
 from toolkit.data.tar import BLOCK_BYTES, Entry, TarFault, walk_tar
 from toolkit.data.video import CONTAINER_FORMATS, MAX_FPS, MAX_FRAMES, probe
 from toolkit.errors import UserError, in_one_line
@@ -28,7 +28,7 @@ INDEX_VERSION = 1
 VIDEO_EXTENSIONS = tuple(CONTAINER_FORMATS)
 # What a shard may hold, by extension, and up to how many bytes.
 MEMBER_BYTES = dict.fromkeys(VIDEO_EXTENSIONS, 1 << 27) | {"json": 1 << 20, "safetensors": 1 << 30, "txt": 1 << 20}
-MAX_INDEX_BYTES = 1 << 26
+MIN_FPS = 0.01
 
 
 class BadSample(Exception):
@@ -42,7 +42,7 @@ class _Model(BaseModel):
 class ClipInfo(_Model):
     """The facts of one clip, and the content of its <key>.json. Unknown fields are ignored."""
 
-    fps: float = Field(gt=0, le=MAX_FPS)
+    fps: float = Field(ge=MIN_FPS, le=MAX_FPS)
     frames: int = Field(gt=0, le=MAX_FRAMES)
     height: PositiveInt
     width: PositiveInt
@@ -89,8 +89,13 @@ def index_path(tar: Path) -> Path:
 
 
 def fingerprint(indexes: Iterable[ShardIndex]) -> str:
-    """Hash the content of a dataset: sha256 over those of its shards in the order of their names, as a run follows it."""
-    return hashlib.sha256("\n".join(index.tar_sha256 for index in indexes).encode()).hexdigest()
+    """Hash what a run reads: each shard's bytes and the rows of its index, shard by shard in the order of their names."""
+    lines = (f"{index.tar_sha256} {hashlib.sha256(_rows_json(index)).hexdigest()}" for index in indexes)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _rows_json(index: ShardIndex) -> bytes:
+    return index.model_dump_json(include={"samples"}, exclude_none=True).encode()
 
 
 def load_index(tar: Shard) -> ShardIndex:
@@ -129,9 +134,12 @@ def load_index(tar: Shard) -> ShardIndex:
 def read_index(tar: Path) -> ShardIndex:
     """Read what stands in the index beside a tar, whether it fits the tar or not. Raises UserError."""
     path = index_path(tar)
-    if (size_bytes := path.stat().st_size) > MAX_INDEX_BYTES:
-        raise UserError(f"{path} has {size_bytes} bytes, allowed are {MAX_INDEX_BYTES}; {_rebuild(path)}")
-    return _parse_index(path.read_bytes(), str(path), _rebuild(path))
+    refuse_irregular(path, _rebuild(path))
+    with open(path, "rb") as file:
+        text = file.read(MAX_INDEX_BYTES + 1)
+    if len(text) > MAX_INDEX_BYTES:
+        raise UserError(f"{path} has over {MAX_INDEX_BYTES} bytes; {_rebuild(path)}")
+    return _parse_index(text, str(path), _rebuild(path))
 
 
 def _rebuild(path: Path) -> str:
@@ -155,15 +163,23 @@ def _misplaced(index: ShardIndex) -> str | None:
     end, keys = 0, set()
     for row in index.samples:
         if row.key in keys:
-            return f"{row.key} is there twice"
+            return f"{row.key!r} is there twice"
         keys.add(row.key)
+        if not row.members:
+            return f"{row.key!r} has no members"
         for extension, member in row.members.items():
+            if fault := name_fault(f"{row.key}.{extension}"):
+                return f"{row.key!r} is {fault}"
+            if split_name(f"{row.key}.{extension}")[0] != row.key:
+                return f"{row.key!r} is no key, which ends before the first dot"
             if member.size_bytes > MEMBER_BYTES.get(extension, -1):
                 return f"{row.key}.{extension} of {member.size_bytes} bytes"
             if member.offset < end + BLOCK_BYTES or member.offset % BLOCK_BYTES:
                 return f"{row.key}.{extension} at offset {member.offset}"
             end = member.offset + member.size_bytes
-        if row.latents and not _fits(row.latents, row.members.get("safetensors")):
+        if row.latents and not (
+            row.latents.frames == row.clip.frames and _fits(row.latents, row.members.get("safetensors"))
+        ):
             return f"{row.key}.safetensors holds other tensors"
     return f"members up to offset {end} in {index.tar_size_bytes} bytes" if end > index.tar_size_bytes else None
 
@@ -191,7 +207,11 @@ def _find_moved(tar: Path, index: ShardIndex) -> int | None:
 def write_index(tar: Path, index: ShardIndex) -> None:
     """Write the index aside, sync and rename it, so that a reader sees all of it or none."""
     with written_aside(index_path(tar)) as file:
-        file.write(index.model_dump_json(indent=1, exclude_none=True).encode())
+        file.write(_index_json(index))
+
+
+def _index_json(index: ShardIndex) -> bytes:
+    return index.model_dump_json(indent=1, exclude_none=True).encode()
 
 
 def build_index(tar: Path) -> ShardIndex:
@@ -207,12 +227,17 @@ def build_index(tar: Path) -> ShardIndex:
         members[key][extension] = member
         last_key = key
     samples = tuple(sample_row(tar, key, parts) for key, parts in members.items())
-    return ShardIndex(
+    index = ShardIndex(
         format_version=INDEX_VERSION,
         tar_sha256=file_sha256(tar),
         tar_size_bytes=tar.stat().st_size,
         samples=samples,
     )
+    if (size_bytes := len(_index_json(index))) > MAX_INDEX_BYTES:
+        raise UserError(
+            f"the index of {tar} would have {size_bytes} bytes, read are {MAX_INDEX_BYTES}; pack smaller shards"
+        )
+    return index
 
 
 def file_sha256(path: Path) -> str:
@@ -231,7 +256,10 @@ def scan_tar(tar: Path) -> Iterator[tuple[str, Member]]:
             if entry.kind == tarfile.DIRTYPE:
                 continue
             if fault := refusal(entry):
-                raise UserError(f"{tar}: member {entry.name!r} at offset {entry.header_offset} is refused: {fault}")
+                raise UserError(
+                    f"{tar}: member {entry.name!r} at offset {entry.header_offset} is refused: {fault}; a copy without such "
+                    f"members is made by python shards/check.py {tar.parent} --repair OUT"
+                )
             crc32 = crc32_of(tar, entry.offset, entry.size_bytes)
             yield entry.name, Member(offset=entry.offset, size_bytes=entry.size_bytes, crc32=crc32)
     except TarFault as fault:
@@ -276,17 +304,26 @@ def crc32_of(tar: Path, offset: int, size_bytes: int) -> int:
 
 def refusal(entry: Entry) -> str | None:
     """Say why a member of a tar has no place in a shard."""
-    extension = split_name(entry.name)[1]
     if entry.kind not in (tarfile.REGTYPE, tarfile.AREGTYPE):
         return "not a regular file"
-    if entry.name.startswith("/") or ".." in entry.name.split("/"):
-        return "an absolute or climbing name"
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in entry.name):
-        return "a name with control characters, or that is not UTF-8"
+    if fault := name_fault(entry.name):
+        return fault
+    extension = split_name(entry.name)[1]
+    if extension.lower() in MEMBER_BYTES and extension not in MEMBER_BYTES:
+        return f"extension {extension!r}; name it {extension.lower()!r} and pack again"
     if extension not in MEMBER_BYTES:
         return f"extension {extension!r}; allowed are {', '.join(MEMBER_BYTES)}"
     if entry.size_bytes > MEMBER_BYTES[extension]:
         return f"{entry.size_bytes} bytes; allowed are {MEMBER_BYTES[extension]}"
+    return None
+
+
+def name_fault(name: str) -> str | None:
+    """Say what is wrong with the name of a member, whether a tar or an index gives it."""
+    if name.startswith("/") or ".." in name.split("/"):
+        return "an absolute or climbing name"
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+        return "a name with control characters, or that is not UTF-8"
     return None
 
 

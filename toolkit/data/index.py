@@ -15,6 +15,7 @@ from typing import Literal
 
 from toolkit.config import DataConfig
 from toolkit.data.disk_cache import DiskCache
+from toolkit.data.files import refuse_irregular
 from toolkit.data.format import SampleRow, ShardIndex, fingerprint, load_index, read_member
 from toolkit.data.order import MixedOrder, Order, Source
 from toolkit.data.remote import RemoteShard, Shard, find_shards, is_remote
@@ -90,16 +91,24 @@ def shard_paths(folder: Path, split: Split) -> list[Path]:
 
 
 def _list_folder(folder: Path) -> list[Shard]:
-    """List the tars of a folder by name. Raises UserError if there are none, or the folder is not finished."""
+    """List the tars of a folder by name. Raises UserError for no folder, an unfinished one, and a tar that is no file."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; pack videos into it: python shards/pack.py VIDEOS {folder}")
+    refuse_unfinished(folder)
+    tars = sorted(folder.glob("*.tar"))
+    for tar in tars:
+        refuse_irregular(tar)
+    return [*tars]
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Raise UserError where a packing or caching of the folder was stopped."""
     for name, program in UNFINISHED.items():
         if (folder / name).exists():
             raise UserError(
                 f"{folder} is not finished: it holds {name}; run the same python {program} command again, which goes on "
                 "where it was stopped"
             )
-    return [*sorted(folder.glob("*.tar"))]
 
 
 def _choose(tars: dict[str, list[Shard]], split: Split) -> dict[str, list[Shard]]:
@@ -169,6 +178,13 @@ def _refuse_unreadable_latents(shards: list[Shard], indexes: list[ShardIndex]) -
     if len(set(holds_latents.values())) > 1:
         first = {latents: shard for shard, latents in holds_latents.items()}
         raise UserError(f"{first[True]} holds latents and {first[False]} videos; train from one kind")
+    shapes: dict[tuple[str, tuple[int, ...], int], Shard] = {}
+    for shard, index in zip(shards, indexes, strict=True):
+        for found in (row.latents for row in index.samples if row.latents):
+            shapes.setdefault((found.dtype, found.latent_CHW, found.token_dim), shard)
+    if len(shapes) > 1:
+        (one, shard), (other, another) = list(shapes.items())[:2]
+        raise UserError(f"{shard} holds latents {one}, {another} {other}; cache all sources alike, by shards/cache.py")
 
 
 def _fingerprint(opened: list[list[ShardIndex]], sources: tuple[Source, ...]) -> str:

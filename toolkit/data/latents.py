@@ -29,6 +29,7 @@ from torch import Tensor
 Name = Literal["mean", "std", "tokens"]
 NAMES: tuple[Name, ...] = ("mean", "std", "tokens")
 MAX_HEADER_BYTES = 1 << 16
+MAX_OPEN = 64  # shards of one process
 _ALIGNMENT_BYTES = 64  # a cache line: tensors copied from there take a third less time
 _TORCH = {"BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -136,7 +137,7 @@ def stack(windows: Sequence[Window]) -> Encoded:
 class LatentsReader:
     """Reads windows of cached clips: checked against their crc32 at first sight, from the mapped file afterwards.
 
-    A frame is read and summed once by each process; from then on the page cache is trusted, as it is for any file.
+    A frame is read and summed once by each process while its shard stays open; from then on the page cache is trusted.
     """
 
     _shards: dict[Path, tuple[np.ndarray, dict[int, _Member]]] = field(default_factory=dict)
@@ -144,6 +145,8 @@ class LatentsReader:
     def read(self, shard: Path, offset: int, info: LatentsInfo, variant: int, frames: range) -> Window:
         """Read the frames of one variant of the member at `offset`. Raises LatentsError for bytes that changed."""
         if shard not in self._shards:
+            if len(self._shards) == MAX_OPEN:  # each holds a descriptor; the order reads a few shards at a time
+                del self._shards[next(iter(self._shards))]
             self._shards[shard] = np.asarray(np.memmap(shard, np.uint8, "r")), {}
         data, members = self._shards[shard]
         member = members.get(offset)

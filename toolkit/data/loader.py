@@ -7,6 +7,7 @@ there is nothing to save from workers, and prefetching changes nothing.
 """
 
 import contextlib
+import errno
 import multiprocessing.connection
 import time
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,10 @@ from toolkit.errors import UserError, in_one_line
 
 PREFETCH = 2  # micro-batches that each worker holds ready
 MAX_ATTEMPTS = 16  # bad substitutes in a row; with a tenth of the clips bad, that is one position in 10^16
+
+
+# Another clip in place of one that is whole would make the run another run.
+_OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 
 
 class Substitution(NamedTuple):
@@ -96,6 +101,8 @@ class MicroBatches(Dataset):
             try:
                 clip = self._read(sample, k)
             except BadSample as error:
+                if getattr(error.__cause__, "errno", None) in _OF_THE_MACHINE:
+                    raise UserError(f"{error}; free what ran out, and start the same command again") from error
                 bad[sample] = str(error)
                 continue
             substitutes += [Substitution(k, *self._place(i), reason, clip.key) for i, reason in bad.items()]

@@ -17,15 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
 from tqdm import tqdm
 
 from toolkit.data.captions import Words, read_words
 from toolkit.data.encode import ShardWork, SourceWork, encode_source, lay_out, write_shard
 from toolkit.data.files import written_aside
 from toolkit.data.parallel import Workers, cores, parse_part
-from toolkit.data.plan import PackSettings, PlannedClip, make_plan, name_hash
+from toolkit.data.plan import PlannedClip, make_plan, name_hash, read_settings
 from toolkit.data.report import Card, write_report
+from toolkit.data.sources import find_videos
 from toolkit.data.staging import (
     RECORD,
     REPORT,
@@ -39,10 +39,6 @@ from toolkit.data.staging import (
 from toolkit.data.survey import Survey, survey
 from toolkit.errors import UserError
 
-SOURCE_EXTENSIONS = (
-    *(".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".ogv"),
-    *(".3gp", ".gif"),
-)
 # Why a clip is dropped, and the option that decides it.
 _THRESHOLDS = {
     "too short": "min_frames",
@@ -77,6 +73,7 @@ class PackReport:
     def summary(self) -> str:
         record, settings = self.record, self.record.job.settings.model_dump()
         lines = [f"skipped {name}: {reason}" for name, reason in record.skipped]
+        lines += [f"used in part {name}: {reason}" for name, reason in record.partly]
         dropped = [
             f"{record.dropped.get(kind, 0)} {kind} (--{option} {settings[option]:g})"
             for kind, option in _THRESHOLDS.items()
@@ -85,8 +82,9 @@ class PackReport:
         lines += [
             f"dropped clips: {', '.join(dropped + others)}",
             f"{record.train + record.val} clips ({record.train} train, {record.val} val), {record.seconds:.1f} s, "
-            f"from {record.sources} videos, {len(record.skipped)} skipped, in {self.out}",
-            f"look at them: {self.out / REPORT}",
+            f"from {record.sources} videos, {len(record.partly)} used in part, {len(record.skipped)} skipped, "
+            f"in {self.out}",
+            *([f"look at them: {self.out / REPORT}"] if (self.out / REPORT).exists() else []),
             f"next: python shards/check.py {self.out}",
         ]
         return "\n".join(lines)
@@ -107,11 +105,11 @@ def pack(
     raises    UserError if there is nothing to pack or `out` holds something else
     """
     videos, out = Path(str(videos)), Path(str(out))
-    chosen, (number, parts) = _check_settings(settings), parse_part(part)
+    chosen, (number, parts) = read_settings(settings), parse_part(part)
     if jobs is not None and jobs < 1:
         raise UserError(f"jobs is {jobs}; at least 1 process is needed")
-    names = find_videos(videos)
-    words = read_words(videos, names, Path(str(captions)) if captions is not None else None)
+    names, links = find_videos(videos)
+    words, absent = read_words(videos, names, Path(str(captions)) if captions is not None else None)
     job = Job(
         settings=chosen,
         videos={name: _size_bytes(videos / name) for name in names},
@@ -119,7 +117,12 @@ def pack(
     )
     staging = open_staging(out, job, overwrite, alone=parts == 1)
     if staging is None:
-        return _report(out)
+        return _report(out, job)
+    for link in links:
+        print(f"not followed: {link}, a link to a folder")
+    if absent:
+        shown = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
+        print(f"passed over {len(absent)} rows of {captions}, about videos that are not there: {shown}")
     jobs = jobs or (cores() if sum(job.videos.values()) > _POOL_BYTES else 1)
     print(
         f"packing {len(names)} videos on {jobs} {'core' if jobs == 1 else 'cores'} into {staging}; "
@@ -133,26 +136,7 @@ def pack(
         if error.errno not in (errno.ENOENT, errno.ESTALE) or staging.exists():
             raise
         finish_publishing(out)  # another part found everything done and published it
-    return _report(out)
-
-
-def find_videos(folder: Path) -> list[str]:
-    """List the videos of a tree by their path within it, sorted. Raises UserError if there are none.
-
-    Links to files count under the names of the links, wherever they lead; links to folders are not followed.
-    """
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; give the folder that holds the videos")
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in SOURCE_EXTENSIONS)
-    names = sorted(path.relative_to(folder).as_posix() for path in files if path.is_file() or not path.exists())
-    if not names:
-        raise UserError(f"no videos in {folder}; files ending in {' '.join(SOURCE_EXTENSIONS)} are looked for")
-    for name in names:
-        if not name.isprintable():
-            raise UserError(
-                f"the name {name!r} in {folder} holds signs that cannot be written as text; rename the video"
-            )
-    return names
+    return _report(out, job)
 
 
 @dataclass(frozen=True)
@@ -178,12 +162,7 @@ class _Packing:
             stride_seconds=settings.stride_seconds,
         )
         self._do("survey", task, list(self.job.videos), lambda name: self.job.videos[name], "B")
-        surveys = [self._survey(name) for name in self.job.videos]
-        # Pictures are for the report alone and read again then: a hundred thousand would take a gigabyte.
-        surveys = [
-            found.model_copy(update={"clips": tuple(c.model_copy(update={"picture": b""}) for c in found.clips)})
-            for found in surveys
-        ]
+        surveys = [_without_pictures(self._survey(name)) for name in self.job.videos]
         plan = make_plan(surveys, settings)
         sources = self._sources(surveys, plan)
         self._refuse_empty(surveys, plan)
@@ -199,12 +178,16 @@ class _Packing:
     def _do(
         self, what: str, task: Callable[[Item], None], items: Sequence[Item], weight: Callable[[Item], int], unit: str
     ) -> None:
-        """Do a stage, the heaviest first: this part's share, then, from the other end, what others have not done."""
+        """Do a stage, the heaviest first: this part's share, then, from the other end, what others have not done.
+
+        Each part begins the rest at a place of its own, so that those who are done do not all do the same.
+        """
         heaviest = sorted(items, key=weight, reverse=True)
         share = heaviest[self.number - 1 :: self.parts]
-        rest = [item for i, item in enumerate(heaviest) if i % self.parts != self.number - 1]
+        rest = [item for i, item in enumerate(heaviest) if i % self.parts != self.number - 1][::-1]
+        begin = len(rest) * (self.number - 1) // self.parts
         with tqdm(desc=what, total=sum(map(weight, items)), unit=unit, unit_scale=True) as bar:
-            for item, _ in self.workers.run(task, [*share, *reversed(rest)]):
+            for item, _ in self.workers.run(task, [*share, *rest[begin:], *rest[:begin]]):
                 bar.update(weight(item))
 
     def _survey(self, name: str) -> Survey:
@@ -231,18 +214,23 @@ class _Packing:
     def _refuse_empty(self, surveys: list[Survey], plan: list[PlannedClip]) -> None:
         if any(clip.reason is None for clip in plan):
             return
-        example = f"{plan[0].source}: {plan[0].reason}" if plan else f"{surveys[0].name}: {surveys[0].fault}"
+        fault = f"none of the {len(surveys)} videos in {self.videos} gave a clip to train on"
+        if plan:
+            raise UserError(
+                f"{fault} ({plan[0].source}: {plan[0].reason}); move the threshold and give --overwrite, which does not "
+                "look through them again"
+            )
         shutil.rmtree(self.staging, ignore_errors=True)
-        raise UserError(f"none of the {len(surveys)} videos in {self.videos} gave a clip to train on; {example}")
+        raise UserError(f"{fault} ({surveys[0].name}: {surveys[0].fault}); give videos that play")
 
     def _describe(self, surveys: list[Survey], plan: list[PlannedClip], shards: list[ShardWork]) -> None:
         """Write the report for people and the record for programs."""
-        skipped = [(found.name, found.fault) for found in surveys if found.fault is not None]
+        partly = [(found.name, found.fault) for found in surveys if found.fault is not None and found.clips]
+        skipped = [(found.name, found.fault) for found in surveys if found.fault is not None and not found.clips]
         sizes_bytes = {piece.name: piece.size_bytes for shard in shards for piece in shard.pieces}
         settings = {f"--{name}": str(value) for name, value in self.job.settings.model_dump().items()}
-        write_report(
-            self.staging / REPORT, self.videos.resolve().name, settings, self._cards(plan, sizes_bytes), skipped
-        )
+        title, cards = self.videos.resolve().name, self._cards(plan, sizes_bytes)
+        write_report(self.staging / REPORT, title, settings, cards, partly, skipped)
         kept = [clip for clip in plan if clip.reason is None]
         splits = Counter(clip.split for clip in kept)
         record = Record(
@@ -253,6 +241,7 @@ class _Packing:
             seconds=sum(clip.facts.frames / clip.facts.fps for clip in kept),
             dropped=dict(sorted(Counter(clip.reason.split(":")[0] for clip in plan if clip.reason).items())),
             sources=len({clip.source for clip in plan}),
+            partly=tuple(partly),
             skipped=tuple(skipped),
         )
         with written_aside(self.staging / RECORD) as file:
@@ -286,28 +275,25 @@ def survey_into(name: str, videos: Path, folder: Path, clip_seconds: float, stri
     """Survey one video into its file, unless that is there."""
     path = _survey_path(folder, name)
     if not path.exists():
-        found = survey(videos / name, name, clip_seconds, stride_seconds)
+        found = survey(videos / name, name, clip_seconds, stride_seconds, spool=path.parent)
         with written_aside(path) as file:
             file.write(found.model_dump_json().encode())
+
+
+def _without_pictures(found: Survey) -> Survey:
+    """Pictures are for the report alone and read again then: a hundred thousand would take a gigabyte."""
+    return found.model_copy(update={"clips": tuple(clip.model_copy(update={"picture": b""}) for clip in found.clips)})
 
 
 def _survey_path(staging: Path, name: str) -> Path:
     return staging / "survey" / f"{name_hash(name)}.json"
 
 
-def _report(out: Path) -> PackReport:
+def _report(out: Path, job: Job) -> PackReport:
     record = load_record(out)
-    if record is None:
+    if record is None or record.job != job:
         raise UserError(f"{out} was changed while it was packed; start the same command again")
     return PackReport(out, record)
-
-
-def _check_settings(settings: dict[str, Any]) -> PackSettings:
-    try:
-        return PackSettings(**settings)
-    except ValidationError as error:
-        faults = [f"{fault['loc'][0]} is {fault['input']!r}: {fault['msg']}" for fault in error.errors()]
-        raise UserError("; ".join(faults)) from error
 
 
 def _size_bytes(path: Path) -> int:

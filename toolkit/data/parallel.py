@@ -34,9 +34,17 @@ def parse_part(part: str) -> tuple[int, int]:
 
 
 class Workers:
-    """A pool of `jobs` processes, or, for one job, the process that asks."""
+    """A pool of `jobs` processes, or, for one job, the process that asks.
 
-    def __init__(self, jobs: int) -> None:
+    remedy  what to do where a process was killed
+    """
+
+    def __init__(
+        self,
+        jobs: int,
+        remedy: str = "start the same command again, which goes on where it was stopped, with fewer --jobs",
+    ) -> None:
+        self.remedy = remedy
         # Forked from a process that has no threads yet, and has imported what all of them need.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["toolkit.data.pack"])
@@ -62,10 +70,7 @@ class Workers:
             for future in as_completed(futures):
                 yield futures.pop(future), future.result()
         except BrokenProcessPool:
-            raise UserError(
-                "a process was killed, most likely for want of memory; start the same command again, which goes on where "
-                "it was stopped, with fewer --jobs"
-            ) from None
+            raise UserError(f"a process was killed, most likely for want of memory; {self.remedy}") from None
 
 
 def _start() -> None:

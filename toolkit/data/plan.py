@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from toolkit.data.screen import find_duplicates
 from toolkit.data.shots import MIN_FRAMES
 from toolkit.data.survey import ClipFacts, Survey
 from toolkit.data.video import MAX_MEMBER_PIXELS
+from toolkit.errors import UserError, in_words
 
 _MIN_SIDE_PX = 16
 
@@ -47,8 +49,17 @@ class PackSettings(BaseModel):
     def _readable(cls, aspects: str | None) -> str | None:
         for part in [] if aspects is None else aspects.split(","):
             if not re.fullmatch(r"[1-9]\d{0,2}:[1-9]\d{0,2}", part.strip()):
-                raise ValueError("must be widths to heights, like 1:1 or 16:9,1:1,9:16")
+                raise ValueError("it should be widths to heights, like 1:1 or 16:9,1:1,9:16")
         return aspects
+
+
+def read_settings(settings: dict[str, Any]) -> PackSettings:
+    """Check what was asked for. Raises UserError."""
+    try:
+        return PackSettings(**settings)
+    except ValidationError as error:
+        faults = [f"--{fault['loc'][0]} is {fault['input']!r}; {in_words(fault['msg'])}" for fault in error.errors()]
+        raise UserError("; ".join(faults)) from error
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ def make_plan(surveys: Sequence[Survey], settings: PackSettings) -> list[Planned
     found = [(survey.name, part, clip) for survey in surveys for part, clip in enumerate(survey.clips)]
     frames = [fit(clip.height_px, clip.width_px, settings) for _, _, clip in found]
     reasons = [_fault(clip, size_px, settings) for (_, _, clip), (_, size_px) in zip(found, frames, strict=True)]
-    _mark_duplicates([clip for _, _, clip in found], reasons, settings.duplicate_distance)
+    _mark_duplicates(found, reasons, settings.duplicate_distance)
     usable = {name for (name, _, _), reason in zip(found, reasons, strict=True) if reason is None}
     held_out = split_sources([survey.name for survey in surveys if survey.name in usable], settings.holdout)
     return [
@@ -148,12 +159,16 @@ def _fault(clip: ClipFacts, size_px: tuple[int, int], settings: PackSettings) ->
     return None
 
 
-def _mark_duplicates(clips: list[ClipFacts], reasons: list[str | None], distance: float) -> None:
+def _mark_duplicates(found: list[tuple[str, int, ClipFacts]], reasons: list[str | None], distance: float) -> None:
     """Give a reason to each clip without one that repeats an earlier clip without one."""
     rest = [i for i, reason in enumerate(reasons) if reason is None]
     if not distance or not rest:
         return
-    signatures_NP = np.stack([np.frombuffer(clips[i].signature, np.uint8) for i in rest])
-    for i, gap in zip(rest, find_duplicates(signatures_NP, distance), strict=True):
+    signatures_NP = np.stack([np.frombuffer(found[i][2].signature, np.uint8) for i in rest])
+    numbers = {name: number for number, (name, _, _) in enumerate(found)}
+    places_N3 = np.array(
+        [(numbers[name], clip.first, clip.first + clip.frames) for name, _, clip in map(found.__getitem__, rest)]
+    )
+    for i, gap in zip(rest, find_duplicates(signatures_NP, places_N3, distance), strict=True):
         if gap is not None:
             reasons[i] = f"duplicate: difference {gap:.2f} is below {distance:g}"

@@ -21,7 +21,7 @@ from toolkit.errors import UserError, in_one_line
 
 SCHEMES = {"https": "aiohttp", "s3": "s3fs", "hf": "huggingface_hub"}  # and what fsspec reads them through
 MAKE_INDEX = "run python shards/check.py FOLDER where the shards are, and put the index files beside the tars"
-MAX_INDEX_BYTES = 256 << 20
+MAX_INDEX_BYTES = 256 << 20  # of a shard of this machine too
 MAX_SHARDS = 100_000
 WAITS_S = (1, 2, 4, 8, 16, 32)  # between two attempts
 CONNECT_S, SILENCE_S, ANSWER_S = 15, 30, 300  # https: to connect, without a byte, and for a whole answer
@@ -107,7 +107,10 @@ def _check_address(source: str, allowed: Sequence[str]) -> str:
             f"{source}: {scheme}: is not read; shards are in a folder of this machine, or at an address of "
             f"{', '.join(SCHEMES)}"
         )
-    parts = urllib.parse.urlsplit(source)
+    try:
+        parts = urllib.parse.urlsplit(source)
+    except ValueError as error:
+        raise UserError(f"{source} is no address ({in_one_line(error)}); correct it") from None
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UserError(
             f"{scheme}://{parts.hostname}{parts.path}: an address may hold no password and no query, because it is kept "
@@ -121,14 +124,15 @@ def _check_address(source: str, allowed: Sequence[str]) -> str:
 def _expand(source: str) -> list[str]:
     from braceexpand import braceexpand  # webdataset's own
 
-    ranges = [abs(int(last) - int(first)) for first, last in re.findall(r"\{(\d+)\.\.(\d+)", source)]
-    try:
-        addresses = list(itertools.islice(braceexpand(source), MAX_SHARDS + 1)) if sum(ranges) <= MAX_SHARDS else None
-    except ValueError:
-        raise UserError(f"{source}: a brace is not closed; write train-{{000000..000011}}.tar") from None
-    if addresses is None or len(addresses) > MAX_SHARDS:
-        raise UserError(f"{source} names more than {MAX_SHARDS} shards; pack larger ones")
-    return addresses
+    if set(re.sub(r"\{[^{}]*\}", "", source)) & {"{", "}"}:
+        raise UserError(f"{source}: a brace is not closed, or within another; write train-{{000000..000011}}.tar")
+    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}", source)
+    are_short = all(len(number) < 10 for numbers in ranges for number in numbers)
+    if are_short and sum(abs(int(last) - int(first)) for first, last, _ in ranges) <= MAX_SHARDS:
+        addresses = list(itertools.islice(braceexpand(source, escape=False), MAX_SHARDS + 1))
+        if len(addresses) <= MAX_SHARDS:
+            return addresses
+    raise UserError(f"{source} names more than {MAX_SHARDS} shards; pack larger ones")
 
 
 def _list_names(address: str) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import shutil
 import tarfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from toolkit.data.check import (
     shard_faults,
     without_clip,
 )
-from toolkit.data.files import add_member, link_or_copy
+from toolkit.data.files import add_member, link_or_copy, refuse_irregular
 from toolkit.data.format import (
+    VIDEO_EXTENSIONS,
     BadSample,
     Member,
     SampleRow,
@@ -38,8 +40,11 @@ from toolkit.data.format import (
     split_name,
     write_index,
 )
+from toolkit.data.index import refuse_unfinished
 from toolkit.data.tar import BLOCK_BYTES, Entry, TarFault, find_header, walk_tar
 from toolkit.errors import UserError
+
+_MARK = ".repairing"  # in a folder that a repair is writing, so that no other is taken for one
 
 
 @dataclass
@@ -54,6 +59,11 @@ class RepairReport:
     def faults(self) -> list[Fault]:
         return self.checked.faults
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the copy is all that there was, and sound, as the exit code says."""
+        return not self.lost and not self.faults and self.checked.clips > 0
+
     def as_dict(self) -> dict[str, Any]:
         return self.checked.as_dict() | {"lost": [asdict(fault) for fault in self.lost]}
 
@@ -66,35 +76,56 @@ def repair(folder: str | Path, out: str | Path, deep: bool = False) -> RepairRep
     """Write what is whole in a folder of shards to a new folder, with new indexes, and check that.
 
     Intact shards are hard-linked, or copied; the same folder gives the same bytes.
-    raises  UserError if `out` is there already or lies within the folder
+    raises  UserError if `out` is there already or lies within the folder, or the folder is not finished
     """
-    folder, out = Path(str(folder)), Path(str(out))
-    if out.exists() or folder.resolve() in [out.resolve(), *out.resolve().parents]:
-        raise UserError(f"--repair {out}: give a new folder outside {folder}; the shards themselves are not touched")
     tars = find_tars(folder)
-    unfinished = out.with_name(f".{out.name}.repairing")
-    shutil.rmtree(unfinished, ignore_errors=True)  # what an interrupted repair left
-    unfinished.mkdir(parents=True)
+    folder, out = Path(folder), Path(str(out))
+    refuse_unfinished(folder)
+    unfinished = _begin(folder, out)
     lost = []
     for tar in tqdm(tars, "repair", unit="shard"):
         target = unfinished / tar.name
-        index = _index_if_sound(tar, deep)
+        try:
+            refuse_irregular(tar)
+            index = _index_if_sound(tar, deep)
+            rows, faults = _salvage(tar, deep) if index is None else ([], [])
+        except (UserError, OSError) as error:
+            lost.append(Fault(tar.name, None, None, str(error)))
+            continue
+        lost += faults
         if index is not None:
             link_or_copy(tar, target)
-        else:
-            rows, faults = _salvage(tar, deep)
-            lost += faults
-            if not rows:
-                lost.append(Fault(tar.name, None, None, "no sample of it is whole"))
-                continue
+        elif rows:
             _write_tar(tar, rows, target)
             index = build_index(target)
+        else:
+            lost.append(Fault(tar.name, None, None, "no sample of it is whole"))
+            continue
         write_index(target, index)
-    if (folder / CACHE_FILE).exists():
+    if (folder / CACHE_FILE).is_file():
         shutil.copyfile(folder / CACHE_FILE, unfinished / CACHE_FILE)
     checked = check(unfinished, deep) if any(unfinished.glob("*.tar")) else CheckReport()
+    (unfinished / _MARK).unlink()
     os.replace(unfinished, out)
     return RepairReport(out, checked, lost)
+
+
+def _begin(folder: Path, out: Path) -> Path:
+    """Make the folder that is to become `out`; what an interrupted repair left in its place is removed, nothing else is."""
+    unfinished = out.with_name(f".{out.name}.repairing")
+    source = folder.resolve()
+    if out.exists() or source in [out.resolve(), *out.resolve().parents]:
+        raise UserError(f"--repair {out}: give a new folder outside {folder}; the shards themselves are not touched")
+    if os.path.lexists(unfinished):
+        is_own = (unfinished / _MARK).is_file() and not unfinished.is_symlink()
+        if not is_own or unfinished.resolve() in [source, *source.parents]:
+            raise UserError(
+                f"--repair {out} would be written in {unfinished}, which is there already; give another name"
+            )
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    (unfinished / _MARK).touch()
+    return unfinished
 
 
 def _index_if_sound(tar: Path, deep: bool) -> ShardIndex | None:
@@ -119,7 +150,7 @@ def _old_rows(tar: Path) -> tuple[SampleRow, ...]:
 
 def _salvage(tar: Path, deep: bool) -> tuple[list[SampleRow], list[Fault]]:
     """Find the whole samples of a tar, by its headers and by its index, and list what is lost."""
-    entries, lost = _find_entries(tar)
+    entries, lost, torn = _find_entries(tar)
     members: dict[str, dict[str, Member]] = {}
     for entry in entries:
         key, extension = split_name(entry.name)
@@ -129,12 +160,12 @@ def _salvage(tar: Path, deep: bool) -> tuple[list[SampleRow], list[Fault]]:
         crc32 = crc32_of(tar, entry.offset, entry.size_bytes)
         members[key][extension] = Member(offset=entry.offset, size_bytes=entry.size_bytes, crc32=crc32)
     damaged, known = _restore(tar, members), {row.key for row in _old_rows(tar)}
-    kinds = Counter(frozenset(parts) - {"txt"} for parts in members.values())
+    kinds = Counter(_kinds(parts) for parts in members.values())
     usual = max(kinds, key=lambda kind: (kinds[kind], len(kind)), default=frozenset())
     rows = []
     for key, parts in sorted(members.items(), key=lambda item: min(part.offset for part in item[1].values())):
         offset = min(part.offset for part in parts.values())
-        missing = set() if key in known else usual - parts.keys()
+        missing = usual - _kinds(parts) if key in torn and key not in known else set()
         if key in damaged or missing:
             lost.append(damaged.get(key) or Fault(tar.name, key, offset, f"its {', '.join(sorted(missing))} is gone"))
             continue
@@ -152,24 +183,37 @@ def _salvage(tar: Path, deep: bool) -> tuple[list[SampleRow], list[Fault]]:
     return rows, lost
 
 
-def _find_entries(tar: Path) -> tuple[list[Entry], list[Fault]]:
-    """Walk all headers of a tar, and behind damage go on at the next one."""
+def _kinds(extensions: Iterable[str]) -> frozenset[str]:
+    """What a sample consists of: a video is one, whatever its container, and a text may be missing."""
+    return frozenset("video" if extension in VIDEO_EXTENSIONS else extension for extension in extensions) - {"txt"}
+
+
+def _find_entries(tar: Path) -> tuple[list[Entry], list[Fault], set[str]]:
+    """Walk all headers of a tar, and behind damage go on at the next one; the keys beside damage may miss a member."""
     entries: list[Entry] = []
     lost: list[Fault] = []
+    torn: set[str] = set()
     start: int | None = 0
+    last_key = ""
     while start is not None:
+        behind_damage = start > 0
         try:
             for entry in walk_tar(tar, start):
                 if entry.kind == tarfile.DIRTYPE:
                     continue
+                last_key = split_name(entry.name)[0]
+                if behind_damage:
+                    torn.add(last_key)
+                    behind_damage = False
                 if fault := refusal(entry):
-                    lost.append(Fault(tar.name, split_name(entry.name)[0], entry.header_offset, fault))
+                    lost.append(Fault(tar.name, last_key, entry.header_offset, fault))
                 else:
                     entries.append(entry)
             start = None
         except TarFault as fault:
+            torn.add(last_key)
             start = find_header(tar, fault.offset + BLOCK_BYTES)
-    return entries, lost
+    return entries, lost, torn
 
 
 def _restore(tar: Path, members: dict[str, dict[str, Member]]) -> dict[str, Fault]:

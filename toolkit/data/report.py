@@ -70,13 +70,19 @@ class Sample:
 
 
 def write_report(
-    path: Path, title: str, settings: dict[str, str], cards: Iterable[Card], skipped: list[tuple[str, str]]
+    path: Path,
+    title: str,
+    settings: dict[str, str],
+    cards: Iterable[Card],
+    partly: list[tuple[str, str]],
+    skipped: list[tuple[str, str]],
 ) -> None:
     """Write the page aside, sync and rename it; the same cards give the same bytes.
 
     settings  options and thresholds, as they shall be read
     cards     every clip, gone through once; only the pictures that are shown are held in memory
-    skipped   (video, reason) of the videos that gave no clip, or not all of theirs
+    partly    (video, reason) of the videos of which some frames lie in no clip
+    skipped   (video, reason) of the videos that gave none
     """
     clips: list[Card] = []
     kept, dropped = Sample(MAX_PICTURES), Sample(MAX_PICTURES)
@@ -98,6 +104,7 @@ def write_report(
         "</section>",
         _contact_sheet("Kept clips", kept),
         _contact_sheet("Dropped clips", dropped),
+        f"<section>{table('Videos used in part', ('video', 'reason'), partly)}</section>",
         f"<section>{table('Skipped videos', ('video', 'reason'), skipped)}</section>",
     ]
     with written_aside(path) as file:

@@ -35,10 +35,13 @@ def blocks(luma_HW: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(luma_HW).resize((SIGNATURE_SIDE, SIGNATURE_SIDE), Image.Resampling.BOX))
 
 
-def find_duplicates(signatures_NP: np.ndarray, distance: float) -> list[float | None]:
+def find_duplicates(signatures_NP: np.ndarray, places_N3: np.ndarray, distance: float) -> list[float | None]:
     """For each clip in order, measure how near it comes to one that is kept before it; None if it repeats none.
 
+    Clips of one video that share frames are alike because they were asked for, and repeat nothing.
+
     signatures_NP  uint8, P luma blocks of each clip
+    places_N3      number of its video, first frame, and the one after its last
     distance       root mean square difference of luma below which two clips are the same
     """
     count, pixels = signatures_NP.shape
@@ -53,6 +56,9 @@ def find_duplicates(signatures_NP: np.ndarray, distance: float) -> list[float | 
     for clip in range(count):
         near = kept[:kept_count][np.abs(kept_means[:kept_count] - means[clip]) < distance]
         near = near[((coarse_NP[near] - coarse_NP[clip]) ** 2).mean(1) < distance**2]
+        video, first, stop = places_N3[clip]
+        videos, firsts, stops = places_N3[near].T
+        near = near[(videos != video) | (stops <= first) | (firsts >= stop)]
         gaps = signatures_NP[near].astype(np.int16) - signatures_NP[clip]
         apart = float(np.sqrt((gaps.astype(np.float32) ** 2).mean(1).min(initial=np.inf)))
         repeats.append(apart if apart < distance else None)

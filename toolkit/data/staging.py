@@ -39,11 +39,10 @@ class Job(BaseModel):
     videos: dict[str, int]
     words: str
 
-    def surveys_as(self, other: "Job", found: Survey) -> bool:
-        """Whether what the other job saw of a video holds for this one too."""
-        same = all(getattr(self.settings, key) == getattr(other.settings, key) for key in ("clip_seconds", "stride_seconds"))
-        same &= self.version == other.version and bool(found.sha256)
-        return same and found.name in self.videos and self.videos[found.name] == other.videos.get(found.name)
+    @property
+    def surveyed(self) -> tuple[object, ...]:
+        """What decides how videos are surveyed."""
+        return self.version, self.settings.clip_seconds, self.settings.stride_seconds
 
     def difference(self, other: "Job") -> str:
         """Say what distinguishes another job from this one."""
@@ -95,7 +94,7 @@ def open_staging(out: Path, job: Job, overwrite: bool, alone: bool) -> Path | No
     staging.mkdir(parents=True, exist_ok=True)
     with written_aside(job_file, first_stays=True) as file:
         file.write(job.model_dump_json(indent=1).encode())
-    if _load_job(job_file) != job:  # another command began between our look and our own beginning
+    if _load_job(job_file) != job:  # another command began after our look
         raise _differs(out, job, alone)
     for folder in ("survey", "clips"):
         (staging / folder).mkdir(exist_ok=True)
@@ -116,12 +115,14 @@ def _start_anew(staging: Path, job: Job) -> None:
     """Remove what another job left, but for what it saw of the videos where that holds for this job too."""
     found = _load_job(staging / _JOB)
     for path in staging.iterdir():
-        if path.is_dir() and path.name != "survey":
+        if path.name == "survey" and found and found.surveyed == job.surveyed:
+            for file in path.glob("*.json"):
+                seen = Survey.model_validate_json(file.read_bytes())
+                if not seen.sha256 or found.videos.get(seen.name) != job.videos.get(seen.name):
+                    file.unlink()
+        elif path.is_dir():
             shutil.rmtree(path)
-        elif path.is_file():
-            path.unlink()
-    for path in (staging / "survey").glob("*"):
-        if not found or not job.surveys_as(found, Survey.model_validate_json(path.read_bytes())):
+        else:
             path.unlink()
 
 

@@ -59,7 +59,10 @@ class ClipFacts(_Model):
 
 
 class Survey(_Model):
-    """What one video is good for; fault says why it gives no clips, or which of its frames lie in none."""
+    """What one video is good for; fault says why it gives no clips, or how many frames lie in none.
+
+    sha256  of the file; empty if it could not be opened
+    """
 
     name: str
     sha256: str = ""
@@ -103,7 +106,7 @@ def _look(
         _refuse(facts)
     except VideoError as error:
         return Survey(name=name, sha256=sha256, fault=_reason(error, path)), may_pass(error)
-    with tempfile.SpooledTemporaryFile(_SPOOL_BYTES, dir=spool) as pictures:
+    with tempfile.SpooledTemporaryFile(_SPOOL_BYTES, dir=str(spool) if spool else None) as pictures:
         watch, faults, passing = _Watch(pictures), [], False
         try:
             for frame in iter_small(path):

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 BLOCK_BYTES = 512  # a tar is made of these, and ends in two zero ones
-_MAX_EXTENSION_BYTES = 1 << 16  # of a long name or a pax header, which are read into memory
+# Long names and pax headers before one member, which are read into memory: more of them, or larger ones, would only
+# make a small tar long to read.
+_MAX_EXTENSIONS, _MAX_EXTENSION_BYTES = 8, 1 << 16
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _CHUNK_BYTES = 1 << 20
 _LONG_NAME, _PAX, _PAX_GLOBAL = tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE
 
@@ -58,21 +61,30 @@ def walk_tar(tar: Path, start: int = 0) -> Iterator[Entry]:
 def find_header(tar: Path, start: int) -> int | None:
     """Find the next block from `start` on that is a header by its mark and its checksum."""
     with open(tar, "rb") as file:
-        for offset in range(-(-start // BLOCK_BYTES) * BLOCK_BYTES, os.fstat(file.fileno()).st_size, BLOCK_BYTES):
-            file.seek(offset)
-            block = file.read(BLOCK_BYTES)
-            if block[257:262] == b"ustar":
-                try:
-                    tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-                except tarfile.HeaderError:
-                    continue
-                return offset
+        offset = -(-start // BLOCK_BYTES) * BLOCK_BYTES
+        file.seek(offset)
+        while chunk := file.read(_CHUNK_BYTES):
+            at = chunk.find(b"ustar")
+            while at >= 0:
+                block = at // BLOCK_BYTES * BLOCK_BYTES
+                if at - block == 257 and _is_header(chunk[block : block + BLOCK_BYTES]):
+                    return offset + block
+                at = chunk.find(b"ustar", at + 1)
+            offset += len(chunk)
     return None
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def _read_entry(file: BinaryIO, start: int, total_bytes: int) -> Entry | None:
     """Read the member whose header begins at `start`; None at the zeros that end a tar."""
-    offset, long_name = start, None
+    offset, long_name, extensions, extension_bytes = start, None, 0, 0
     while True:
         file.seek(offset)
         block = file.read(BLOCK_BYTES)
@@ -81,15 +93,19 @@ def _read_entry(file: BinaryIO, start: int, total_bytes: int) -> Entry | None:
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            reason = "cut off within a header" if len(block) < BLOCK_BYTES else f"no tar header ({error})"
-            raise TarFault(offset, reason) from None
+            raise TarFault(offset, _no_header(block, offset, error)) from None
         offset += BLOCK_BYTES
         if info.size < 0:
             raise TarFault(offset - BLOCK_BYTES, f"a member of {info.size} bytes")
         if info.type not in (_LONG_NAME, _PAX, _PAX_GLOBAL):
             break
-        if info.size > _MAX_EXTENSION_BYTES:
-            raise TarFault(start, f"an extension header of {info.size} bytes; up to {_MAX_EXTENSION_BYTES} are read")
+        extensions, extension_bytes = extensions + 1, extension_bytes + info.size
+        if extensions > _MAX_EXTENSIONS or extension_bytes > _MAX_EXTENSION_BYTES:
+            raise TarFault(
+                offset - BLOCK_BYTES,
+                f"{extensions} extension headers of {extension_bytes} bytes before one member; up to {_MAX_EXTENSIONS} of "
+                f"{_MAX_EXTENSION_BYTES} bytes together are read",
+            )
         data = file.read(info.size)
         offset += -(-info.size // BLOCK_BYTES) * BLOCK_BYTES
         if info.type == _LONG_NAME:
@@ -103,6 +119,14 @@ def _read_entry(file: BinaryIO, start: int, total_bytes: int) -> Entry | None:
     if entry.offset + entry.size_bytes > total_bytes:
         raise TarFault(start, f"cut off within {entry.name!r}, which would end at {entry.offset + entry.size_bytes}")
     return entry
+
+
+def _no_header(block: bytes, offset: int, error: Exception) -> str:
+    if offset == 0:
+        for mark, name in _COMPRESSED.items():
+            if block.startswith(mark):
+                return f"it is compressed with {name}"
+    return "cut off within a header" if len(block) < BLOCK_BYTES else f"no tar header ({error})"
 
 
 def _pax_path(data: bytes, offset: int) -> str | None:

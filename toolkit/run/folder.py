@@ -32,9 +32,10 @@ from toolkit.run.checkpoint import (
 from toolkit.run.ledger import cut_ledger
 
 # Fields that may change between the start of a run and its resumption: they do not change what is computed.
-FREE_FIELDS = ("runs_dir", "log_every_steps", "checkpoint.", "validation.", "data.workers", "data.max_bad_fraction",
-               "data.remote", "data.cache_", "data.debug", "engine.kind", "engine.deepspeed", "model.attention",
-               "model.gradient_checkpointing")  # fmt: skip
+# The same data may lie elsewhere: its fingerprint is compared, not its place.
+FREE_FIELDS = ("runs_dir", "log_every_steps", "checkpoint.", "validation.", "data.shards", "data.mix", "data.remote",
+               "data.cache_", "data.debug", "data.workers", "data.max_bad_fraction", "engine.kind", "engine.deepspeed",
+               "model.attention", "model.gradient_checkpointing")  # fmt: skip
 _OWN_FIRST_FILES = ("lock", "config.yaml.tmp")  # what a kill at the very start can leave
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "webdataset", "av", "numpy")
 

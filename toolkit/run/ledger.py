@@ -28,10 +28,19 @@ def cut_ledger(run: Path, position: int) -> None:
     """Keep the rows before a position; for the main rank, before any other appends."""
     path = run / NAME
     if path.exists():
-        rows = (
-            line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")
-        )  # a kill tears the last
-        replace_text(path, "".join(row for row in rows if json.loads(row)["position"] < position))
+        lines = path.read_bytes().splitlines(keepends=True)
+        rows = (line for line in lines if line.endswith(b"\n"))  # a kill tears the last
+        kept = [row.decode() for row in rows if _parse(path, row).position < position]
+        replace_text(path, "".join(kept))
+
+
+def _parse(path: Path, line: bytes) -> Substitution:
+    try:
+        return Substitution(**json.loads(line))
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{path} holds a torn line, {line[:200]!r}; remove that line and start the same command again"
+        ) from None
 
 
 class Ledger:
@@ -75,7 +84,7 @@ class Ledger:
         with self.path.open("rb") as file:
             file.seek(self._read_bytes)
             for line in file:
-                row = Substitution(**json.loads(line))
+                row = _parse(self.path, line)
                 self._bad[row.shard, row.key] = row.reason
                 self._read_bytes += len(line)
         return self._bad

@@ -1,0 +1,89 @@
+"""Files appear whole or not at all, and tars hold content only. Run: pytest tests/data/test_files.py"""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from toolkit.data.files import add_member, link_or_copy, written_aside
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who could tell the name it is written under, and put a link there, would choose the file that is written."""
+    (tmp_path / "precious").write_bytes(b"precious")
+    monkeypatch.setattr(os, "urandom", bytes)  # so that it can be told
+    with written_aside(tmp_path / "a") as file:
+        os.rename(file.name, tmp_path / "name")
+        os.symlink(tmp_path / "precious", file.name)
+        link = Path(file.name)
+        with pytest.raises(FileExistsError), written_aside(tmp_path / "a"):
+            pass
+        os.rename(tmp_path / "name", link)
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("first_stays", [False, True])
+def test_nobody_sees_half_a_file(tmp_path: Path, first_stays: bool) -> None:
+    """Until it is whole there is no file, or the old one; of a write that fails nothing stays."""
+    path = tmp_path / "a.bin"
+    for before in (None, b"old"):
+        if before:
+            path.write_bytes(before)
+        with pytest.raises(ZeroDivisionError), written_aside(path, first_stays) as file:
+            file.write(b"half")
+            file.flush()
+            assert (path.read_bytes() if path.exists() else None) == before
+            raise ZeroDivisionError
+        assert [found.read_bytes() for found in tmp_path.iterdir()] == ([before] if before else [])
+
+
+def test_the_last_or_the_first_of_two_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may be read already is not replaced; on a disk without links the last wins, and is whole."""
+    path = tmp_path / "a.bin"
+    for first_stays, expected in ((False, b"outer"), (True, b"inner")):
+        path.unlink(missing_ok=True)
+        with written_aside(path, first_stays) as file:
+            file.write(b"outer")
+            path.write_bytes(b"inner")
+        assert path.read_bytes() == expected and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(os, "link", _refuse_link)
+    with written_aside(path, first_stays=True) as file:
+        file.write(b"again")
+    assert path.read_bytes() == b"again" and list(tmp_path.iterdir()) == [path]
+
+
+def _refuse_link(*paths: Path) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
+def test_the_same_members_are_the_same_bytes() -> None:
+    """A member has its name and content, and neither date nor owner."""
+    archives = []
+    for _ in range(2):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+            add_member(archive, "a.json", b"{}")
+        archives.append(buffer.getvalue())
+    assert archives[0] == archives[1]
+    with tarfile.open(fileobj=io.BytesIO(archives[0])) as archive:
+        [member] = archive.getmembers()
+        assert (member.name, member.size, member.mtime, member.uid, member.uname) == ("a.json", 2, 0, 0, "")
+        assert archive.extractfile(member).read() == b"{}"  # type: ignore[union-attr]
+
+
+def test_a_file_is_shared_where_the_disk_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linked, or copied where links are not to be had; what stood there before is replaced, not written into."""
+    source, target, other = (tmp_path / name for name in ("source", "target", "other"))
+    source.write_bytes(b"new")
+    other.write_bytes(b"old")
+    os.link(other, target)
+    link_or_copy(source, target)
+    assert target.samefile(source) and other.read_bytes() == b"old"
+    (tmp_path / "link").symlink_to("source")
+    link_or_copy(tmp_path / "link", target)
+    assert target.samefile(source) and not target.is_symlink()
+    monkeypatch.setattr(os, "link", _refuse_link)
+    link_or_copy(source, target)
+    assert target.read_bytes() == b"new" and not target.samefile(source)
