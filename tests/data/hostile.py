@@ -9,11 +9,13 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import struct
 import sys
 import tarfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from toolkit.data.clips import ClipSettings, load_cached, load_clip
 from toolkit.data.format import BadSample, index_path, load_index
 from toolkit.data.index import open_shards
 from toolkit.data.latents import LatentsReader
+from toolkit.data.repair import repair
 from toolkit.data.video import write_video
 from toolkit.errors import UserError
 
@@ -136,6 +139,37 @@ def encode(
     return buffer.getvalue()
 
 
+def track_of_zeros(unpacked_mb: int) -> bytes:
+    """A sound VP9 clip as mkv, beside it a track whose blocks a demuxer unpacks to 10 MB each."""
+
+    def element(kind: str, *bodies: bytes | int | str) -> bytes:
+        body = b"".join(
+            part if isinstance(part, bytes) else part.encode() if isinstance(part, str) else part.to_bytes(2)
+            for part in bodies
+        )
+        return bytes.fromhex(kind) + (1 << 56 | len(body)).to_bytes(8) + body
+
+    def track(number: int, kind: int, codec: str, *more: bytes) -> bytes:
+        return element(
+            "ae", element("d7", number), element("73c5", number), element("83", kind), element("86", codec), *more
+        )
+
+    def block(number: int, at_ms: int, data: bytes) -> bytes:
+        return element("a3", bytes([0x80 | number]) + struct.pack(">hB", at_ms, 0x80) + data)
+
+    with av.open(io.BytesIO(encode("libvpx-vp9", "webm", [(48, 64)]))) as webm:
+        frames = [bytes(packet) for packet in webm.demux(video=0) if packet.size]
+    compressed = element("6d80", element("6240", element("5034", element("4254", 0))))  # by zlib
+    tracks = track(1, 1, "V_VP9", element("e0", element("b0", 64), element("ba", 48))) + track(
+        2, 17, "S_TEXT/UTF8", compressed
+    )
+    blocks = [block(1, 40 * i, data) for i, data in enumerate(frames)]
+    blocks += [block(2, 200, zlib.compress(bytes(9_900_000), 9))] * (unpacked_mb // 10)
+    info = element("1549a966", element("2ad7b1", (1_000_000).to_bytes(4)))
+    segment = info + element("1654ae6b", tracks) + element("1f43b675", element("e7", 0), *blocks)
+    return element("1a45dfa3", element("4282", "matroska")) + element("18538067", segment)
+
+
 class Payload:
     """Runs a command when it is unpickled."""
 
@@ -158,6 +192,7 @@ def build_corpus(folder: Path) -> None:
 
 def _cases(good: bytes, a: Members) -> Iterator[tuple[str, Callable[[Path], object]]]:
     yield from _foreign_members(a)
+    yield from _no_files(a)
     yield from _tars(a)
     yield from _indexes(a)
     yield from _sidecars(good)
@@ -179,6 +214,31 @@ def _raw(data: bytes, size_bytes: int = 0) -> Callable[[Path], object]:
             os.truncate(case / "x.tar", size_bytes)
 
     return build
+
+
+def _no_files(a: Members) -> Iterator[tuple[str, Callable[[Path], object]]]:
+    """Pipes, devices, folders and links where a tar or its index is looked for, and a tar of a hostile name."""
+    makes: dict[str, Callable[[Path], object]] = {
+        "pipe": os.mkfifo,
+        "folder": Path.mkdir,
+        "link to nothing": lambda path: path.symlink_to("nothing"),
+        "link to itself": lambda path: path.symlink_to(path.name),
+        "device without end": lambda path: path.symlink_to("/dev/zero"),
+        "file that cannot be read": lambda path: path.symlink_to("/proc/self/mem"),
+    }
+    for kind, make in makes.items():
+
+        def tar(case: Path, make: Callable[[Path], object] = make) -> None:
+            make(case / "y.tar")
+            write_tar(case / "x.tar", a)
+
+        def index(case: Path, make: Callable[[Path], object] = make) -> None:
+            make(index_path(write_tar(case / "x.tar", a)))
+
+        yield f"tar is a {kind}", tar
+        if not kind.startswith("link"):  # which is as if there were none
+            yield f"index is a {kind}", index
+    yield "shard name", lambda case: write_tar(case / os.fsdecode(b"\xff\x1b[31m.tar"), [*a, ("\x1b[2Jb.mp4", b"x")])
 
 
 def _foreign_members(a: Members) -> Iterator[tuple[str, Callable[[Path], object]]]:
@@ -211,6 +271,10 @@ def _tars(a: Members) -> Iterator[tuple[str, Callable[[Path], object]]]:
     yield "gzip bomb", bomb
     for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE):
         yield f"extension header of 300 MB {kind.hex()}", _raw(header("x", 300_000_000, kind), 301_000_192)
+        chain = header("x", 0, kind) * 5000
+        yield f"chain of 5000 extension headers {kind.hex()}", _raw(chain + header("a.mp4", 300_000) + end)
+    large = header("x", 60_000, tarfile.XHDTYPE) + pad(record("comment", "x" * 59_984)[:60_000])
+    yield "chain of large extension headers", _raw(large * 300 + header("a.mp4", 300_000) + end)
     yield "pax size", _raw(pax(record("size", "300000000")) + header("a.mp4", 1) + body + end)
     yield (
         "pax size hides a member",
@@ -244,7 +308,7 @@ def _indexes(a: Members) -> Iterator[tuple[str, Callable[[Path], object]]]:
             for name, value in new.items():
                 if name in ("offset", "size_bytes", "crc32"):
                     second["members"]["mp4"][name] = value
-                elif name in ("key", "latents"):
+                elif name in ("key", "latents", "members"):
                     second[name] = value
                 elif name == "clip":
                     second["clip"] |= value
@@ -267,12 +331,16 @@ def _indexes(a: Members) -> Iterator[tuple[str, Callable[[Path], object]]]:
     yield "index large member", change(size_bytes=1 << 40)
     yield "index overlap", change(size_bytes=10_000_000)
     yield "index key twice", change(key="a")
+    yield "index without members", change(members={})
+    yield "index key climbs", change(key="../../b")
+    yield "index key of a terminal's commands", change(key="\x1b]0;owned\x07")
     yield "index extension", change(extension="pkl")
     yield "index offset not a number", change(offset="x" * 100)
     yield "index version", change(format_version=10**30)
     yield "index size", change(tar_size_bytes=10**30)
     yield "index frames", change(clip={"frames": 10**30})
     yield "index fps", change(clip={"fps": 0})
+    yield "index fps near 0", change(clip={"fps": 5e-324})
     latents = {"dtype": "BF16", "variants": 10**9, "frames": 10**9, "latent_CHW": [4, 6, 8], "token_dim": 8}
     sums = {"offsets": {"mean": 0, "std": 0, "tokens": 0}, "frame_crc32": ""}
     yield "index latents", change(latents=latents | sums)
@@ -303,6 +371,7 @@ def _sidecars(good: bytes) -> Iterator[tuple[str, Callable[[Path], object]]]:
     yield "json NaN fps", sidecar(plain.replace(b"25", b"NaN"))
     yield "json 1e400 fps", sidecar(plain.replace(b"25", b"1e400"))
     yield "json fps 1e6", sidecar(plain.replace(b"25", b"1000000"))
+    yield "json fps near 0", sidecar(plain.replace(b"25", b"5e-324"))
     yield "json infinite start", sidecar(plain.replace(b"{", b'{"start_s": Infinity, '))
     yield "json 1e30 frames", sidecar(json.dumps(FACTS | {"frames": 10**30}).encode())
     yield "json 5000 digits", sidecar(plain.replace(b"25", b"9" * 5000))
@@ -312,8 +381,8 @@ def _sidecars(good: bytes) -> Iterator[tuple[str, Callable[[Path], object]]]:
 
 
 def _videos(good: bytes) -> Iterator[tuple[str, Callable[[Path], object]]]:
-    def video(data: bytes, extension: str = "mp4", facts: bool = True) -> Callable[[Path], object]:
-        return _tar(members("a", data, extension) if facts else [(f"a.{extension}", data)])
+    def video(data: bytes, extension: str = "mp4", facts: bool = True, **said: object) -> Callable[[Path], object]:
+        return _tar(members("a", data, extension, **said) if facts else [(f"a.{extension}", data)])
 
     def claim(kind: bytes, body: bytes, mp4: bytes = good) -> bytes:
         return with_box(mp4, kind, body)
@@ -345,6 +414,7 @@ def _videos(good: bytes) -> Iterator[tuple[str, Callable[[Path], object]]]:
         part = box(b"tfhd", big_endian(0x020000, 1)) + box(b"trun", big_endian(0, count))
         fragment = box(b"moof", box(b"mfhd", big_endian(0, 1)) + box(b"traf", part))
         yield f"{count} frames in a fragment", video(good + fragment)
+    yield "unread track of 2 GB", video(track_of_zeros(2000), "mkv", frames=3)
     yield "compressed header", video(box(b"ftyp", b"isom" + bytes(4)) + box(b"moov", box(b"cmov", bytes(64))))
 
 
@@ -404,7 +474,11 @@ def _recipes() -> Iterator[tuple[str, Callable[[Path], object]]]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case: the error and its sentence, and what a child of this process needed more than it had."""
+    """What came of a case: the error and its sentence, and what a child of this process needed more than it had.
+
+    printed  what a check and a repair print of it
+    left     faults in the repaired copy
+    """
 
     name: str
     error: str = "killed"
@@ -413,10 +487,12 @@ class Outcome:
     grown_mb: float = 0.0
     executed: bool = False
     faults: int = 0
+    printed: str = ""
+    left: int = 0
 
 
 def meet(case: Path) -> Outcome:
-    """Open and read a case as training does, then check it, in a forked child that LIMIT_S ends."""
+    """Open and read a case as training does, then check and repair it, in a forked child that LIMIT_S ends."""
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         signal.alarm(LIMIT_S)
@@ -434,7 +510,7 @@ def meet(case: Path) -> Outcome:
 
 def _read(case: Path) -> Outcome:
     before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    error, message, faults = "nothing", "", 0
+    error, message, faults, printed, left = "nothing", "", 0, "", 0
     try:
         if (case / "recipe.yaml").exists():
             from toolkit.config import load_config
@@ -452,9 +528,13 @@ def _read(case: Path) -> Outcome:
     except BaseException as other:
         error, message = f"unexpected {type(other).__name__}", str(other)[:300]
     if list(case.glob("*.tar")):
-        faults = len(check(case, write_indexes=False).faults)
+        report = check(case, write_indexes=False)
+        repaired = repair(case, out := case.with_name(f"{case.name}.out"))
+        shutil.rmtree(out)
+        faults, left = len(report.faults), len(repaired.faults)
+        printed = "\n".join([report.summary(), repaired.summary()])
     grown_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb) / 1024
-    return Outcome(case.name, error, message, time.process_time(), grown_mb, faults=faults)
+    return Outcome(case.name, error, message, time.process_time(), grown_mb, False, faults, printed, left)
 
 
 def main(folder: Path) -> None:

@@ -149,7 +149,7 @@ def test_stopped_at_any_write_it_goes_on(
         if (out / ".packing").exists():
             assert {name: data for name, data in content(out).items() if not name.startswith(".packing")} == before
     assert (out / ".publishing").exists()
-    monkeypatch.setattr("toolkit.data.pack.encode_source", _interrupted)  # all is encoded: even --overwrite goes on
+    monkeypatch.setattr("toolkit.data.pack.encode_source", None)  # all is encoded: even --overwrite only goes on
     pack(videos, out, **SETTINGS, overwrite=overwrite)
     assert content(out) == content(packed)
 

@@ -215,7 +215,7 @@ def test_t13_accounting(faults: Any) -> None:
 
 
 def test_t14_dead_worker(faults: Any, tmp_path: Path) -> None:
-    """A worker killed in mid-run: one sentence names it, in the long form within ten seconds; a new start goes on exactly."""
+    """A killed worker is named in one sentence, in the long form within ten seconds; a new start goes on exactly."""
     trials, passed = faults.choose(short=2, long=20), 0
     faults.begin("T14 dead worker", trials)
     index = make_shards(tmp_path / "shards", 40, set())

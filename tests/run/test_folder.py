@@ -64,6 +64,6 @@ def test_the_same_data_may_lie_elsewhere(
     train_here(overrides | {"data.shards": str(moved)})
     assert "the run is finished" in capsys.readouterr().out
     index = moved / "train-000000.index.json"
-    index.write_text(index.read_text().replace('"motion": ', '"motion": 1'))
+    index.write_text(index.read_text().replace('"start_s": 0.0', '"start_s": 1.0'))
     with pytest.raises(UserError, match="data fingerprint"):
         train_here(overrides | {"data.shards": str(moved)})

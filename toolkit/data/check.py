@@ -192,18 +192,16 @@ def _open(tar: Path, write_indexes: bool) -> tuple[ShardIndex | None, list[Fault
     if index_path(tar).exists():
         try:
             return load_index(tar), faults
-        except (UserError, OSError) as error:
+        except UserError as error:
             faults.append(Fault(tar.name, None, None, str(error)))
         try:
             return read_index(tar), faults
-        except (UserError, OSError):
+        except UserError:
             write_indexes = False
     try:
         return (load_index if write_indexes else build_index)(tar), faults
     except UserError as error:
         return None, faults + ([*_layout_faults(tar)] or [Fault(tar.name, None, None, str(error))])
-    except OSError as error:
-        return None, faults or [Fault(tar.name, None, None, str(error))]
 
 
 def _blocks(tar: Path, index: ShardIndex) -> Iterator[_Block]:

@@ -13,6 +13,7 @@ import tarfile
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
@@ -135,11 +136,21 @@ def read_index(tar: Path) -> ShardIndex:
     """Read what stands in the index beside a tar, whether it fits the tar or not. Raises UserError."""
     path = index_path(tar)
     refuse_irregular(path, _rebuild(path))
-    with open(path, "rb") as file:
-        text = file.read(MAX_INDEX_BYTES + 1)
-    if len(text) > MAX_INDEX_BYTES:
+    with _naming(path), open(path, "rb") as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        text = file.read(MAX_INDEX_BYTES + 1) if size_bytes <= MAX_INDEX_BYTES else b""
+    if max(size_bytes, len(text)) > MAX_INDEX_BYTES:
         raise UserError(f"{path} has over {MAX_INDEX_BYTES} bytes; {_rebuild(path)}")
     return _parse_index(text, str(path), _rebuild(path))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A disk that fails says why, but not where."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; restore it, or take it out of the folder") from error
 
 
 def _rebuild(path: Path) -> str:
@@ -218,21 +229,24 @@ def build_index(tar: Path) -> ShardIndex:
     """Index a tar from its headers and bytes. Raises UserError naming the shard, the member and what is wrong."""
     members: dict[str, dict[str, Member]] = {}
     last_key = None
-    for name, member in scan_tar(tar):
-        key, extension = split_name(name)
-        if key in members and key != last_key:
-            raise UserError(f"{tar}: the members of {key} are not adjacent; pack with sorted names (tar --sort=name)")
-        if extension in members.setdefault(key, {}):
-            raise UserError(f"{tar}: {name} is there twice; a key and extension may appear once")
-        members[key][extension] = member
-        last_key = key
-    samples = tuple(sample_row(tar, key, parts) for key, parts in members.items())
-    index = ShardIndex(
-        format_version=INDEX_VERSION,
-        tar_sha256=file_sha256(tar),
-        tar_size_bytes=tar.stat().st_size,
-        samples=samples,
-    )
+    with _naming(tar):
+        for name, member in scan_tar(tar):
+            key, extension = split_name(name)
+            if key in members and key != last_key:
+                raise UserError(
+                    f"{tar}: the members of {key} are not adjacent; pack with sorted names (tar --sort=name)"
+                )
+            if extension in members.setdefault(key, {}):
+                raise UserError(f"{tar}: {name} is there twice; a key and extension may appear once")
+            members[key][extension] = member
+            last_key = key
+        samples = tuple(sample_row(tar, key, parts) for key, parts in members.items())
+        index = ShardIndex(
+            format_version=INDEX_VERSION,
+            tar_sha256=file_sha256(tar),
+            tar_size_bytes=tar.stat().st_size,
+            samples=samples,
+        )
     if (size_bytes := len(_index_json(index))) > MAX_INDEX_BYTES:
         raise UserError(
             f"the index of {tar} would have {size_bytes} bytes, read are {MAX_INDEX_BYTES}; pack smaller shards"

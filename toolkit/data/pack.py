@@ -26,16 +26,7 @@ from toolkit.data.parallel import Workers, cores, parse_part
 from toolkit.data.plan import PlannedClip, make_plan, name_hash, read_settings
 from toolkit.data.report import Card, write_report
 from toolkit.data.sources import find_videos
-from toolkit.data.staging import (
-    RECORD,
-    REPORT,
-    Job,
-    Record,
-    finish_publishing,
-    load_record,
-    open_staging,
-    publish,
-)
+from toolkit.data.staging import RECORD, REPORT, Job, Record, finish_publishing, load_record, open_staging, publish
 from toolkit.data.survey import Survey, survey
 from toolkit.errors import UserError
 

@@ -144,7 +144,7 @@ def _index_if_sound(tar: Path, deep: bool) -> ShardIndex | None:
 def _old_rows(tar: Path) -> tuple[SampleRow, ...]:
     try:
         return read_index(tar).samples
-    except (UserError, OSError):
+    except UserError:
         return ()
 
 
