@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import fire
 from pydantic import ConfigDict, ValidationError, validate_call
 
-from toolkit.errors import UserError, in_one_line, in_words
+from toolkit.errors import UserError, in_one_line, in_words, printable
 
 _FULL_DISK = "the disk is full; what was published so far is whole, so free some space and start the same command again"
 
@@ -62,7 +62,8 @@ def main(function: Callable[..., Any]) -> None:
 
 def _end(message: str) -> NoReturn:
     rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
-    print(f"{sys.argv[0]}{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)
+    text = "\n".join(map(printable, message.splitlines()))
+    print(f"{sys.argv[0]}{f' (rank {rank})' if rank else ''}: {text}", file=sys.stderr)
     sys.exit(2)
 
 
