@@ -212,14 +212,17 @@ def test_leftovers(shard: Path, tmp_path: Path, faults: Faults) -> None:
 
 
 def test_decoding_does_not_leak(shard: Path, faults: Faults) -> None:
-    """After a warm-up the memory of a process grows by less than 1 kB a clip, and its open files do not grow at all."""
-    clips = faults.choose(short=600, long=5000)
+    """After a warm-up the memory of a process grows by less than 1 kB a clip, and its open files do not grow at all.
+
+    Over few clips what the allocator takes is several kB a clip: there 10 are allowed, less than one frame that stays.
+    """
+    clips, limit_kb = faults.choose(short=600, long=5000), faults.choose(short=10, long=1)
     faults.begin("T19 leaks", clips)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         rss_kb, descriptors = pool.submit(_decode_many, shard.parent, clips).result()
     # An allocator takes a megabyte now and then; a leak grows in most tenths of the run.
     growth_kb = np.median(np.diff(rss_kb[:: clips // 10])) / (clips // 10)
-    passed = clips if growth_kb < 1 and len(set(descriptors)) == 1 else 0
+    passed = clips if growth_kb < limit_kb and len(set(descriptors)) == 1 else 0
     faults.end(passed, (growth_kb, set(descriptors)))
 
 

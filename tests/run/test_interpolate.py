@@ -86,8 +86,9 @@ def frames_of(stills: list[str], tmp_path: Path) -> Frames:
 
 
 def nearly(a: np.ndarray, b: np.ndarray) -> bool:
-    """Equal up to one level of 255."""
-    return a.shape == b.shape and np.abs(a.astype(int) - b).max() <= 1
+    """Equal up to one level of 255, and to two in one value of a thousand: sums of bf16 in another order."""
+    apart = np.abs(a.astype(int) - b)
+    return a.shape == b.shape and apart.max() <= 2 and (apart > 1).mean() < 1e-3
 
 
 def test_video_through_many_stills(trained: Path, stills: list[str], frames_of: Frames) -> None:
