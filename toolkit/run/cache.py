@@ -36,7 +36,6 @@ from toolkit.errors import UserError
 from toolkit.model.base import PRECISIONS, find_encoder_files, load_encoders
 from toolkit.model.encoders import embed_stills, encode_frames
 from toolkit.model.sources import fingerprint_files
-from toolkit.run.folder import replace_text
 from toolkit.run.framer import to_signed
 from toolkit.run.pretrain import find_base
 
@@ -153,7 +152,7 @@ def open_staging(folder: Path, info: CacheInfo) -> Path:
             raise UserError(f"{folder} holds something else; give another --out, or delete it")
         aside = folder / f"{STAGING}.{socket.gethostname()}.{os.getpid()}"
         aside.mkdir(parents=True, exist_ok=True)
-        replace_text(aside / INFO_FILE, info.model_dump_json(indent=1))
+        (aside / INFO_FILE).write_text(info.model_dump_json(indent=1))
         try:
             aside.rename(folder / STAGING)
         except OSError:  # it is there already, and not empty
@@ -259,7 +258,8 @@ def _join(index: DatasetIndex, info: CacheInfo, folder: Path, source: Path) -> s
         load_index(tar)
         for path in (tar, index_path(tar)):
             link_or_copy(path, folder / path.name)
-    replace_text(folder / INFO_FILE, info.model_dump_json(indent=1))
+    with written_aside(folder / INFO_FILE) as file:  # others may be writing it too
+        file.write(info.model_dump_json(indent=1).encode())
     shutil.rmtree(claimed, ignore_errors=True)
     return (
         f"{len(index) - bad_clips:,} clips, {info.variants} variants, {size_bytes / 1e9:.2f} GB, {bad_clips} that do not "
