@@ -28,19 +28,19 @@ for name in ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", 
 
 from launch.train import train  # noqa: E402
 from toolkit.cli import main  # noqa: E402
-from toolkit.engine.zero2 import Zero2Engine  # noqa: E402
+from toolkit.engine.zero import ZeroEngine  # noqa: E402
 
 out, steps = Path(sys.argv.pop(1)), []
-step = Zero2Engine.step
+step = ZeroEngine.step
 
 
-def traced_step(engine: Zero2Engine, lr: float) -> float:
+def traced_step(engine: ZeroEngine, lr: float) -> float:
     norm = step(engine, lr)
     steps.append(reduced[:])
     reduced.clear()
     return norm
 
 
-Zero2Engine.step = traced_step
+ZeroEngine.step = traced_step
 main(train)
 out.write_text(json.dumps(steps))

@@ -21,7 +21,7 @@ from toolkit.config import load_config
 from toolkit.data.pack import pack
 from toolkit.engine.world import World
 from toolkit.errors import UserError
-from toolkit.run.trainer import build_job
+from toolkit.run.job import build_job
 
 
 def one_sentence(done: subprocess.CompletedProcess[str]) -> str:

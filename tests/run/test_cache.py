@@ -31,7 +31,7 @@ from toolkit.model.base import load_base
 from toolkit.model.encoders import embed_stills, encode_frames
 from toolkit.run.cache import CacheInfo, cache_shards, encode_share, join_clips, read_info
 from toolkit.run.framer import to_signed
-from toolkit.run.trainer import build_job, make_batches
+from toolkit.run.job import build_job, make_batches
 
 SIZE: dict[str, Any] = {"height": 32, "width": 32}
 

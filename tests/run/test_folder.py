@@ -11,7 +11,7 @@ from toolkit.config import load_config
 from toolkit.data.index import open_shards
 from toolkit.errors import UserError
 from toolkit.run.folder import check_folder, prepare_folder
-from toolkit.run.trainer import check_clips
+from toolkit.run.job import check_clips
 
 
 @pytest.mark.parametrize("fresh", [False, True])

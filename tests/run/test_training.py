@@ -17,7 +17,7 @@ from toolkit.errors import UserError
 from toolkit.model.base import load_base
 from toolkit.run.evaluate import evaluate_run, load_held_out
 from toolkit.run.folder import newest_adapter
-from toolkit.run.trainer import build_job
+from toolkit.run.job import build_job
 
 FED = {
     "diffusion.layout": "middle_in_clip",

@@ -1,6 +1,6 @@
 """The numerical reference: one process, torch.optim.AdamW on the adapter's fp32 masters.
 
-Test: pytest tests/engine. An engine has five verbs, and so has zero2.py:
+Test: pytest tests/engine. An engine has five verbs, and so has zero.py:
     backward(loss)        accumulate gradients of one micro-batch; the step's loss is the mean of its micro-batches
     step(lr)              clip, update, clear; returns the gradient norm before clipping; not finite = nothing updated
     gather()              {parameter name: {master, exp_avg, exp_avg_sq}}: whole fp32 tensors on the CPU, every rank calls

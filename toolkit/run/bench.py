@@ -26,8 +26,8 @@ from toolkit.model.tiny import SCHEDULER
 from toolkit.model.unet import SVD_CONFIG, FramerUNet
 from toolkit.rng import rng
 from toolkit.run.framer import Framer, Sampling, to_signed
+from toolkit.run.job import prepare_unet
 from toolkit.run.monitor import peak_memory_gib
-from toolkit.run.trainer import prepare_unet
 
 # stabilityai/stable-video-diffusion-img2vid-xt, vae/config.json and image_encoder/config.json
 VAE_CONFIG = {"block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,

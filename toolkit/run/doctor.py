@@ -21,7 +21,7 @@ from toolkit.model.sources import is_hub_id
 from toolkit.model.tiny import build_unet
 from toolkit.run.folder import find_adapter
 from toolkit.run.framer import check_objective
-from toolkit.run.trainer import check_clips, check_engine, total_steps
+from toolkit.run.job import check_clips, check_engine, total_steps
 
 
 def examine(config: RunConfig, ranks: int) -> dict[str, Any]:

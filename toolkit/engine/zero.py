@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from toolkit.engine.plain import STATE_KEYS, AdamSettings, State, make_adamw
 
 
-class Zero2Engine:
+class ZeroEngine:
     def __init__(
         self,
         model: nn.Module,
