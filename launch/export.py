@@ -6,15 +6,15 @@ from toolkit.cli import main
 
 
 def export(
-    run: str, to: Literal["peft", "diffusers", "kohya", "merged"], out: str, checkpoint: str | None = None,
+    to: Literal["peft", "diffusers", "kohya", "merged"], out: str, run: str | None = None, checkpoint: str | None = None,
     precision: Literal["fp16", "bf16", "fp32"] | None = None,
 ) -> None:  # fmt: skip
-    """Write the run's newest adapter, with a model card, into a new folder.
+    """Write a run's newest adapter, or that of another checkpoint, with a model card, into a new folder.
 
-    run         a run folder
     to          peft, diffusers, kohya: the adapter in that format; merged: the whole UNet with the adapter folded in
     out         the folder to make
-    checkpoint  another one than the newest, such as step_000200
+    run         a run folder
+    checkpoint  latest, best (by validation), one such as step_000200, or the path of any checkpoint, which needs no run
     precision   of a merged UNet, default fp16; adapters are fp32
     """
     from toolkit.run.export import export_run

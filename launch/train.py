@@ -5,20 +5,21 @@ from typing import Any
 from toolkit.cli import main
 
 
-def train(config: str, fresh: bool = False, local_rank: int | None = None, **overrides: Any) -> None:
+def train(config: str, fresh: bool = False, allow_change: bool = False, local_rank: int | None = None, **overrides: Any) -> None:
     """Train a LoRA; the same command again resumes.
 
-    config      a recipe, or config.yaml of a run folder
-    fresh       start anew; the old run folder is kept beside the new one
-    local_rank  given by DeepSpeed's launcher; the environment says the same
-    overrides   any field of the recipe by its dotted name: --lora.rank 32
+    config        a recipe, or config.yaml of a run folder
+    fresh         start anew; the old run folder is kept beside the new one
+    allow_change  go on although data, seed or another field are not those that the run was begun with
+    local_rank    given by DeepSpeed's launcher; the environment says the same
+    overrides     any field of the recipe by its dotted name: --lora.rank 32
     """
     from toolkit.config import load_config
 
     resolved = load_config(config, overrides)
     from toolkit.run.trainer import train as run
 
-    run(resolved, fresh)
+    run(resolved, fresh, allow_change)
 
 
 if __name__ == "__main__":

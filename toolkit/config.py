@@ -18,8 +18,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from toolkit.errors import UserError
 
-# What a DeepSpeed JSON may hold; every other number belongs to the recipe.
-DEEPSPEED_KEYS = {"zero_optimization", "zero_allow_untested_optimizer"}
+# What a DeepSpeed JSON may hold, under zero_optimization; every other number belongs to the recipe.
+DEEPSPEED_KEYS = {
+    "stage", "offload_optimizer", "overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size",
+    "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+}  # fmt: skip
+ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero2_offload": 2, "zero3": 3}
 _MAX_RECIPE_CHARACTERS = 1 << 16
 
 
@@ -141,6 +146,8 @@ class OptimizerConfig(Section):
     beta2: float = Field(0.999, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    # a step whose loss or gradient is not finite changes nothing; so many in a row end the run
+    max_skipped_steps: int = Field(5, ge=1)
 
 
 class ScheduleConfig(Section):
@@ -152,11 +159,17 @@ class ScheduleConfig(Section):
 
 
 class EngineConfig(Section):
-    kind: Literal["zero2", "plain"] = "zero2"
-    deepspeed: Place = "ds_configs/zero2.json"
+    # zero*: DeepSpeed, sharding the adapter's optimizer state (1), gradients too (2), the frozen base too (3);
+    # zero2_offload: the state in the host's memory; fsdp2: PyTorch's own sharding; plain: one process
+    kind: Literal["zero2", "zero1", "zero3", "zero2_offload", "fsdp2", "plain"] = "zero2"
+    deepspeed: Place | None = None  # JSON with buckets of your own for a zero kind; null: ds_configs/<kind>.json
+    shard_ranks: int | None = Field(None, ge=1)  # fsdp2: ranks that share one copy of the state; null: all; fewer: HSDP
     precision: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights and of compute; LoRA masters are fp32
     global_batch: int = Field(8, ge=1)  # clips per optimizer step, whatever the number of processes
     micro_batch: int = Field(1, ge=1)  # clips per forward; accumulation = global_batch / (micro_batch * processes)
+    hang_timeout_s: float = Field(
+        600, gt=0
+    )  # a run that finishes no step for so long is ended, and says who waits where
 
     @model_validator(mode="after")
     def check_batch(self) -> EngineConfig:
@@ -166,7 +179,9 @@ class EngineConfig(Section):
 
 
 class ValidationConfig(Section):
-    clips: int = Field(8, ge=1)  # held-out clips that launch/evaluate.py scores
+    clips: int = Field(8, ge=1)  # held-out clips that the run and launch/evaluate.py score
+    # steps between two losses on them, always at the same noise; the lowest names the best checkpoint. null: never
+    every_steps: int | None = Field(None, ge=1)
     sampler: Literal["euler", "lcm"] = "euler"  # lcm: a few steps, for bases distilled to it
     sampler_steps: int = Field(25, ge=1, le=1000)
     # classifier-free guidance rises over the window from one to the other; 1 and 1 is none, at half the cost
@@ -176,7 +191,8 @@ class ValidationConfig(Section):
 
 class CheckpointConfig(Section):
     every_steps: int = Field(200, ge=1)
-    keep: int = Field(3, ge=2)  # newest checkpoints kept; the last good one is always among them
+    keep: int = Field(3, ge=2)  # newest checkpoints kept; the best by validation stays beside them
+    keep_every_steps: int | None = Field(None, ge=1)  # those of every so many steps stay as well
 
 
 class RunConfig(Section):
@@ -288,28 +304,35 @@ def diff_configs(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     return {name: (flat_old[name], flat_new[name]) for name in flat_new if flat_old[name] != flat_new[name]}
 
 
-def load_deepspeed_json(path: str | Path) -> dict[str, Any]:
-    """Read what DeepSpeed alone owns; refuse a file that sets what the recipe owns."""
+def load_deepspeed_json(engine: EngineConfig) -> dict[str, Any]:
+    """Read what DeepSpeed alone owns, for a zero kind; refuse a file of another kind, or that sets what the recipe owns."""
+    own = Path(__file__).resolve().parents[1] / f"ds_configs/{engine.kind}.json"  # wherever the program was started
+    path = own if engine.deepspeed is None else Path(engine.deepspeed)
     try:
-        settings = json.loads(Path(path).read_text())
+        settings = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"cannot read engine.deepspeed {path}: {error.strerror}; see ds_configs") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # bytes that are no text, too
         raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} holds no JSON object; see ds_configs/zero2.json")
-    foreign = sorted(set(settings) - DEEPSPEED_KEYS)
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
+        raise UserError(f"{path} holds no zero_optimization; see ds_configs/{engine.kind}.json")
+    zero = settings["zero_optimization"]
+    foreign = sorted(set(settings) - {"zero_optimization"}) + sorted(set(zero) - DEEPSPEED_KEYS)
     if foreign:
         raise UserError(
-            f"{path} sets {', '.join(foreign)}, but batch, accumulation, clipping, precision and learning rate come from "
-            f"the recipe; take {'it' if len(foreign) == 1 else 'them'} out "
-            f"(allowed here: {', '.join(sorted(DEEPSPEED_KEYS))})"
+            f"{path} sets {', '.join(foreign)}, but batch, accumulation, clipping, precision, optimizer and learning rate "
+            f"come from the recipe; take {'it' if len(foreign) == 1 else 'them'} out "
+            f"(allowed in zero_optimization: {', '.join(sorted(DEEPSPEED_KEYS))})"
         )
-    zero = settings.get("zero_optimization", {})
-    if zero.get("stage") not in (1, 2) or any("offload" in key for key in zero):
+    stage, offload = ZERO_STAGES[engine.kind], engine.kind == "zero2_offload"
+    if zero.get("stage") != stage or ("offload_optimizer" in zero) != offload:
         raise UserError(
-            f"{path}: zero_optimization needs stage 1 or 2 and no offload, which is all that is supported yet"
+            f"{path} sets stage {zero.get('stage')}{' and offload' * ('offload_optimizer' in zero)}, but engine.kind "
+            f"{engine.kind} is stage {stage} {'with' if offload else 'without'} offload_optimizer; change one of them"
         )
+    target = zero["offload_optimizer"].get("device") if offload and isinstance(zero["offload_optimizer"], dict) else "cpu"
+    if target != "cpu":
+        raise UserError(f"{path}: offload_optimizer.device is {target!r}, but the state can be moved to cpu only; set that")
     return settings
 
 

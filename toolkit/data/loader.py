@@ -9,6 +9,7 @@ there is nothing to save from workers, and prefetching changes nothing.
 import contextlib
 import errno
 import multiprocessing.connection
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from toolkit.data.clips import CachedClip, Clip, ClipSettings, load_cached, load
 from toolkit.data.format import BadSample
 from toolkit.data.index import DatasetIndex
 from toolkit.data.latents import Encoded, LatentsReader, stack
-from toolkit.data.order import MixedOrder, Order, accumulation, rank_micro_batches
+from toolkit.data.order import InSequence, MixedOrder, Order, accumulation, rank_micro_batches
 from toolkit.errors import UserError, in_one_line
 
 PREFETCH = 2  # micro-batches that each worker holds ready
@@ -62,18 +63,20 @@ class MicroBatches(Dataset):
     """Map the ordinal of a rank's micro-batch, counted from step 0, to its Batch."""
 
     index: DatasetIndex
-    order: Order | MixedOrder
+    order: Order | MixedOrder | InSequence
     settings: ClipSettings
     global_batch: int
     micro_batch: int
     rank: int
     world: int
+    origin: int = 0  # the position that step 0 would begin at; not 0 after a change of the global batch
     reader: LatentsReader = field(default_factory=LatentsReader)
 
     def __getitem__(self, ordinal: int) -> Batch | UserError:
         per_step = accumulation(self.global_batch, self.micro_batch, self.world)
         step, m = divmod(ordinal, per_step)
-        positions = rank_micro_batches(step, self.global_batch, self.micro_batch, self.rank, self.world)[m]
+        micro_batches = rank_micro_batches(step, self.global_batch, self.micro_batch, self.rank, self.world)
+        positions = [self.origin + k for k in micro_batches[m]]
         substitutes: list[Substitution] = []
         try:
             clips = [self._load(k, substitutes) for k in positions]
@@ -133,6 +136,7 @@ def make_loader(
     micro_batch: int,
     rank: int = 0,
     world: int = 1,
+    origin: int = 0,
     workers: int = 0,
 ) -> Iterator[Batch]:
     """Yield this rank's micro-batches of steps [start_step, stop_step), accumulation by accumulation.
@@ -140,7 +144,7 @@ def make_loader(
     raises  UserError when a position has no usable substitute, a network fails, or a worker dies
     """
     per_step = accumulation(global_batch, micro_batch, world)
-    dataset = MicroBatches(index, order, settings, global_batch, micro_batch, rank, world)
+    dataset = MicroBatches(index, order, settings, global_batch, micro_batch, rank, world, origin)
     ordinals = range(start_step * per_step, stop_step * per_step)
     if not workers:
         return _raise_errors(map(dataset.__getitem__, ordinals))
@@ -151,6 +155,7 @@ def make_loader(
         num_workers=workers,
         prefetch_factor=PREFETCH,
         collate_fn=_as_is,
+        worker_init_fn=_outlive_signals,
         # torch seeds its workers from here; without one it would draw from, and so disturb, the global generator.
         generator=torch.Generator(),
     )
@@ -176,6 +181,8 @@ def _raise_errors(loader: Iterable[Batch | UserError]) -> Iterator[Batch]:
             raise RuntimeError(f"{_DEATH} (pid {pids}) was killed") from error
         finally:
             del batches  # dropped, it ends its workers at once; left to the garbage collector, it waits 5 s for each
+            for process in workers.values():
+                process.kill()  # one that is stuck in a read; none hears SIGTERM
 
 
 @contextlib.contextmanager
@@ -193,6 +200,12 @@ def naming_dead_workers() -> Iterator[None]:
 
 
 _DEATH = "DataLoader worker"  # how torch's sentence begins
+
+
+def _outlive_signals(worker: int) -> None:
+    """Leave signals to the main process: sent to the whole group, they would take the batches that it needs to finish."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def list_some(faults: list[str]) -> str:

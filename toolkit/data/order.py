@@ -62,6 +62,20 @@ class Order:
 
 
 @dataclass(frozen=True)
+class InSequence:
+    """Sample k at position k, for looking at n samples one after another; in place of a bad one stands the next."""
+
+    n: int
+    seed: int
+
+    def __getitem__(self, k: int) -> int:
+        return k % self.n
+
+    def substitute(self, k: int, attempt: int) -> int:
+        return (k + attempt) % self.n
+
+
+@dataclass(frozen=True)
 class Source:
     """One source of a mix: clips of each of its shards, and how many clips a block takes of it."""
 

@@ -1,11 +1,14 @@
 """The numerical reference: one process, torch.optim.AdamW on the adapter's fp32 masters.
 
-Test: pytest tests/engine. An engine has five verbs, and so has zero.py:
-    backward(loss)        accumulate gradients of one micro-batch; the step's loss is the mean of its micro-batches
-    step(lr)              clip, update, clear; returns the gradient norm before clipping; not finite = nothing updated
-    gather()              {parameter name: {master, exp_avg, exp_avg_sq}}: whole fp32 tensors on the CPU, every rank calls
-    scatter(state, step)  the reverse, into a fresh engine
+Test: pytest tests/engine. An engine has five verbs, and so have zero.py and fsdp2.py; every rank calls each alike:
+    backward(loss)           accumulate gradients of one micro-batch; the step's loss is the mean of its micro-batches
+    step(lr, skip=False)     clip, update, clear; returns the gradient norm before clipping. Where that is not finite, on
+                             any rank, nothing is updated on any; skip only clears, and returns nan
+    gather()                 {parameter name: {master, exp_avg, exp_avg_sq}}: whole fp32 tensors of one's own, on the CPU
+                             of every rank
+    scatter(state, updates)  the reverse, into a fresh engine
     close()
+and `updates`, the number of updates made so far, which Adam counts: fewer than steps where some were skipped.
 """
 
 import math
@@ -43,16 +46,18 @@ class PlainEngine:
         self.optimizer = make_adamw(list(self.parameters.values()), adam)
         self.max_grad_norm = adam.max_grad_norm
         self.accumulation = accumulation
+        self.updates = 0
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulation).backward()
 
-    def step(self, lr: float) -> float:
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
+    def step(self, lr: float, skip: bool = False) -> float:
+        norm = math.nan if skip else float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -65,14 +70,15 @@ class PlainEngine:
             state[name] = {key: t.detach().cpu().clone() for key, t in zip(STATE_KEYS, tensors, strict=True)}
         return state
 
-    def scatter(self, state: State, step: int) -> None:
+    def scatter(self, state: State, updates: int) -> None:
+        self.updates = updates
         for name, parameter in self.parameters.items():
             saved = {key: tensor.to(parameter.device) for key, tensor in state[name].items()}
             parameter.data.copy_(saved["master"])
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": saved["exp_avg"],
-                "exp_avg_sq": saved["exp_avg_sq"],
+                "step": torch.tensor(float(updates)),
+                "exp_avg": saved["exp_avg"].clone(),
+                "exp_avg_sq": saved["exp_avg_sq"].clone(),
             }
 
     def close(self) -> None:

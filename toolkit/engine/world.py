@@ -1,9 +1,12 @@
 """The process's place among the ranks, and the few collectives that a run needs. The environment is read here only.
 
-Test: pytest tests/engine. Started by `deepspeed`, `torchrun` or plain `python`; CPU ranks talk through gloo.
+Test: pytest tests/engine. Started by `deepspeed`, `torchrun`, SLURM's `srun` or plain `python`; CPU ranks talk through gloo.
 """
 
+import contextlib
 import os
+import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -54,10 +57,10 @@ def init_world(join: bool = True) -> World:
     On CPU the cores are shared out among the ranks of the machine: two ranks with all threads each fight over the cores
     (measured: 117 s against 5.5 s for ten micro-steps).
     """
-    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _PLACE)
+    rank, size, local_rank = (int(os.environ.get(name, os.environ.get(srun, alone))) for name, srun, alone in _PLACE)
     on_gpu = torch.cuda.is_available()
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        raise UserError("srun started several tasks without ranks; start one task per node, and torchrun in it")
+    if join and size > 1:
+        check_address(size)
     if on_gpu and local_rank >= torch.cuda.device_count():
         raise UserError(f"local rank {local_rank} has no GPU, there are {torch.cuda.device_count()}; start fewer ranks")
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -74,9 +77,53 @@ def init_world(join: bool = True) -> World:
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30), store=store, rank=rank, world_size=size
         )
-        for name, value in zip((name for name, _ in _PLACE), (rank, size, local_rank), strict=True):
+        for name, value in zip((name for name, _, _ in _PLACE), (rank, size, local_rank), strict=True):
             os.environ.setdefault(name, str(value))
     return World(rank, size, device)
 
 
-_PLACE = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+def check_address(size: int) -> None:
+    """Raise UserError where the main rank's machine is not named, or not known here; torch would try for minutes."""
+    address = os.environ.get("MASTER_ADDR")
+    if address is None:
+        raise UserError(
+            f"{size} ranks were started without a place to meet; start them by launch/slurm/submit.py, deepspeed or "
+            "torchrun, or export MASTER_ADDR and MASTER_PORT"
+        )
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR is {address}, which {socket.gethostname()} cannot resolve ({error.strerror}); give the main "
+            "rank's machine by an address, or by a name that every machine knows"
+        ) from None
+
+
+@contextlib.contextmanager
+def naming_lost_ranks(world: World) -> Iterator[None]:
+    """Turn what gloo and NCCL say of a rank that is gone, or does not come, into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        first = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, dist.DistError) and not any(word in first for word in _FROM_THE_NETWORK):
+            raise
+        late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+        cause = (
+            "did not come in time: it hangs, is far slower, or a firewall stands between"
+            if late
+            else "is gone: it ended, and its own last message says why, or its machine or network failed"
+        )
+        raise UserError(
+            f"rank {world.rank} of {world.size} waited for another rank, which {cause}; the same command again goes on from "
+            f"the last checkpoint ({first})"
+        ) from error
+
+
+_FROM_THE_NETWORK = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+# as launchers say it, as srun says it to each of its tasks, and for a process that nobody placed
+_PLACE = (
+    ("RANK", "SLURM_PROCID", "0"),
+    ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "1"),  # SLURM_NTASKS would be there outside a step, too
+    ("LOCAL_RANK", "SLURM_LOCALID", "0"),
+)

@@ -1,6 +1,6 @@
-"""DeepSpeed ZeRO: gradients and optimizer state sharded over the ranks, one gradient reduction per optimizer step.
+"""DeepSpeed ZeRO 1, 2 (with offload) and 3: state sharded over the ranks, one gradient reduction per optimizer step.
 
-Test: pytest tests/engine (against plain.py, on two ranks). Verbs as in plain.py. The adapter's parameters stay fp32 and
+Test: pytest tests/engine (against plain.py). Verbs as in plain.py. The adapter's parameters stay fp32 and
 compute runs in bf16 under autocast, so DeepSpeed's own bf16 mode, which would accumulate gradients in bf16, is off.
 """
 
@@ -10,12 +10,13 @@ import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from toolkit.engine.pieces import Piece, cut, join
 from toolkit.engine.plain import STATE_KEYS, AdamSettings, State, make_adamw
 
 
@@ -38,12 +39,16 @@ class ZeroEngine:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # calls inside DeepSpeed
         self.parameters = dict(parameters)
+        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self.device = next(iter(parameters.values())).device
+        self.stage = settings["zero_optimization"]["stage"]
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             model_parameters=list(self.parameters.values()),
             optimizer=make_adamw(list(self.parameters.values()), adam),
             config=_complete(settings, sum(p.numel() for p in parameters.values()), adam, accumulation, micro_batch),
         )
+        self._set_updates(0)
         self._reduction = contextlib.ExitStack()
         self._micro_steps = 0
 
@@ -54,67 +59,91 @@ class ZeroEngine:
         self._micro_steps += 1
         self.engine.backward(loss)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, skip: bool = False) -> float:
+        if skip:
+            # DeepSpeed's own way out of a step is a norm that is not finite: it drops all gradients and changes nothing
+            next(p.grad for p in self.parameters.values() if p.grad is not None).fill_(math.nan)
         self._reduction.close()
         self._micro_steps = 0
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        return float(norm) if norm is not None else math.nan
+        norm = float(self.engine.get_global_grad_norm())
+        self.updates += math.isfinite(norm)
+        return norm
 
     def gather(self) -> State:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        whole = {key: join(self._pieces(key), self.shapes, self.device, None) for key in STATE_KEYS}
+        return {name: {key: whole[key][name] for key in STATE_KEYS} for name in self.shapes}
 
-        fresh = self.engine.global_steps == 0 and not self._inner.state
-        state: State = {}
-        for name, parameter in self.parameters.items():
-            tensors = [safe_get_full_fp32_param(parameter)]
-            for key in STATE_KEYS[1:]:
-                tensors.append(torch.zeros_like(tensors[0]) if fresh else safe_get_full_optimizer_state(parameter, key))
-            state[name] = {k: t.detach().float().cpu().clone() for k, t in zip(STATE_KEYS, tensors, strict=True)}
-        return state
-
-    def scatter(self, state: State, step: int) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-        from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
-
-        # DeepSpeed makes the moments at the first step only; these internals are why the lock file pins its version
-        for flat, lp_parameters in zip(
-            self.optimizer.single_partition_of_fp32_groups, self.optimizer.bit16_groups, strict=True
-        ):
-            self._inner.state[flat] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
-            }
-            lazy_init_hp_params_optimizer_state(lp_parameters, flat, self._inner.state)
-        for name, parameter in self.parameters.items():
-            saved = {key: tensor.to(parameter.device) for key, tensor in state[name].items()}
-            safe_set_full_fp32_param(parameter, saved["master"])
-            for key in STATE_KEYS[1:]:
-                safe_set_full_optimizer_state(parameter, saved[key], key)
-            parameter.data.copy_(saved["master"])
+    def scatter(self, state: State, updates: int) -> None:
+        self._set_updates(updates)
+        for key in STATE_KEYS:
+            cut(state, key, self._pieces(key))
+        if self.stage == 3:
+            for group in range(len(self._flats)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        else:
+            for name, parameter in self.parameters.items():
+                parameter.data.copy_(state[name]["master"])
 
     def close(self) -> None:
         self._reduction.close()
         self.engine.destroy()
 
+    # What follows reads DeepSpeed's internals, and is why the lock file pins its version.
+
     @property
-    def _inner(self) -> torch.optim.Optimizer:
-        return self.optimizer.optimizer
+    def _flats(self) -> list[Tensor]:
+        """This rank's masters, in one tensor per group."""
+        name = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
+        return getattr(self.optimizer, name)
+
+    @property
+    def _adam(self) -> dict[Tensor, dict[str, Tensor]]:
+        """The inner optimizer's state, by flat master."""
+        return self.optimizer.optimizer.state
+
+    def _set_updates(self, updates: int) -> None:
+        """Make the moments, zero, with Adam's count of updates; DeepSpeed would make them at the first step."""
+        self.updates = updates
+        for flat in self._flats:
+            self._adam[flat] = {
+                "step": torch.tensor(float(updates)),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+
+    def _pieces(self, key: str) -> Iterator[Piece]:
+        for name, parameter in self.parameters.items():
+            for group, begin, start, length in self._places(parameter):
+                flat = self._flats[group]
+                values = flat.detach() if key == "master" else self._adam[flat][key]
+                yield Piece(name, start, values[begin : begin + length])
+
+    def _places(self, parameter: nn.Parameter) -> Iterator[tuple[int, int, int, int]]:
+        """Where this rank keeps its part of a parameter: group, place in its flat tensor, place in the parameter, length."""
+        if self.stage == 3:
+            group, begin, length = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+            start = self.optimizer._get_param_partition_rank(parameter) * length
+            yield group, begin, start, max(0, min(length, parameter.ds_numel - start))  # the last part is padded
+        elif parameter._hp_mapping is not None:
+            mapping = parameter._hp_mapping
+            fragment, own = mapping.hp_fragment_address, mapping.lp_fragment_address
+            yield mapping.param_group_index, fragment.start, own.start, fragment.numel
 
 
 def _complete(
     settings: dict[str, Any], trainable: int, adam: AdamSettings, accumulation: int, micro_batch: int
 ) -> dict[str, Any]:
     """Join what DeepSpeed owns with what the recipe owns."""
-    zero = {
-        key: trainable if value == "auto" else value for key, value in settings.get("zero_optimization", {}).items()
-    }
-    return settings | {
+    even = trainable + trainable % 2  # DeepSpeed asserts that
+    zero = {key: even if value == "auto" else value for key, value in settings["zero_optimization"].items()}
+    return {
         "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would compile at the first start
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": adam.max_grad_norm,

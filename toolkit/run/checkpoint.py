@@ -1,63 +1,90 @@
 """Checkpoints: written aside, hashed, renamed, then pointed to; loading takes the newest that verifies.
 
-Test: pytest tests/faults/test_kill.py. One folder per checkpoint, no pickle in it:
+Test: pytest tests/run/test_checkpoint.py, tests/faults/test_checkpoints.py. A folder per checkpoint, no pickle in it:
     adapter_model.safetensors, adapter_config.json   PEFT's files, fp32
     optimizer.safetensors                            fp32 masters and moments by parameter name, whole tensors
-    state.json                                       optimizer step, fingerprints, versions
-    manifest.json                                    sha256 and size of each of these
+    state.json                                       optimizer step, what the run was then, its fingerprints
+    manifest.json                                    sha256 and size of each of these (manifest.py)
+Beside the folder checkpoints/ stand LATEST, the newest one's name, and BEST, the one with the lowest validation loss.
+What is not whole has another name: .tmp while it is written, .old while it is deleted, .bad when it was found damaged.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from toolkit.data.format import file_sha256
+from toolkit.config import CheckpointConfig
 from toolkit.engine.plain import STATE_KEYS, State
 from toolkit.errors import UserError
 from toolkit.model.lora import save_adapter
+from toolkit.run.manifest import find_fault, write_manifest
 
-FORMAT_VERSION = 1
+_STEP_NAME = re.compile(r"step_\d{6,}")
+_OTHER_BYTES = 1 << 20  # of a checkpoint: headers, the JSON files, and what a file system adds
 
 
 def save_checkpoint(
-    run: Path, step: int, tensors: State, unet: nn.Module, state: dict[str, Any], about: dict[str, Any], keep: int
+    run: Path,
+    step: int,
+    tensors: State,
+    unet: nn.Module,
+    state: dict[str, Any],
+    about: dict[str, Any],
+    settings: CheckpointConfig,
+    score: float | None = None,
 ) -> Path:
     """Publish checkpoints/step_NNNNNN and point LATEST to it; a crash at any moment leaves the older ones whole.
 
     tensors  what the engine gathered: {parameter name: {master, exp_avg, exp_avg_sq}}
     state    what goes into state.json beside the step
     about    what goes into the adapter's header beside the step
-    keep     newest checkpoints to keep
+    score    the validation loss at this step, if taken: the checkpoint with the lowest is not pruned
+    raises   UserError for a number that is not finite, or too little space; OSError or SafetensorError for a failing disk
     """
+    _refuse_non_finite(tensors)
+    folder = checkpoint_folder(run, step)
+    # The state at a step is a function of the step: one that is whole need not be replaced, and so is never without a name.
+    if not folder.is_dir() or find_fault(folder):
+        check_space(run, sum(saved["master"].numel() for saved in tensors.values()))
+        _publish(folder, tensors, unet, {"step": step, **state}, about | {"step": step})
+    replace_text(run / "LATEST", folder.name + "\n")
+    if score is not None:
+        _note_best(run, step, score)
+    _prune(run, settings)
+    return folder
+
+
+def _publish(folder: Path, tensors: State, unet: nn.Module, state: dict[str, Any], about: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
-    folder = checkpoint_folder(run, step)
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    masters = {name: saved["master"] for name, saved in tensors.items()}
-    save_adapter(aside, masters, unet, about | {"step": step})
-    flat = {f"{name}/{key}": saved[key].contiguous() for name, saved in tensors.items() for key in STATE_KEYS}
-    save_file(flat, aside / "optimizer.safetensors")
-    _write_json(aside / "state.json", {"step": step, "format_version": FORMAT_VERSION, **state})
-    files = {p.name: {"sha256": file_sha256(p), "size_bytes": p.stat().st_size} for p in sorted(aside.iterdir())}
-    _write_json(aside / "manifest.json", {"format_version": FORMAT_VERSION, "files": files})
-    for path in [*aside.iterdir(), aside]:
-        _sync(path)
-    shutil.rmtree(folder, ignore_errors=True)  # a bad one of the same step, left by an earlier attempt
-    os.replace(aside, folder)
-    _sync(folder.parent)
-    replace_text(run / "LATEST", folder.name + "\n")
-    for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
-    return folder
+    try:
+        save_adapter(aside, {name: saved["master"] for name, saved in tensors.items()}, unet, about)
+        flat = {f"{name}/{key}": saved[key].contiguous() for name, saved in tensors.items() for key in STATE_KEYS}
+        save_file(flat, aside / "optimizer.safetensors")
+        (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        write_manifest(aside, folder.parents[1].name, state["step"])
+        for path in [*aside.iterdir(), aside]:
+            _sync(path)
+        if folder.exists():  # a bad one
+            _remove([folder])
+        os.replace(aside, folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -72,26 +99,14 @@ def checkpoint_step(folder: Path) -> int:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """List published checkpoints, oldest first."""
-    published = (p for p in (run / "checkpoints").glob("step_*") if p.is_dir() and not p.suffix)
+    published = (p for p in (run / "checkpoints").glob("step_*") if _STEP_NAME.fullmatch(p.name) and p.is_dir())
     return sorted(published, key=checkpoint_step)  # by number: as text, step_1000000 comes before step_999999
-
-
-def find_fault(folder: Path) -> str | None:
-    """Say what is wrong with a checkpoint, by its manifest; None when every byte is as it was written."""
-    try:
-        files = json.loads((folder / "manifest.json").read_text())["files"]
-        for name, wanted in files.items():
-            if file_sha256(folder / name) != wanted["sha256"]:
-                return f"{name} differs from what was written"
-    except (OSError, ValueError, KeyError) as error:
-        return f"manifest or file unreadable ({error})"
-    return None
 
 
 def newest_good(run: Path, set_aside: bool) -> Path | None:
     """Find the newest checkpoint that verifies, warning of bad ones.
 
-    set_aside  rename bad ones to .bad; for the run itself only: a reader could meet one that is just being pruned
+    set_aside  rename bad ones to .bad; for the run itself only
     returns    None when the run has no checkpoint yet
     raises     UserError when there are some and none verifies: starting over silently would lose a run
     """
@@ -100,6 +115,8 @@ def newest_good(run: Path, set_aside: bool) -> Path | None:
         fault = find_fault(folder)
         if fault is None:
             return folder
+        if not folder.exists():  # pruned by the run while it was read here
+            return newest_good(run, set_aside)
         print(f"{folder} is damaged: {fault}; taking an older one", file=sys.stderr)
         if set_aside:
             shutil.rmtree(folder.with_suffix(".bad"), ignore_errors=True)
@@ -111,27 +128,113 @@ def newest_good(run: Path, set_aside: bool) -> Path | None:
     return None
 
 
+def best_checkpoint(run: Path) -> Path:
+    """Find the checkpoint with the lowest validation loss. Raises UserError where there is none, or it is damaged."""
+    if (best := read_best(run)) is None:
+        raise UserError(f"{run} has no best checkpoint: none that is kept was validated; take the newest")
+    folder = checkpoint_folder(run, best[0])
+    if fault := find_fault(folder):
+        raise UserError(f"{folder}, the best by validation, is damaged: {fault}; take the newest")
+    return folder
+
+
 def load_checkpoint(folder: Path) -> tuple[dict[str, Any], State]:
     """Read state.json and the optimizer's tensors back."""
     from safetensors.torch import load_file
 
     tensors: State = {}
     for full_name, tensor in load_file(folder / "optimizer.safetensors").items():
-        name, key = full_name.rsplit("/", 1)
+        name, _, key = full_name.rpartition("/")
         tensors.setdefault(name, {})[key] = tensor
     return json.loads((folder / "state.json").read_text()), tensors
+
+
+def refuse_misfit(folder: Path, tensors: State, parameters: Mapping[str, Tensor]) -> None:
+    """Raise UserError unless a checkpoint holds master and moments of each parameter that trains, in its shape."""
+    wanted = {f"{name}/{key}": tuple(p.shape) for name, p in parameters.items() for key in STATE_KEYS}
+    found = {f"{name}/{key}": tuple(t.shape) for name, saved in tensors.items() for key, t in saved.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise UserError(
+                f"{folder} is of another adapter: {name} has shape {found.get(name, 'none')} there and "
+                f"{wanted.get(name, 'none')} in this run; put the run's own checkpoint back, or start anew with --fresh"
+            )
+
+
+def check_space(run: Path, parameters: int, checkpoints: int = 1) -> None:
+    """Raise UserError where the disk of a run folder, which may be still to be made, has no room for more checkpoints.
+
+    parameters  how many numbers train: the adapter's file holds each once, the optimizer's three times, in fp32
+    """
+    needed_bytes = checkpoints * (parameters * 4 * (1 + len(STATE_KEYS)) + _OTHER_BYTES)
+    place = next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())
+    if (free_bytes := shutil.disk_usage(place).free) < needed_bytes:
+        raise UserError(
+            f"{checkpoints} checkpoint{'s' * (checkpoints > 1)} of {needed_bytes / checkpoints / 2**20:,.1f} MiB "
+            f"{'do' if checkpoints > 1 else 'does'} not fit on the disk of {run}, which has {free_bytes / 2**20:,.1f} MiB "
+            "free; free some space, or choose another --runs_dir"
+        )
+
+
+def clear_leftovers(run: Path) -> None:
+    """Delete what a kill left half written or half deleted, and say so. For the run itself, before it saves."""
+    for folder in sorted((run / "checkpoints").glob("step_*")):
+        if folder.suffix in (".tmp", ".old"):
+            print(f"{folder} was left by a run that was killed, and is deleted", file=sys.stderr)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that a crash leaves the old text or the new one, never half of it."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    _sync(aside)
-    os.replace(aside, path)
+    try:
+        aside.write_text(text)
+        _sync(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    _sync(path.parent)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+def _refuse_non_finite(tensors: State) -> None:
+    for name, saved in tensors.items():
+        for key in STATE_KEYS:
+            if not torch.stack(saved[key].aminmax()).isfinite().all():  # either is NaN where any number is
+                raise UserError(f"{name}/{key} holds NaN or infinity, which is not saved")
+
+
+def _note_best(run: Path, step: int, score: float) -> None:
+    best = read_best(run)
+    if math.isfinite(score) and (best is None or score < best[1]):
+        replace_text(run / "BEST", json.dumps({"step": step, "score": score, "what": "validation loss"}) + "\n")
+
+
+def read_best(run: Path) -> tuple[int, float] | None:
+    """Step and score that BEST names; None where the checkpoint is gone, as after a resume from before it."""
+    try:
+        best = json.loads((run / "BEST").read_text())
+        step, score = int(best["step"]), float(best["score"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (step, score) if checkpoint_folder(run, step).is_dir() else None
+
+
+def _prune(run: Path, settings: CheckpointConfig) -> None:
+    found, best, every = list_checkpoints(run), read_best(run), settings.keep_every_steps
+    stays = {*found[-settings.keep :], *([checkpoint_folder(run, best[0])] if best else [])}
+    stays |= {folder for folder in found if every and checkpoint_step(folder) % every == 0}
+    _remove([folder for folder in found if folder not in stays])
+
+
+def _remove(folders: list[Path]) -> None:
+    """Delete published folders: first their names, so that whatever is listed is whole."""
+    renamed = [folder.with_name(folder.name + ".old") for folder in folders]
+    for folder, old in zip(folders, renamed, strict=True):
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        _sync(folder.parent)
+    for old in renamed:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -32,7 +32,7 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
     raises   UserError for what a run of so many ranks would refuse about its engine, batch, data, objective, and weights
              where they are on this machine
     """
-    per_rank, _ = check_engine(config, ranks)
+    per_rank = check_engine(config, ranks)
     # the tiny base has no folder before it is made, at the first run
     is_tiny, channels, model = config.model.base == "tiny", 9, config.model
     check_objective(config.diffusion, "v" if is_tiny else read_parameterization(model))

@@ -14,17 +14,18 @@ from typing import Any
 import torch
 import yaml
 
-from toolkit.config import RunConfig, load_config
+from toolkit.config import RunConfig, load_config, parse_config
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
 from toolkit.model.base import PRECISIONS, build_unet_on_meta, describe_unet, find_unet, load_unet, name_base, sign_unet
-from toolkit.model.formats import AdapterFile, read_peft, write_diffusers, write_kohya, write_peft
+from toolkit.model.formats import AdapterFile, read_metadata, read_peft, write_diffusers, write_kohya, write_peft
 from toolkit.model.lora import load_adapter, merge_adapters, refuse_other_base
 from toolkit.model.quiet import quiet_libraries
 from toolkit.model.sources import is_hub_id
 from toolkit.model.unet import FramerUNet
-from toolkit.run.checkpoint import find_fault, list_checkpoints
+from toolkit.run.checkpoint import best_checkpoint, list_checkpoints
 from toolkit.run.inference import ABOUT_FILE, read_run
+from toolkit.run.manifest import MANIFEST, find_fault
 from toolkit.run.pretrain import find_base
 
 _USE_HERE = (
@@ -60,11 +61,11 @@ _IMPORT = {
 }
 
 
-def export_run(run: str, to: str, out: str, checkpoint: str | None = None, precision: str | None = None) -> Path:
+def export_run(run: str | None, to: str, out: str, checkpoint: str | None = None, precision: str | None = None) -> Path:
     """Write a run's adapter and a model card into a new folder.
 
     to          peft, diffusers, kohya or merged
-    checkpoint  the name of one of the run's, such as step_000200; default the newest good one
+    checkpoint  as find_checkpoint takes it
     precision   of PRECISIONS, of a merged UNet; adapters are fp32. Default fp16, as Stability ships its weights: bf16 keeps
                 8 bits of a weight, in which much of a small update is lost (docs/LEDGER.md)
     returns     the folder
@@ -75,7 +76,7 @@ def export_run(run: str, to: str, out: str, checkpoint: str | None = None, preci
     folder = Path(out).absolute()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{out} is there already; give --out a folder that is new or empty")
-    source, config = find_checkpoint(Path(run), checkpoint)
+    source, config = find_checkpoint(Path(run) if run is not None else None, checkpoint)
     adapter = read_peft(source)
     aside = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
     aside.mkdir(parents=True)
@@ -95,16 +96,35 @@ def export_run(run: str, to: str, out: str, checkpoint: str | None = None, preci
     return folder
 
 
-def find_checkpoint(run: Path, name: str | None) -> tuple[Path, RunConfig]:
-    """Find a checkpoint of a run, the newest good one unless it is named, and the run's recipe."""
-    if name is None:
+def find_checkpoint(run: Path | None, name: str | None) -> tuple[Path, RunConfig]:
+    """Find a checkpoint, verified, and its recipe: the run's, or for a folder named by its path that in its header.
+
+    name    latest (None too), best, one of the run's such as step_000200, or a path
+    raises  UserError where there is none, it is damaged, or it is no checkpoint
+    """
+    if name is not None and (os.sep in name or run is None):
+        folder = Path(name).expanduser()
+        _refuse_damaged(folder, "give another one")
+        return folder, parse_config(read_metadata(folder).get("recipe"), folder)
+    if run is None:
+        raise UserError("nothing to export; give --run, a run folder, or --checkpoint with the path of a checkpoint")
+    if name in (None, "latest"):
         return read_run(run)
+    config = load_config(run / "config.yaml")
+    if name == "best":
+        return best_checkpoint(run), config
     known = {folder.name: folder for folder in list_checkpoints(run)}
     if name not in known:
         raise UserError(f"{run} has no checkpoint {name}; it has {', '.join(known) or 'none'}")
-    if fault := find_fault(known[name]):
-        raise UserError(f"{known[name]} is damaged: {fault}; leave --checkpoint out to take the newest good one")
-    return known[name], load_config(run / "config.yaml")
+    _refuse_damaged(known[name], "leave --checkpoint out to take the newest good one")
+    return known[name], config
+
+
+def _refuse_damaged(folder: Path, remedy: str) -> None:
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} is no checkpoint: it has no {MANIFEST}; {remedy}")
+    if fault := find_fault(folder):
+        raise UserError(f"{folder} is damaged: {fault}; {remedy}")
 
 
 def make_card(adapter: AdapterFile, config: RunConfig, to: str) -> str:

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
+
+import torch
+from torch import Tensor
 
 from toolkit.config import RunConfig, diff_configs, dump_config, load_config
 from toolkit.engine.plain import State
@@ -27,32 +32,41 @@ from toolkit.run.checkpoint import (
     checkpoint_step,
     load_checkpoint,
     newest_good,
+    read_best,
+    refuse_misfit,
     replace_text,
 )
 from toolkit.run.ledger import cut_ledger
+from toolkit.run.signals import REQUEUE_FILE, SAVE_FILE, STOP_FILE
+from toolkit.run.skips import cut_skips
 
 # Fields that may change between the start of a run and its resumption: they do not change what is computed.
 # The same data may lie elsewhere: its fingerprint is compared, not its place.
 FREE_FIELDS = ("runs_dir", "log_every_steps", "checkpoint.", "validation.", "data.shards", "data.mix", "data.remote",
                "data.cache_", "data.debug", "data.workers", "data.max_bad_fraction", "engine.kind", "engine.deepspeed",
-               "model.attention", "model.gradient_checkpointing")  # fmt: skip
+               "engine.shard_ranks", "engine.hang_timeout_s", "optimizer.max_skipped_steps", "model.attention",
+               "model.gradient_checkpointing")  # fmt: skip
 _OWN_FIRST_FILES = ("lock", "config.yaml.tmp")  # what a kill at the very start can leave
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "webdataset", "av", "numpy")
 
 
 @dataclass(frozen=True)
 class Resume:
-    """Where to go on: the steps done, and the optimizer's state then (None at the very start)."""
+    """Where to go on; the defaults are the very start."""
 
-    step: int
-    tensors: State | None
+    step: int = 0  # steps done
+    tensors: State | None = None  # the optimizer's
+    updates: int = 0  # steps that changed something
+    skipped_in_a_row: int = 0
+    k_next: int = 0  # position of the next clip
+    best: float = math.inf  # lowest loss on held-out clips so far
 
 
-def check_folder(config: RunConfig) -> None:
+def check_folder(config: RunConfig, allow_change: bool = False) -> None:
     """Refuse a run folder that does not belong to this recipe, naming the fields that differ."""
     folder = config.folder
     if (folder / "config.yaml").exists():
-        _check_same_recipe(folder, config)
+        _check_same_recipe(folder, config, allow_change)
     elif folder.exists() and any(p.name not in _OWN_FIRST_FILES for p in folder.iterdir()):
         raise UserError(f"{folder} holds files but no run; choose another --name or --runs_dir")
 
@@ -75,34 +89,55 @@ def prepare_folder(config: RunConfig, fresh: bool) -> IO[str]:
     replace_text(folder / "config.yaml", dump_config(config))
     for part in ("checkpoints", "samples", "tb"):
         (folder / part).mkdir(exist_ok=True)
+    for asked in (REQUEUE_FILE, SAVE_FILE, STOP_FILE):  # of an earlier start
+        (folder / asked).unlink(missing_ok=True)
     replace_text(folder / "env.json", json.dumps(describe_host(), indent=2) + "\n")
     return lock
 
 
-def find_resume(config: RunConfig, identity: dict[str, Any], world: World) -> Resume:
+def find_resume(
+    config: RunConfig,
+    identity: dict[str, Any],
+    parameters: Mapping[str, Tensor],
+    world: World,
+    allow_change: bool = False,
+) -> Resume:
     """Load the newest good checkpoint; the main rank chooses it, so that all ranks load the same.
 
-    The ledger of bad clips is cut back to it.
+    The lists of bad clips and of skipped steps are cut back to it.
 
-    identity  what must not have changed: the data set's, the base's and the code's fingerprints
-    raises    UserError naming what changed
+    identity      what must not have changed: the data set's, the base's and the code's fingerprints
+    parameters    what trains
+    allow_change  go on all the same, where the adapter is still the same
+    raises        UserError naming what changed
     """
-    newest = newest_good(config.folder, set_aside=True) if world.is_main else None
-    step = checkpoint_step(newest) if newest else 0
+    folder = config.folder
+    newest = newest_good(folder, set_aside=True) if world.is_main else None
+    step = world.broadcast_int(checkpoint_step(newest) if newest else 0)
+    resume = Resume()
+    if step:
+        resume = _load(checkpoint_folder(folder, step), identity, parameters, allow_change)
+    best = 0.0  # of ranks that leave it to the main one
     if world.is_main:
-        cut_ledger(config.folder, step * config.engine.global_batch)
-    step = world.broadcast_int(step)  # no rank passes here, and appends to the ledger, before it is cut
-    if step == 0:
-        return Resume(0, None)
-    folder = checkpoint_folder(config.folder, step)
+        cut_ledger(folder, resume.k_next)
+        cut_skips(folder, resume.step)
+        _, best = read_best(folder) or (0, math.inf)
+    # no rank passes here, and appends to these lists, before they are cut
+    (best,) = world.all_reduce_sum(torch.tensor([best], dtype=torch.float64, device=world.device))
+    return replace(resume, best=best)
+
+
+def _load(folder: Path, identity: dict[str, Any], parameters: Mapping[str, Tensor], allow_change: bool) -> Resume:
     state, tensors = load_checkpoint(folder)
-    for key, value in identity.items():
-        if state.get(key) != value:
-            raise UserError(
-                f"{folder} was made with {key.replace('_', ' ')} {state.get(key)}, but it is {value} now, so the run could "
-                "not go on exactly; put it back, or start anew with --fresh or another --name"
-            )
-    return Resume(state["step"], tensors)
+    changed = [f"{key.replace('_', ' ')} was {state.get(key)}, is {value}"
+               for key, value in identity.items() if state.get(key) != value]  # fmt: skip
+    if changed and not allow_change:
+        raise UserError(
+            f"{folder} was made with something else ({'; '.join(changed)}), so the run could not go on exactly; put it "
+            "back, go on all the same with --allow_change, or start anew with --fresh or another --name"
+        )
+    refuse_misfit(folder, tensors, parameters)
+    return Resume(state["step"], tensors, state["updates"], state["skipped_in_a_row"], state["k_next"])
 
 
 def newest_adapter(run: Path) -> Path:
@@ -155,20 +190,34 @@ def describe_code() -> str:
 
 
 def _lock(folder: Path) -> IO[str]:
-    lock = (folder / "lock").open("a")
+    lock = (folder / "lock").open("a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"another job is writing to {folder}; wait for it, or choose another --name") from None
+        lock.seek(0)
+        raise UserError(
+            f"another job ({lock.read().strip()}) is writing to {folder}; wait for it, or choose another --name"
+        ) from None
+    lock.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", file=lock, flush=True)
     return lock
 
 
-def _check_same_recipe(folder: Path, config: RunConfig) -> None:
+def _check_same_recipe(folder: Path, config: RunConfig, allow_change: bool) -> None:
     saved = load_config(folder / "config.yaml")
     changed = {name: values for name, values in diff_configs(saved, config).items() if not name.startswith(FREE_FIELDS)}
     trained = any(p.suffix != ".tmp" for p in (folder / "checkpoints").glob("step_*"))
-    if changed and trained:
-        rows = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
+    if not changed or not trained:
+        return
+    rows = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
+    if not allow_change:
         raise UserError(
-            f"{folder} was made by another recipe ({rows}); choose another --name, or start anew with --fresh"
+            f"{folder} was made by another recipe ({rows}); choose another --name, start anew with --fresh, or go on "
+            "all the same with --allow_change"
         )
+    if any(name.startswith("lora.") for name in changed):
+        raise UserError(
+            f"{folder} was made by another recipe ({rows}), and an adapter cannot change in the middle of a run, not "
+            "even with --allow_change; choose another --name"
+        )
+    print(f"going on with another recipe, so not as the run was begun: {rows}", file=sys.stderr)

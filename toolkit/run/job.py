@@ -8,17 +8,19 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from toolkit.config import RunConfig, load_deepspeed_json
+from toolkit.config import ZERO_STAGES, RunConfig, load_deepspeed_json
 from toolkit.data.clips import ClipSettings
 from toolkit.data.index import DatasetIndex, open_sources
 from toolkit.data.loader import Batch, make_loader
 from toolkit.data.order import ORDER_VERSION, accumulation
+from toolkit.engine.fsdp2 import Fsdp2Engine
 from toolkit.engine.plain import AdamSettings, PlainEngine
 from toolkit.engine.world import World
 from toolkit.engine.zero import ZeroEngine
@@ -31,11 +33,14 @@ from toolkit.model.lora import choose_kind, inject_lora, match_targets, start_fr
 from toolkit.model.sources import find_weights, fingerprint_files
 from toolkit.rng import RNG_VERSION
 from toolkit.run.cache import check_cache
-from toolkit.run.folder import check_folder, find_adapter, find_resume, prepare_folder
+from toolkit.run.checkpoint import check_space
+from toolkit.run.folder import Resume, check_folder, find_adapter, find_resume, prepare_folder
 from toolkit.run.framer import Framer, check_objective
 from toolkit.run.inference import load_control
 from toolkit.run.ledger import bad_limit
 from toolkit.run.pretrain import find_base
+from toolkit.run.validate import Validator
+from toolkit.run.writer import CheckpointWriter
 
 LICENCE_NOTE = (
     "an adapter follows the licence of its base: Stability AI's for Stable Video Diffusion; Framer's authors "
@@ -43,30 +48,39 @@ LICENCE_NOTE = (
 )
 
 
+Engine = PlainEngine | ZeroEngine | Fsdp2Engine
+
+
 @dataclass(frozen=True)
 class Job:
-    """All parts of a run, built and checked, standing at step `start` of `total`."""
+    """All parts of a run, built and checked, standing where it goes on, of `total` steps."""
 
     framer: Framer
-    engine: PlainEngine | ZeroEngine
+    engine: Engine
     index: DatasetIndex
+    validator: Validator | None
     identity: dict[str, Any]  # fingerprints that a checkpoint must share
     about: dict[str, Any]  # what the adapter's file tells of itself
     accumulation: int
-    start: int
+    resume: Resume
     total: int
-    lock: IO[str] | None  # the run folder's, held by the main rank as long as the job lives
+    # the main rank's own
+    writer: CheckpointWriter | None
+    lock: IO[str] | None  # of the run folder, as long as the job lives
 
 
-def build_job(config: RunConfig, world: World, fresh: bool) -> Job:
-    """Build every part; all that can be wrong with the user's input is found here, before any long work."""
-    per_rank, deepspeed_settings = check_engine(config, world.size)
+def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool = False) -> Job:
+    """Build every part; all that can be wrong with the user's input is found here, before any long work.
+
+    Arguments as train has them.
+    """
+    per_rank = check_engine(config, world.size)
     attention = choose_attention(config.model.attention, world.device, PRECISIONS[config.engine.precision])
     index = open_sources(config.data, "train")
     check_clips(config, index)
-    total = total_steps(config, len(index))
+    held_out = open_sources(config.data, "val") if config.validation.every_steps is not None else None
     if not fresh:
-        check_folder(config)
+        check_folder(config, allow_change)
     start = find_adapter(Path(config.lora.init_from)) if config.lora.init_from is not None else None
     model = find_base(config.model, world)
     if index.cached:
@@ -82,31 +96,53 @@ def build_job(config: RunConfig, world: World, fresh: bool) -> Job:
     framer = Framer(base, config.diffusion, config.data.frames, config.seed, controlnet)
     identity = identify(config, base, index)
     parameters = prepare_unet(base, config, attention, start)
+    trainable = sum(p.numel() for p in parameters.values())
+    check_space(config.folder, trainable, checkpoints=2)
     lock = prepare_folder(config, fresh) if world.is_main else None  # last: nothing is moved aside for a faulty recipe
-    resume = find_resume(config, identity, world)
-    adam = AdamSettings(**config.optimizer.model_dump(exclude={"lr"}))
-    engine: PlainEngine | ZeroEngine
-    if config.engine.kind == "plain":
-        engine = PlainEngine(parameters, adam, per_rank)
-    else:
-        engine = ZeroEngine(base.unet, parameters, adam, per_rank, config.engine.micro_batch, deepspeed_settings)
+    resume = find_resume(config, identity, parameters, world, allow_change)
+    total = total_steps(config, len(index), resume.step, resume.k_next)
+    engine = make_engine(config, base.unet, parameters, per_rank)
     if resume.tensors is not None:
-        engine.scatter(resume.tensors, resume.step)
+        engine.scatter(resume.tensors, resume.updates)
+    validator = Validator(config, held_out, clip_settings(config), framer, world) if held_out is not None else None
+    writer = CheckpointWriter(config.folder, config.checkpoint) if world.is_main else None
     if world.is_main:
-        announce(config, index, attention, sum(p.numel() for p in parameters.values()), resume.step, total, world.size)
-    return Job(
-        framer, engine, index, identity, describe_adapter(config, base, index), per_rank, resume.step, total, lock
-    )
+        announce(config, index, attention, trainable, resume.step, total, world.size)
+    about = describe_adapter(config, base, index)
+    return Job(framer, engine, index, validator, identity, about, per_rank, resume, total, writer, lock)
 
 
-def check_engine(config: RunConfig, ranks: int) -> tuple[int, dict[str, Any]]:
-    """Refuse an engine that cannot run on so many ranks; returns micro-batches per rank and step, and DeepSpeed's JSON."""
-    per_rank = accumulation(config.engine.global_batch, config.engine.micro_batch, ranks)
-    if config.engine.kind == "zero2":
-        return per_rank, load_deepspeed_json(config.engine.deepspeed)
-    if ranks > 1:
+def check_engine(config: RunConfig, ranks: int) -> int:
+    """Refuse an engine that cannot run on so many ranks; returns micro-batches per rank and optimizer step."""
+    engine, kind = config.engine, config.engine.kind
+    per_rank = accumulation(engine.global_batch, engine.micro_batch, ranks)
+    if kind in ZERO_STAGES:
+        load_deepspeed_json(engine)
+        if find_spec("deepspeed") is None:
+            raise UserError(f"engine.kind {kind} needs DeepSpeed: pip install deepspeed, or take fsdp2")
+    elif engine.deepspeed is not None:
+        raise UserError(f"engine.deepspeed is {engine.deepspeed}, but engine.kind {kind} is not DeepSpeed; take it out")
+    if kind == "plain" and ranks > 1:
         raise UserError(f"engine.kind plain runs one process, not {ranks}; use zero2, or start one process")
-    return per_rank, {}
+    if engine.shard_ranks is not None and (kind != "fsdp2" or ranks % engine.shard_ranks):
+        raise UserError(
+            f"engine.shard_ranks is {engine.shard_ranks}, which is for engine.kind fsdp2 and must divide the ranks; here "
+            f"the kind is {kind} with {ranks} ranks"
+        )
+    return per_rank
+
+
+def make_engine(
+    config: RunConfig, unet: torch.nn.Module, parameters: dict[str, torch.nn.Parameter], per_rank: int
+) -> Engine:
+    """Give the trainable parameters of a network to the recipe's engine; per_rank: micro-batches per optimizer step."""
+    engine = config.engine
+    adam = AdamSettings(**config.optimizer.model_dump(include={f.name for f in fields(AdamSettings)}))
+    if engine.kind == "plain":
+        return PlainEngine(parameters, adam, per_rank)
+    if engine.kind == "fsdp2":
+        return Fsdp2Engine(unet, parameters, adam, per_rank, engine.shard_ranks)
+    return ZeroEngine(unet, parameters, adam, per_rank, engine.micro_batch, load_deepspeed_json(engine))
 
 
 def check_clips(config: RunConfig, index: DatasetIndex) -> None:
@@ -176,12 +212,13 @@ def make_batches(config: RunConfig, job: Job, world: World) -> Iterator[Batch]:
         job.index,
         job.index.order(config.seed),
         clip_settings(config),
-        start_step=job.start,
+        start_step=job.resume.step,
         stop_step=job.total,
         global_batch=config.engine.global_batch,
         micro_batch=config.engine.micro_batch,
         rank=world.rank,
         world=world.size,
+        origin=job.resume.k_next - job.resume.step * config.engine.global_batch,
         workers=config.data.workers,
     )
 
@@ -192,12 +229,15 @@ def clip_settings(config: RunConfig) -> ClipSettings:
     return ClipSettings(data.frames, data.height, data.width, (data.stride,), data.flip, data.random_crop)
 
 
-def total_steps(config: RunConfig, clips: int) -> int:
-    """Optimizer steps of a run: given, or enough for the epochs; the last batch may borrow from the next epoch."""
+def total_steps(config: RunConfig, clips: int, done: int = 0, done_clips: int = 0) -> int:
+    """Optimizer steps of a run: given, or enough for the epochs; the last batch may borrow from the next epoch.
+
+    done  steps that took done_clips clips, perhaps with another global batch
+    """
     if config.schedule.steps is not None:
         return config.schedule.steps
     assert config.schedule.epochs is not None  # checked by the config
-    return math.ceil(config.schedule.epochs * clips / config.engine.global_batch)
+    return done + max(0, math.ceil((config.schedule.epochs * clips - done_clips) / config.engine.global_batch))
 
 
 def announce(

@@ -6,7 +6,9 @@ TensorBoard is told to purge them, so no step appears twice.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import resource
 import sys
@@ -40,7 +42,11 @@ class Monitor:
         self.log = (run / "log.jsonl").open("a")
         self.board = SummaryWriter(str(run / "tb"), purge_step=start + 1)
         self.board.add_custom_scalars(
-            {"loss": {"against predicting zero": ["Multiline", ["loss/train", "loss/zero_baseline"]]}}
+            {
+                "loss": {
+                    "against predicting zero": ["Multiline", ["loss/train", "loss/validation", "loss/zero_baseline"]]
+                }
+            }
         )
         self.bar = tqdm(total=self.total, initial=start, unit="step", dynamic_ncols=True, disable=None)
 
@@ -55,8 +61,28 @@ class Monitor:
             self.wait_s += time.monotonic() - began_s
             yield batch
 
-    def report(self, step: int, loss: float, zero: float, grad_norm: float, lr: float) -> None:
-        """Record optimizer step `step`, counted from 1."""
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here is not the step's."""
+        began_s = time.monotonic()
+        yield
+        self.step_began_s += time.monotonic() - began_s
+
+    def report(
+        self,
+        step: int,
+        loss: float,
+        zero: float,
+        grad_norm: float,
+        lr: float,
+        skipped: int = 0,
+        validation: float = math.inf,
+    ) -> None:
+        """Record optimizer step `step`, counted from 1.
+
+        skipped     steps of the whole run until now that changed nothing
+        validation  the loss on held-out clips, where this step took it
+        """
         now_s = time.monotonic()
         step_s, self.step_began_s = now_s - self.step_began_s, now_s
         wait_share, self.wait_s = self.wait_s / step_s, 0.0
@@ -65,18 +91,21 @@ class Monitor:
         row: dict[str, Any] = {
             "step": step, "clips": step * self.clips_per_step, "loss": loss, "zero_baseline": zero,
             "grad_norm": grad_norm, "lr": lr, "clips_per_s": self.clips_per_step / step_s,
-            "data_wait_share": wait_share, "memory_gib": peak_memory_gib(),
-        }  # fmt: skip
+            "data_wait_share": wait_share, "memory_gib": peak_memory_gib(), "skipped_steps": skipped,
+        } | ({"validation_loss": validation} if validation < math.inf else {})  # fmt: skip
+        # JSON has no word for what is not finite
+        row = {key: value if math.isfinite(value) else None for key, value in row.items()}
         self.log.write(json.dumps(row) + "\n")
         self.log.flush()
         for tag, key in _BOARD_TAGS.items():
-            self.board.add_scalar(tag, row[key], step)
+            if row.get(key) is not None:
+                self.board.add_scalar(tag, row[key], step)
         self.bar.update()
         if step % self.every == 0 or step == self.total:
             self.bar.write(
                 f"step {step:>6,}  clips {row['clips']:>8,}  loss {loss:.4f} (zero {zero:.4f})  gnorm {grad_norm:.3f}  "
                 f"lr {lr:.2e}  {row['clips_per_s']:.2f} clips/s  wait {wait_share:.0%}  mem {row['memory_gib']:.1f} GiB  "
-                f"eta {self._eta(step, now_s)}",
+                f"eta {self._eta(step, now_s)}" + (f"  held-out {validation:.4f}" if validation < math.inf else ""),
                 file=sys.stdout,
             )
             sys.stdout.flush()
@@ -116,9 +145,11 @@ def cut_log(path: Path, step: int) -> None:
 
 _BOARD_TAGS = {
     "loss/train": "loss",
+    "loss/validation": "validation_loss",
     "loss/zero_baseline": "zero_baseline",
     "optimizer/grad_norm": "grad_norm",
     "optimizer/lr": "lr",
+    "optimizer/skipped_steps": "skipped_steps",
     "speed/clips_per_s": "clips_per_s",
     "speed/data_wait_share": "data_wait_share",
     "memory/peak_gib": "memory_gib",

@@ -8,64 +8,109 @@ from __future__ import annotations
 
 import itertools
 import math
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from toolkit.config import RunConfig, ScheduleConfig
 from toolkit.data.loader import naming_dead_workers
-from toolkit.engine.world import World, init_world
-from toolkit.errors import UserError
+from toolkit.engine.world import World, init_world, naming_lost_ranks
 from toolkit.model.dropout import adapter_dropout
-from toolkit.run.checkpoint import save_checkpoint
 from toolkit.run.debug import draw_batches
 from toolkit.run.job import Job, build_job, make_batches
 from toolkit.run.ledger import Ledger
 from toolkit.run.monitor import Monitor
+from toolkit.run.signals import REQUEUE, REQUEUE_FILE, Requests, Wishes
+from toolkit.run.skips import Skips
+from toolkit.run.watchdog import Watchdog
 
 DEBUG_PICTURE = "samples/batch.png"
 
 
-def train(config: RunConfig, fresh: bool = False) -> Path:
-    """Train a recipe's LoRA to the end, resuming where an earlier start of it stopped. Returns the run folder."""
+def train(config: RunConfig, fresh: bool = False, allow_change: bool = False) -> Path:
+    """Train a recipe's LoRA to the end, resuming where an earlier start of it stopped.
+
+    fresh         start anew, and keep the old run folder aside
+    allow_change  go on although the data or the recipe are not those that the run was begun with
+    returns       the run folder
+    raises        SystemExit(REQUEUE) where a signal asked for the end: all is saved, to be started again
+    """
+    requests = Requests()  # first: a signal that comes while all is loaded is obeyed too
     world = init_world()
-    job = build_job(config, world, fresh)
-    if config.data.debug and world.is_main:
-        picture = draw_batches(config.folder / DEBUG_PICTURE, job.framer, make_batches(config, job, world))
-        print(f"the first clips as the network is fed them: {picture}")
+    with naming_lost_ranks(world):
+        job = build_job(config, world, fresh, allow_change)
+        if config.data.debug and world.is_main:
+            picture = draw_batches(config.folder / DEBUG_PICTURE, job.framer, make_batches(config, job, world))
+            print(f"the first clips as the network is fed them: {picture}")
+        yields = run_steps(config, job, world, requests)
+        if yields and world.is_main:
+            (config.folder / REQUEUE_FILE).touch()
+        world.barrier()  # a launcher ends the others as soon as one has gone
+    job.engine.close()
+    world.close()
+    if yields:
+        raise SystemExit(REQUEUE)
+    return config.folder
+
+
+def run_steps(config: RunConfig, job: Job, world: World, requests: Requests) -> bool:
+    """Take the optimizer steps to the end, or until asked to stop; returns whether the run is to be started again."""
     ledger = Ledger(config.folder, len(job.index), config.data.max_bad_fraction)
-    with closing(make_monitor(config, job, world)) as monitor, naming_dead_workers():
+    skips = Skips(config.folder, config.optimizer.max_skipped_steps, job.resume.skipped_in_a_row)
+    best, wishes = job.resume.best, Wishes(0, 0, 0)
+    with (
+        closing(make_monitor(config, job, world)) as monitor,
+        Watchdog(config.folder, world.rank, world.size, config.engine.hang_timeout_s) as watchdog,
+        closing(job.writer) if job.writer is not None else nullcontext(),
+        naming_dead_workers(),
+    ):
         batches = monitor.timed(make_batches(config, job, world))
-        for step in range(job.start, job.total):
+        for step in range(job.resume.step, job.total):
+            watchdog.beat()
             sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-            keys: list[str] = []
+            own: list[tuple[list[str], Tensor]] = []
             for batch in itertools.islice(batches, job.accumulation):
                 with adapter_dropout(job.framer.base.unet, config.seed, batch.positions):
                     loss_B, zero_B = job.framer.compute_loss(batch)
                     job.engine.backward(loss_B.mean())
+                own.append((batch.keys, loss_B.detach()))
                 sums += torch.stack([loss_B.detach().sum(), zero_B.sum(), loss_B.new_tensor(len(batch.substitutes))])
-                keys += batch.keys
                 ledger.note(batch.substitutes)
-            loss, zero, replaced = (total / config.engine.global_batch for total in world.all_reduce_sum(sums))
+            asked = sums.new_tensor(requests.read(config.folder if world.is_main else None))
+            loss, zero, replaced, *wished = world.all_reduce_sum(torch.cat([sums / config.engine.global_batch, asked]))
+            wishes = Wishes(*wished)
             if replaced:
                 ledger.refuse_too_many(world)
-            refuse_non_finite("loss", loss, step, world, keys)
             lr = learning_rate(config.schedule, config.optimizer.lr, step, job.total)
-            grad_norm = job.engine.step(lr)
-            refuse_non_finite("gradient norm", grad_norm, step, world, keys)
-            monitor.report(step + 1, loss, zero, grad_norm, lr)
-            if (step + 1) % config.checkpoint.every_steps == 0 or step + 1 == job.total:
-                save(config, job, world, step + 1)
-    job.engine.close()
-    world.close()
-    return config.folder
+            grad_norm = job.engine.step(lr, skip=not math.isfinite(loss))
+            skips.note(step + 1, loss, grad_norm, own, world)
+            score = math.inf
+            if job.validator is not None and is_due(config.validation.every_steps, step + 1, job.total):
+                with monitor.paused():
+                    score = job.validator.loss()
+            monitor.report(step + 1, loss, zero, grad_norm, lr, step + 1 - job.engine.updates, score)
+            ends = wishes.stop or wishes.yields or step + 1 == job.total
+            if ends or wishes.save or score < best or is_due(config.checkpoint.every_steps, step + 1, job.total):
+                best = min(best, score)
+                save(config, job, world, step + 1, skips.in_a_row, score if score < math.inf else None)
+            if ends:
+                break
+        if job.writer is not None:
+            job.writer.wait()
+    return bool(wishes.yields) and step + 1 < job.total
 
 
 def make_monitor(config: RunConfig, job: Job, world: World) -> Monitor:
     """What reports the steps from the job's start to its end."""
     every, clips = config.log_every_steps, config.engine.global_batch
-    return Monitor(config.folder, job.start, job.total, every, clips, world.is_main)
+    return Monitor(config.folder, job.resume.step, job.total, every, clips, world.is_main)
+
+
+def is_due(every: int | None, step: int, total: int) -> bool:
+    """Whether what happens every so many steps, and at the last one, happens after `step` of them."""
+    return every is not None and (step % every == 0 or step == total)
 
 
 def learning_rate(schedule: ScheduleConfig, peak: float, step: int, total: int) -> float:
@@ -78,19 +123,13 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, total: int) 
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def save(config: RunConfig, job: Job, world: World, step: int) -> None:
-    """Gather on every rank, write on the main one."""
+def save(config: RunConfig, job: Job, world: World, step: int, skipped_in_a_row: int, score: float | None) -> None:
+    """Gather on every rank, and hand over to the main rank's writer; score: on held-out clips, where this step took it."""
     tensors = job.engine.gather()
-    if world.is_main:
-        unet, keep = job.framer.base.unet, config.checkpoint.keep
-        save_checkpoint(config.folder, step, tensors, unet, job.identity, job.about, keep)
-    world.barrier()
-
-
-def refuse_non_finite(what: str, value: float, step: int, world: World, keys: list[str]) -> None:
-    """Stop before a broken number is saved; the loss is checked before the weights move, the engine skips by itself."""
-    if not math.isfinite(value):
-        raise UserError(
-            f"step {step + 1}, rank {world.rank}: {what} is {value}; clips {', '.join(keys)}; the weights were not "
-            "changed by this step, and the last checkpoint is whole; look at these clips, or lower optimizer.lr"
-        )
+    if job.writer is not None:
+        state = job.identity | {
+            "updates": job.engine.updates, "skipped_in_a_row": skipped_in_a_row,
+            "k_next": job.resume.k_next + (step - job.resume.step) * config.engine.global_batch, "seed": config.seed,
+            "ranks": world.size, "global_batch": config.engine.global_batch, "micro_batch": config.engine.micro_batch,
+        }  # fmt: skip
+        job.writer.submit(step, tensors, job.framer.base.unet, state, job.about, score)

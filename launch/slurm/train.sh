@@ -1,0 +1,34 @@
+# The body of a training job; submit.py puts before it the #SBATCH lines, and PYTHON, CODE and RUN.
+set -u
+
+say() { printf '%s job %s: %s\n' "$(date '+%F %T')" "$SLURM_JOB_ID" "$1"; }
+
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+if ! getent ahosts "$MASTER_ADDR" > /dev/null; then
+    say "the ranks cannot meet: $first has the address '$MASTER_ADDR', which this node cannot resolve; tell the cluster's support"
+    exit 1
+fi
+MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # jobs on the same nodes have ports of their own
+PYTHONPATH=$CODE
+OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
+export MASTER_ADDR MASTER_PORT PYTHONPATH OMP_NUM_THREADS
+
+rm -f "$RUN/requeue"
+say "start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST, which meet at $MASTER_ADDR:$MASTER_PORT"
+srun --export=ALL --kill-on-bad-exit=1 --distribution=block --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+    "$PYTHON" "$CODE/launch/train.py" --config "$RUN/config.yaml"
+code=$?
+
+# The first rank that exits ends the others, so srun may tell of their end instead of the 75.
+if [ "$code" -eq 0 ]; then
+    say "done"
+elif [ "$code" -eq 75 ] || [ -e "$RUN/requeue" ]; then
+    say "saved and stopped before its time was up; it goes into the queue again"
+    scontrol requeue "$SLURM_JOB_ID" && exit 0
+    say "the cluster does not queue it again; the same submit command goes on"
+    exit 75
+else
+    say "failed with exit code $code; what a rank said stands above, and the same submit command goes on from the last checkpoint"
+    exit "$code"
+fi

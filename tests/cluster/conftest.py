@@ -1,0 +1,163 @@
+"""A real SLURM of two nodes on this machine, on ports and with keys of its own. Run: pytest tests/cluster/test_slurm.py
+
+Where it is missing and apt-get works it is installed; else the tests skip with the reason, and in CI (CI=true) they fail.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.launching import free_port
+
+PACKAGES = ("slurm-wlm", "munge")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
+NODES = ("n1", "n2")
+
+# One CPU a node, so that a job of two ranks fills both. Nothing binds or confines tasks, which containers would not allow.
+CONF = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ctld_port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+ReturnToService=2
+KillWait=30
+MailProg=/bin/true
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdSpoolDir={folder}/spool.%n
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmdLogFile={folder}/slurmd.%n.log
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1_port} CPUs=1 RealMemory=4000
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2_port} CPUs=1 RealMemory=4000
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Talks to the cluster as a user's shell would."""
+
+    environment: dict[str, str]
+
+    def run(self, *command: str) -> str:
+        """A command's stdout. Raises CalledProcessError with its stderr shown."""
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def show(self, job: str) -> dict[str, str]:
+        """What scontrol knows of a job: JobState, Restarts, ExitCode, ..."""
+        words = self.run("scontrol", "--oneliner", "show", "job", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait(self, job: str, *states: str, timeout_s: float = 90) -> dict[str, str]:
+        """Wait until a job is in one of these states; a requeued job is not left to its two minutes of delay."""
+
+        def arrived() -> bool:
+            shown = self.show(job)
+            if shown["JobState"] == "PENDING" and shown["Reason"] == "BeginTime":
+                self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+            return shown["JobState"] in states
+
+        wait_until(arrived, timeout_s, lambda: str(self.show(job)))
+        return self.show(job)
+
+
+def wait_until(ready: Callable[[], object], timeout_s: float, why: Callable[[], object] = str) -> None:
+    until_s = time.monotonic() + timeout_s
+    while not ready():
+        assert time.monotonic() < until_s, f"not within {timeout_s} s: {why()}"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    missing = find_missing()
+    if missing and os.geteuid() == 0 and shutil.which("apt-get"):
+        install()
+        missing = find_missing()
+    if missing:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
+            f"no SLURM here ({', '.join(missing)} missing); as root: apt-get install {' '.join(PACKAGES)}"
+        )
+    with ExitStack() as stack:
+        yield start_cluster(tmp_path_factory.mktemp("slurm"), stack)
+
+
+def find_missing() -> list[str]:
+    return [name for name in PROGRAMS if not shutil.which(name, path=search_path())]
+
+
+def search_path() -> str:
+    """Debian keeps the daemons where an ordinary user's PATH does not look."""
+    return f"{os.environ['PATH']}:/usr/sbin"
+
+
+def install() -> None:
+    quiet = {"env": os.environ | {"DEBIAN_FRONTEND": "noninteractive"}, "capture_output": True}
+    subprocess.run(["apt-get", "update", "-qq"], **quiet)
+    subprocess.run(["apt-get", "install", "-qq", "--no-install-recommends", *PACKAGES], **quiet)
+
+
+def start_cluster(folder: Path, stack: ExitStack) -> Cluster:
+    """Start all daemons as this user, in the foreground, to be stopped in turn when the stack is closed."""
+    environment = os.environ | {"PATH": search_path(), "SLURM_CONF": str(folder / "slurm.conf")}
+    cluster = Cluster(environment)
+    user = cluster.run("id", "-un").strip()
+    ports = {f"{name}_port": free_port() for name in ("ctld", *NODES)}
+    text = CONF.format(folder=folder, host=socket.gethostname().split(".")[0], user=user, **ports)
+    (folder / "slurm.conf").write_text(text)
+    (folder / "state").mkdir()
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o600)
+    stack.enter_context(
+        daemon(
+            environment,
+            folder,
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={key}",
+            *(f"--{name}-file={folder}/munge.{name}" for name in ("pid", "log", "seed")),
+            f"--socket={folder}/munge.socket",
+        )  # fmt: skip
+    )
+    wait_until((folder / "munge.socket").exists, 10)
+    stack.enter_context(daemon(environment, folder, "slurmctld", "-D"))
+    for node in NODES:
+        stack.enter_context(daemon(environment, folder, "slurmd", "-D", "-N", node))
+    wait_until(lambda: "2" in cluster.run("sinfo", "--noheader", "--states=idle", "--format=%D"), 30)
+    return cluster
+
+
+@contextmanager
+def daemon(environment: dict[str, str], folder: Path, *command: str) -> Iterator[None]:
+    with (folder / f"{command[0]}.out").open("a") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,153 @@
+"""Runs on a real SLURM of two nodes: undisturbed, requeued, killed, cancelled. Run: pytest tests/cluster/test_slurm.py"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
+import pytest
+
+from tests.cluster.conftest import Cluster, wait_until
+from tests.launching import RECIPE, adapter_bytes, read_numbers, run
+from toolkit.config import load_config
+from toolkit.errors import UserError
+from toolkit.run.checkpoint import list_checkpoints, newest_good
+from toolkit.run.slurm import Resources, submit_array, submit_run
+
+TWO_NODES = Resources(nodes=2)
+pytestmark = pytest.mark.launch
+
+
+def submit(cluster: Cluster, overrides: dict[str, Any]) -> tuple[str, Path]:
+    """Submit a run of one rank on each of the two nodes; returns the job's number and the run folder."""
+    config = load_config(RECIPE, overrides)
+    with mock.patch.dict(os.environ, cluster.environment):
+        said = submit_run(config, TWO_NODES, signal_s=60, dry_run=False)
+    return said.split("submitted job ")[1].split(":")[0], config.folder
+
+
+def wait_for_steps(cluster: Cluster, job: str, folder: Path, steps: int) -> None:
+    wait_until(lambda: len(read_numbers(folder)) >= steps, 120, lambda: (cluster.show(job), read_log(folder, job)))
+
+
+def read_log(folder: Path, job: str) -> str:
+    path = folder / f"slurm/{job}.log"
+    return path.read_text() if path.exists() else "no log"
+
+
+def assert_same(folder: Path, reference: Path) -> None:
+    """Every step once, each loss and gradient norm to the bit, and the same adapter."""
+    assert read_numbers(folder) == read_numbers(reference)
+    assert adapter_bytes(folder, 10) == adapter_bytes(reference, 10)
+
+
+def test_two_nodes_train_as_two_ranks_do(cluster: Cluster, tiny_run: dict[str, Any], reference_run: Path) -> None:
+    """The command line's job ends well, and its losses and adapter are those of two ranks under DeepSpeed's launcher."""
+    overrides = tiny_run | {"name": "on_two_nodes"}
+    flags = [word for name, value in overrides.items() for word in (f"--{name}", str(value))]
+    with mock.patch.dict(os.environ, cluster.environment):
+        command = [
+            sys.executable,
+            "launch/slurm/submit.py",
+            "--config",
+            str(RECIPE),
+            "--nodes",
+            "2",
+            "--gpus",
+            "0",
+            *flags,
+        ]
+        done = run(command)
+    assert done.returncode == 0, done.stderr
+    job, folder = done.stdout.split("submitted job ")[1].split(":")[0], Path(tiny_run["runs_dir"]) / "on_two_nodes"
+    assert str(folder / f"slurm/{job}.log") in done.stdout and f"scancel {job}" in done.stdout
+    shown = cluster.wait(job, "COMPLETED", "FAILED")
+    assert shown["JobState"] == "COMPLETED" and shown["NumNodes"] == "2", read_log(folder, job)
+    assert f"job {job}: start 1, 2 ranks on n[1-2]" in read_log(folder, job)
+    assert_same(folder, reference_run)
+
+
+def test_asked_to_make_room_it_saves_and_goes_on(
+    cluster: Cluster, tiny_run: dict[str, Any], reference_run: Path
+) -> None:
+    """USR2, as SLURM sends it before the time is up: saved, queued again, ended; nothing differs from an undisturbed run.
+
+    The second start runs the copy of the code in the run folder, not the checkout.
+    """
+    job, folder = submit(cluster, tiny_run | {"name": "requeued"})
+    (copy,) = (folder / "code").glob("*/toolkit/__init__.py")
+    wait_for_steps(cluster, job, folder, 3)
+    copy.write_text(copy.read_text() + "print('this is the copy')\n")
+    cluster.run("scancel", "--signal=USR2", job)
+    shown = cluster.wait(job, "COMPLETED", "FAILED", timeout_s=150)
+    log = read_log(folder, job)
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), log
+    first, second = log.split(f"job {job}: start 2")
+    assert "it goes into the queue again" in first and "this is the copy" not in first
+    assert "this is the copy" in second and "resuming after step" in second
+    assert_same(folder, reference_run)
+
+
+def test_killed_rank_ends_the_job(cluster: Cluster, tiny_run: dict[str, Any], reference_run: Path) -> None:
+    """One of two ranks SIGKILLed: the job has failed within 30 s, and submitted again it goes on to the same end."""
+    overrides = tiny_run | {"name": "rank_killed"}
+    job, folder = submit(cluster, overrides)
+    wait_for_steps(cluster, job, folder, 5)
+    rank_process(folder, 1).kill()
+    killed_s = time.monotonic()
+    cluster.wait(job, "FAILED", timeout_s=30)
+    print(f"ended {time.monotonic() - killed_s:.1f} s after the kill")
+    assert "failed with exit code" in read_log(folder, job)
+    assert len(read_numbers(folder)) < 10
+    job, _ = submit(cluster, overrides)
+    assert cluster.wait(job, "COMPLETED", "FAILED", timeout_s=150)["JobState"] == "COMPLETED", read_log(folder, job)
+    assert "resuming after step" in read_log(folder, job)
+    assert_same(folder, reference_run)
+
+
+def rank_process(folder: Path, rank: int) -> psutil.Process:
+    """The process of a rank that trains in a run folder."""
+    config = str(folder / "config.yaml")
+    trainers = [p for p in psutil.process_iter(["cmdline"]) if config in (p.info["cmdline"] or [])]
+    (found,) = (p for p in trainers if "train.py" in p.info["cmdline"][1] and p.environ()["SLURM_PROCID"] == str(rank))
+    return found
+
+
+def test_cancelled_job_stays_cancelled(cluster: Cluster, tiny_run: dict[str, Any]) -> None:
+    """While it runs, a second job of the run is refused; scancel ends it for good, and its newest checkpoint is whole."""
+    overrides = tiny_run | {"name": "cancelled", "schedule.steps": 1000}
+    job, folder = submit(cluster, overrides)
+    wait_for_steps(cluster, job, folder, 3)
+    with pytest.raises(UserError, match=f"in the queue already: job {job}, running; wait for it"):
+        submit(cluster, overrides)
+    cluster.run("scancel", job)
+    shown = cluster.wait(job, "CANCELLED", timeout_s=40)
+    wait_until(lambda: not cluster.run("squeue", "--noheader"), 40)  # no rank is left
+    assert cluster.show(job)["JobState"] == "CANCELLED" and shown["Restarts"] == "0"
+    newest = newest_good(folder, set_aside=False)
+    assert newest is not None and newest == list_checkpoints(folder)[0]
+
+
+def test_array_packs_as_one_does(cluster: Cluster, tiny_shards: Path, tmp_path: Path) -> None:
+    """Two jobs, each half of the videos: the shards are, byte by byte, those of one command.
+
+    What the job's script says goes before SLURM's own variables, which may say the rest.
+    """
+    videos, out = tiny_shards.parent / "videos", tmp_path / "shards"
+    own = {"SBATCH_JOB_NAME": "other", "SBATCH_EXPORT": "ALL", "SBATCH_ACCOUNT": "mine"}
+    with mock.patch.dict(os.environ, cluster.environment | own):
+        command = ["shards/pack.py", str(videos), str(out)]
+        said = submit_array(command, 2, Resources(), tmp_path / "arrays", dry_run=False)
+    job = said.split("submitted array ")[1].split(":")[0]
+    shown = cluster.show(f"{job}_1")
+    assert (shown["JobName"], shown["Account"]) == ("pack", "mine")
+    wait_until(lambda: not cluster.run("squeue", "--noheader"), 90)
+    logs = {path.name: path.read_text() for path in (tmp_path / "arrays").glob("*.log")}
+    assert set(logs) == {f"pack_{job}_1.log", f"pack_{job}_2.log"}
+    wanted = sorted(path for path in tiny_shards.iterdir() if path.name.endswith((".tar", ".json")))
+    assert wanted
+    for path in wanted:
+        assert (out / path.name).read_bytes() == path.read_bytes(), (path.name, logs)

@@ -1,0 +1,146 @@
+"""What is asked of SLURM is refused or becomes a sound script. Run: pytest tests/cluster/test_slurm_scripts.py"""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launching import RECIPE, ROOT, run
+from toolkit.config import RunConfig, load_config
+from toolkit.errors import UserError
+from toolkit.run.slurm import Resources, submit_array, submit_run, time_s
+
+# What a shell, or sbatch's own reading of a line, would take for more than a value.
+INJECTIONS = [
+    "$(touch pwned)", "`id`", "x;id", "x\n#SBATCH --wrap=id", "x --wrap=id", "a b", "x'y", 'x"y', "x\\y", "x#y", "x\n",
+    "", "x|y", "x&", "<x", "x*", "${HOME}", "x\0y",
+]  # fmt: skip
+
+
+@pytest.fixture
+def config(tiny_run: dict[str, Any], tmp_path: Path) -> RunConfig:
+    return load_config(RECIPE, tiny_run | {"name": "rendered", "runs_dir": str(tmp_path / "runs")})
+
+
+def directives(script: str) -> dict[str, str]:
+    return dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", script, re.MULTILINE))
+
+
+def shell_values(script: str, *names: str) -> list[str]:
+    """What a shell takes the values at the head of a script for."""
+    lines = [line for line in script.splitlines() if line.startswith(tuple(f"{name}=" for name in names))]
+    echo = "\n".join([*lines, *(f'printf "%s\\0" "${name}"' for name in names)])
+    done = subprocess.run(["bash", "-c", echo], capture_output=True, text=True, check=True)
+    return done.stdout.split("\0")[:-1]
+
+
+def assert_sound(script: str) -> None:
+    done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert script.startswith("#!/bin/bash\n#SBATCH --")
+
+
+def test_dry_run_prints_a_sound_script_and_writes_nothing(config: RunConfig, tmp_path: Path) -> None:
+    """The shell can read it, it asks for what was given, and no file is made, with or without sbatch on the machine."""
+    resources = Resources(2, 2, 2, 3, "1-00:00:00", "gpu,long", "asl", "high", "64G")
+    script = submit_run(config, resources, signal_s=120, dry_run=True)
+    assert_sound(script)
+    asked = directives(script)
+    expected = {
+        "nodes": "2", "ntasks-per-node": "2", "gpus-per-node": "2", "cpus-per-task": "3", "time": "1-00:00:00",
+        "partition": "gpu,long", "account": "asl", "qos": "high", "mem": "64G", "signal": "USR2@120", "requeue": "",
+        "open-mode": "append", "job-name": "rendered", "output": f"{config.folder}/slurm/%j.log",
+    }  # fmt: skip
+    assert {name: asked.get(name) for name in expected} == expected
+    assert shell_values(script, "PYTHON", "RUN") == [sys.executable, str(config.folder)]
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_of_the_command_lines(tmp_path: Path) -> None:
+    """Both commands print their script; flags after the program are the program's, and reach it as they were."""
+    arguments = ["videos/", str(tmp_path / "out"), "--clip_seconds", "2", "--aspects", "1:1,16:9"]
+    command = [
+        "launch/slurm/submit_array.py",
+        "--parts",
+        "3",
+        "--cpus",
+        "2",
+        "--logs",
+        str(tmp_path / "logs"),
+        "--dry_run",
+    ]
+    done = run([sys.executable, *command, "shards/pack.py", *arguments])
+    assert done.returncode == 0, done.stderr
+    assert_sound(done.stdout)
+    asked = directives(done.stdout)
+    assert (asked["array"], asked["cpus-per-task"], asked["chdir"]) == ("1-3", "2", str(ROOT))
+    assert f"set -- {shlex.join(['shards/pack.py', *arguments])}\n" in done.stdout
+    assert not list(tmp_path.iterdir())
+    refused = run([sys.executable, "launch/slurm/submit.py", "--config", str(RECIPE), "--gpus", "4", "--tasks", "2"])
+    assert refused.returncode == 2 and "--tasks 2 goes with --gpus 0 alone" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", INJECTIONS)
+def test_values_that_would_be_more_are_refused(config: RunConfig, tmp_path: Path, text: str) -> None:
+    """In every field, in the name of the run's folder, and among a program's arguments: a sentence, and nothing written."""
+    attempts: list[Callable[[], str]] = [
+        lambda: submit_array(["shards/pack.py", text, "out"], 2, Resources(), tmp_path / "arrays", dry_run=False),
+        lambda: submit_array(["shards/pack.py", "v", "o"], 2, Resources(), tmp_path / f"a{text} b", dry_run=False),
+    ]
+    for field in ("time", "partition", "account", "qos", "mem"):
+        resources = Resources(**{field: text})
+        attempts.append(lambda resources=resources: submit_run(config, resources, 60, dry_run=False))
+    moved = config.model_copy(update={"runs_dir": str(tmp_path / "runs") + f"/{text} b"})
+    if "\0" not in text:
+        attempts.append(lambda: submit_run(moved, Resources(), 60, dry_run=False))
+    for attempt in attempts:
+        with pytest.raises(UserError, match="which a job's script cannot hold; give "):
+            attempt()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_could_not_run_is_refused_before_it_is_queued(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that do not divide the batch, too little time to save, no SLURM, another program, a part of one's own."""
+    with pytest.raises(UserError, match="a global batch of 4 cannot be cut .* on 3 ranks"):
+        submit_run(config, Resources(nodes=3), 60, dry_run=True)
+    with pytest.raises(UserError, match="--time 2 ends before --signal_s 120 seconds are left"):
+        submit_run(config, Resources(time="2"), 120, dry_run=True)
+    for command in ([], ["launch/train.py", "--config", "x"], ["/bin/sh", "-c", "id"]):
+        with pytest.raises(UserError, match="after the flags give shards/pack.py or shards/cache.py"):
+            submit_array(command, 2, Resources(), tmp_path, dry_run=True)
+    for part in (["--part", "1/2"], ["--part=1/2"]):
+        with pytest.raises(UserError, match="--part is given"):
+            submit_array(["shards/pack.py", "v", "o", *part], 2, Resources(), tmp_path, dry_run=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="sbatch is not on this machine"):
+        submit_run(config, Resources(), 60, dry_run=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_secrets_stay_behind(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job inherits the named variables that are set, by name alone, and no others."""
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "NCCL_$(id)", "PYTHONPATH"):
+        monkeypatch.setenv(name, "hunter2")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "x$(id)")
+    script = submit_run(config, Resources(), 60, dry_run=True)
+    exported = directives(script)["export"].split(",")
+    assert {"HOME", "PATH", "NCCL_SOCKET_IFNAME"} <= set(exported)
+    assert not {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "NCCL_$(id)", "PYTHONPATH"} & set(exported)
+    assert "hunter2" not in script and "$(id)" not in script
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("2:30", 150), ("1:00:05", 3605), ("2-12", 216000), ("1-1:30", 91800), ("1-00:00:01", 86401)],
+)
+def test_times_are_read_as_sbatch_does(time: str, seconds: int) -> None:
+    """By sbatch's manual: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, and all four."""
+    assert time_s(time) == seconds

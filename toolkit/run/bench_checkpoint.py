@@ -1,0 +1,155 @@
+"""Times saving and resuming on two real ranks, beside DeepSpeed's own checkpoints of the same engine.
+
+Test: pytest tests/run/test_bench_ranks.py. The published adapter without its network, through the run's own writer.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from toolkit.config import CheckpointConfig, LoraConfig, load_deepspeed_json
+from toolkit.engine.plain import State
+from toolkit.engine.world import World
+from toolkit.engine.zero import ZeroEngine
+from toolkit.model.lora import inject_lora
+from toolkit.run.bench_ranks import (
+    ACCUMULATION,
+    ADAM,
+    ZERO_CONFIGS,
+    AdapterAlone,
+    answer,
+    build_unet_on_meta,
+    run_on_ranks,
+    take_step,
+)
+from toolkit.run.checkpoint import checkpoint_folder, checkpoint_step, load_checkpoint, newest_good
+from toolkit.run.writer import CheckpointWriter
+
+INTERVAL = 100
+
+
+def bench_checkpoint(lora_rank: int = 64, rounds: int = 7) -> dict[str, Any]:
+    """Save and resume both ways in turns, `rounds` times, on two ranks, with the engine that runs by default.
+
+    returns  {trainable, step_s, interval, ours, deepspeed}. step_s is that of the adapter alone, the shortest a step can be.
+             Each side {stall_s, stall_percent, background_s, slowed_s, size_mb, resume_s, exact}, medians: stall_s the loop
+             stands still, which is stall_percent of `interval` such steps; background_s from then until the checkpoint is on
+             disk, one step being taken meanwhile, and slowed_s what that step takes longer than step_s; resume_s from the
+             search for a checkpoint to a fresh engine that stands at it; exact: that engine's masters and moments are those
+             saved, to the bit
+    raises   UserError when a rank fails
+    """
+    return run_on_ranks(__name__, 2, {"lora_rank": lora_rank, "rounds": rounds})
+
+
+def measure(world: World, folder: Path, lora_rank: int, rounds: int) -> dict[str, Any]:
+    """What bench_checkpoint returns, on this rank."""
+    adapter, engine = make_engine(lora_rank, world)
+    unet = build_unet_on_meta()
+    inject_lora(unet, LoraConfig(rank=lora_rank, alpha=lora_rank), 0)
+    writer = CheckpointWriter(folder / "ours", CheckpointConfig(keep=2)) if world.is_main else None
+    times_s: dict[str, list[float]] = defaultdict(list)
+
+    def clock(name: str, work: Callable[[], Any]) -> None:
+        world.barrier()
+        began_s = time.perf_counter()
+        work()
+        world.barrier()
+        times_s[name].append(time.perf_counter() - began_s)
+
+    def save(step: int) -> None:
+        tensors = engine.gather()
+        if writer is not None:
+            writer.submit(step, tensors, unet, {}, {})
+
+    def finish(step: int) -> None:
+        clock("step beside", partial(take_step, adapter, engine, step, world))
+        if writer is not None:
+            writer.wait()
+
+    take_step(adapter, engine, 0, world)
+    for step in range(1, rounds + 1):
+        clock("step", partial(take_step, adapter, engine, 2 * step, world))
+        saved = engine.gather()
+        clock("save ours", partial(save, step))
+        clock("write ours", partial(finish, 2 * step + 1))
+        saved_after = engine.gather()
+        clock("save deepspeed", partial(save_deepspeed, engine, folder))
+    if writer is not None:
+        writer.close()
+
+    exact = {}
+    for name, resume, wanted in (("ours", resume_ours, saved), ("deepspeed", resume_deepspeed, saved_after)):
+        for _ in range(rounds):
+            _, fresh = make_engine(lora_rank, world)
+            clock(f"resume {name}", partial(resume, fresh, folder, world))
+            exact[name] = same(fresh.gather(), wanted)
+            fresh.close()
+    engine.close()
+
+    medians_s = defaultdict(float, {name: statistics.median(values) for name, values in times_s.items()})
+    step_s = medians_s["step"]
+    return {
+        "trainable": sum(p.numel() for p in adapter.parameters()),
+        "step_s": step_s,
+        "interval": INTERVAL,
+    } | {
+        name: {
+            "stall_s": medians_s[f"save {name}"],
+            "stall_percent": 100 * medians_s[f"save {name}"] / (INTERVAL * step_s),
+            "background_s": medians_s[f"write {name}"],
+            "slowed_s": medians_s["step beside"] - step_s if name == "ours" else 0.0,
+            "size_mb": folder_mb(newest),
+            "resume_s": medians_s[f"resume {name}"],
+            "exact": exact[name],
+        }
+        for name, newest in (("ours", checkpoint_folder(folder / "ours", rounds)), ("deepspeed", folder / "theirs"))
+    }
+
+
+def make_engine(lora_rank: int, world: World) -> tuple[AdapterAlone, ZeroEngine]:
+    """A fresh engine, and what it trains."""
+    adapter = AdapterAlone(lora_rank, world.device)
+    settings = load_deepspeed_json(ZERO_CONFIGS / "zero2.json")
+    return adapter, ZeroEngine(adapter, dict(adapter.named_parameters()), ADAM, ACCUMULATION, 1, settings)
+
+
+def save_deepspeed(engine: ZeroEngine, folder: Path) -> None:
+    """As its documentation saves an adapter: one folder, written over."""
+    engine.engine.save_checkpoint(str(folder / "theirs"), tag="newest", exclude_frozen_parameters=True)
+
+
+def resume_ours(engine: ZeroEngine, folder: Path, world: World) -> None:
+    """The newest checkpoint whose hashes are right, chosen by the main rank, read by all."""
+    newest = newest_good(folder / "ours", set_aside=True) if world.is_main else None
+    step = world.broadcast_int(checkpoint_step(newest) if newest else 0)
+    _, tensors = load_checkpoint(checkpoint_folder(folder / "ours", step))
+    engine.scatter(tensors, step)
+
+
+def resume_deepspeed(engine: ZeroEngine, folder: Path, world: World) -> None:
+    """What `latest` names, unverified."""
+    engine.engine.load_checkpoint(str(folder / "theirs"), load_module_strict=False)
+
+
+def same(a: State, b: State) -> bool:
+    """Whether two states are equal to the bit."""
+    return all(torch.equal(a[name][key], b[name][key]) for name in b for key in b[name])
+
+
+def folder_mb(folder: Path) -> float:
+    """Size of all files in it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+
+
+if __name__ == "__main__":
+    answer(measure)

@@ -1,0 +1,87 @@
+"""Steps skipped because a loss or gradient was not finite: listed in skipped.jsonl; too many in a row end the run.
+
+Test: pytest tests/faults/test_nonfinite.py. A broken number on one rank is one on all of them, since the sums of losses and
+gradients are shared: so all ranks skip the same steps, and their weights stay as they were, bit by bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from toolkit.data.loader import list_some
+from toolkit.engine.world import World
+from toolkit.errors import UserError
+from toolkit.run.checkpoint import replace_text
+
+NAME = "skipped.jsonl"
+
+
+class Skips:
+    """The skipped steps of a run, as one rank sees them.
+
+    allowed   skipped steps in a row that the run puts up with
+    in_a_row  of them, those just before the step that the run starts at
+    """
+
+    def __init__(self, run: Path, allowed: int, in_a_row: int) -> None:
+        self.path = run / NAME
+        self.allowed = allowed
+        self.in_a_row = in_a_row
+
+    def note(self, step: int, loss: float, grad_norm: float, own: list[tuple[list[str], Tensor]], world: World) -> None:
+        """Count step `step`, from 1, and list the clips that may be at fault. All ranks call it after every step.
+
+        own     keys of this rank's clips and their loss_B, by micro-batch
+        raises  UserError on every rank when too many in a row were skipped
+        """
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        what = "gradient" if math.isfinite(loss) else "loss"
+        # a clip of a finite loss is not to blame for another's; of a gradient alone nobody knows whose it was
+        losses = {key: value for keys, loss_B in own for key, value in zip(keys, loss_B.tolist(), strict=True)}
+        clips = [key for key, value in losses.items() if what == "gradient" or not math.isfinite(value)]
+        if clips:
+            self._append({"step": step, "rank": world.rank, "not_finite": what, "clips": clips})
+        world.barrier()  # until all have written
+        if world.is_main:
+            print(f"step {step} skipped: its {what} is not finite; the weights stay as they were; clips in {self.path}")
+        if self.in_a_row >= self.allowed:
+            keys = sorted(
+                {key for row in read_skips(self.path) for key in row["clips"] if row["step"] > step - self.in_a_row}
+            )
+            raise UserError(
+                f"step {step}: {self.in_a_row} steps in a row were skipped, since their losses or gradients were not finite "
+                f"(clips {list_some(keys)}, all in {self.path}); the weights are as they were before these steps; look at "
+                "the clips, lower optimizer.lr, or set engine.precision fp32"
+            )
+
+    def _append(self, row: dict[str, Any]) -> None:
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(
+                descriptor, (json.dumps(row) + "\n").encode()
+            )  # one write, so that rows of several ranks do not mix
+        finally:
+            os.close(descriptor)
+
+
+def read_skips(path: Path) -> list[dict[str, Any]]:
+    """Read the rows; a half-written last one, left by a kill, is none."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def cut_skips(run: Path, step: int) -> None:
+    """Drop the rows beyond a step, which a resumed run computes again; for the main rank, before any other appends."""
+    path = run / NAME
+    if path.exists():
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in read_skips(path) if row["step"] <= step))

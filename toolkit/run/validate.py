@@ -1,0 +1,56 @@
+"""The loss on held-out clips while a run goes on: the same clips, windows and noise each time, so only the weights differ.
+
+Test: pytest tests/run/test_validate.py. Draws are keyed by a seed of their own and by the clip's place, never by what
+training drew: a run computes the same with and without it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from toolkit.config import RunConfig
+from toolkit.data.clips import ClipSettings
+from toolkit.data.index import DatasetIndex
+from toolkit.data.loader import MicroBatches
+from toolkit.data.order import InSequence
+from toolkit.engine.world import World
+from toolkit.errors import UserError
+from toolkit.rng import derive_seed
+from toolkit.run.framer import Framer
+
+
+class Validator:
+    """Scores the first clips of the validation split, the ranks sharing them out.
+
+    held_out  index of that split
+    windows   how training cuts its clips; here the centre is cut
+    """
+
+    def __init__(
+        self, config: RunConfig, held_out: DatasetIndex, windows: ClipSettings, framer: Framer, world: World
+    ) -> None:
+        self.world = world
+        self.clips = min(config.validation.clips, len(held_out))
+        seed = derive_seed(config.seed, "validation")
+        settings = framer.settings.model_copy(update={"conditioning_dropout": 0.0})
+        self.framer = Framer(framer.base, settings, config.data.frames, seed, framer.controlnet, framer.device)
+        order = InSequence(len(held_out), seed)
+        centred = replace(windows, window="centre")
+        self.batches = MicroBatches(held_out, order, centred, world.size, 1, world.rank, world.size)
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """The mean loss over the clips, the same on every rank."""
+        total = torch.zeros(1, dtype=torch.float64, device=self.world.device)
+        for ordinal in range(
+            math.ceil(self.clips / self.world.size)
+        ):  # equally often on each rank: an engine may gather weights
+            batch = self.batches[ordinal]
+            if isinstance(batch, UserError):
+                raise batch
+            loss_B, _ = self.framer.compute_loss(batch)
+            total += loss_B.sum() if batch.positions[0] < self.clips else 0
+        return self.world.all_reduce_sum(total)[0] / self.clips

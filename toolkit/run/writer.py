@@ -1,0 +1,76 @@
+"""Checkpoints written by a thread while training goes on; a failed write is told and counted, and costs no older one.
+
+Test: pytest tests/run/test_checkpoint.py, tests/faults/test_checkpoints.py
+"""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from toolkit.config import CheckpointConfig
+from toolkit.engine.plain import State
+from toolkit.errors import UserError, in_one_line
+from toolkit.run.checkpoint import clear_leftovers, list_checkpoints, save_checkpoint
+
+
+class CheckpointWriter:
+    """Writes one run's checkpoints, one at a time; for the main rank, which holds the run folder's lock."""
+
+    def __init__(self, run: Path, settings: CheckpointConfig) -> None:
+        """Also clears what a kill left half written."""
+        clear_leftovers(run)
+        self.run, self.settings = run, settings
+        self.failed = 0  # writes, in this process
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._last: Future[None] | None = None
+
+    def submit(
+        self, step: int, tensors: State, unet: nn.Module, state: dict[str, Any], about: dict[str, Any],
+        score: float | None = None,
+    ) -> None:  # fmt: skip
+        """Hand a checkpoint over once the one before it is done, whether written or failed.
+
+        Arguments as save_checkpoint has them; the tensors are the thread's from now on.
+        """
+        error = self._last.exception() if self._last else None
+        if error and not isinstance(error, UserError):
+            raise error
+        self._last = self._thread.submit(self._save, step, tensors, unet, state, about, score)
+
+    def wait(self) -> None:
+        """Return when the last one is on disk. Raises UserError where it failed: no run may end as if it stood there."""
+        if self._last:
+            self._last.result()
+
+    def close(self) -> None:
+        """Let a write under way end."""
+        self._thread.shutdown()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Wait at the end of a run; on its way out with an error, close only, so as not to hide that one."""
+        self.close()
+        if kind is None:
+            self.wait()
+
+    def _save(self, step: int, *parts: Any) -> None:
+        try:
+            tensors, unet, state, about, score = parts
+            save_checkpoint(self.run, step, tensors, unet, state, about, self.settings, score)
+        except (OSError, MemoryError, SafetensorError, UserError) as error:
+            self.failed += 1
+            whole = [folder.name for folder in list_checkpoints(self.run)]
+            message = (
+                f"the checkpoint of step {step} was not saved: {in_one_line(error)}; the newest whole one is "
+                f"{whole[-1] if whole else 'none yet'}"
+            )
+            print(f"{message}; training goes on", file=sys.stderr, flush=True)
+            raise UserError(message) from None
