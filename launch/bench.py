@@ -5,37 +5,52 @@ from typing import Any, Literal
 from toolkit.cli import main
 
 
-def bench(what: Literal["full", "loader"], config: str | None = None, json: bool = False, **overrides: Any) -> None:
+def bench(
+    what: Literal["full", "loader", "reduction", "checkpoint", "scaling"], config: str | None = None, json: bool = False,
+    **options: Any,
+) -> None:  # fmt: skip
     """Time what a recipe does, without its weights and data: random ones of the published sizes.
 
-    what       full: one training step and one interpolation step of the full-size network, with each attention kernel
-               that runs here; loader: clips read per second, beside webdataset, tarfile and others, which needs no recipe
-    config     the recipe that `full` measures
-    json       print one JSON object and nothing else
-    overrides  any field of the recipe by its dotted name
+    what     full: one training step and one interpolation step of the full-size network, with each attention kernel that
+             runs here
+             loader: clips read per second, beside webdataset, tarfile and others
+             reduction: what an optimizer step sends between ranks, with each engine and with DeepSpeed's own defaults
+             checkpoint: what a save and a resume cost on two ranks, beside DeepSpeed's own
+             scaling: predicted steps on 1 to 1,024 GPUs, the tables of docs/SCALING.md
+    config   the recipe that `full` measures
+    json     print one JSON object and nothing else
+    options  full: any field of the recipe by its dotted name; reduction: --ranks; scaling: --micro_step_s, --optimizer_s
     """
+    import inspect
+    from importlib import import_module
     from json import dumps
+
+    from pydantic import validate_call
 
     from toolkit.errors import UserError
 
-    if what == "loader":
-        if config is not None or overrides:
-            raise UserError("bench.py loader takes no recipe and no fields of one; give --json at most")
-        from toolkit.run.bench_loader import bench_loader
-
-        report = bench_loader()
-    else:
+    module = import_module("toolkit.run.bench" if what == "full" else f"toolkit.run.bench_{what}")
+    measure = getattr(module, f"bench_{what}")
+    if what == "full":
         if config is None:
             raise UserError("bench.py full measures a recipe; give --config launch/recipes/sign_576.yaml or another")
         from toolkit.config import load_config
 
-        resolved = load_config(config, overrides)
-        from toolkit.run.bench import bench_full
-
-        report = bench_full(resolved)
+        options = {"config": load_config(config, options)}
+    elif config is not None or not options.keys() <= inspect.signature(measure).parameters.keys():
+        flags = ", ".join(f"--{name}" for name in inspect.signature(measure).parameters)
+        raise UserError(f"bench.py {what} takes no recipe and no fields of one; give {flags or 'nothing'}, or --json")
+    report = validate_call(measure)(**options)
     if json:
         print(dumps(report, indent=2))
-        return
+    elif what == "scaling":
+        print(module.to_markdown(report))
+    else:
+        show(report)
+
+
+def show(report: dict[str, Any]) -> None:
+    """One line a figure, or a row of them."""
     for name, value in report.items():
         rows = value if isinstance(value, dict) else {"": value}
         for part, row in rows.items():

@@ -1,4 +1,4 @@
-"""A network of one adapted layer and the checkpoints of a run of it: whole ones in some milliseconds. No tests in here."""
+"""A network of one adapted layer and checkpoints of it: some 70 kB in some milliseconds. No tests in here."""
 
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ STATE = {"seed": 0}
 ABOUT = {"rank": 2}
 
 
-def make_unet(width: int = 8) -> nn.Module:
+def make_unet(width: int = 1024) -> nn.Module:
     """A module with one adapted linear layer, as far as a checkpoint is concerned a UNet."""
     unet = nn.Module()
     unet.attn1 = nn.Module()
-    unet.attn1.to_q = nn.Linear(width, width)
+    unet.attn1.to_q = nn.Linear(width, 8)
     inject_lora(unet, LoraConfig(rank=2, alpha=2, targets=["to_q"]), 0)
     return unet
 

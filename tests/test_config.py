@@ -19,6 +19,7 @@ DEEPSPEED_FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 FIELDS = """
 checkpoint.every_steps
 checkpoint.keep
+checkpoint.keep_every_steps
 data.cache_dir
 data.cache_gb
 data.debug
@@ -46,9 +47,11 @@ diffusion.parameterization
 diffusion.scale_conditioning
 engine.deepspeed
 engine.global_batch
+engine.hang_timeout_s
 engine.kind
 engine.micro_batch
 engine.precision
+engine.shard_ranks
 log_every_steps
 lora.alpha
 lora.alpha_pattern
@@ -75,6 +78,7 @@ optimizer.beta2
 optimizer.eps
 optimizer.lr
 optimizer.max_grad_norm
+optimizer.max_skipped_steps
 optimizer.weight_decay
 runs_dir
 schedule.epochs
@@ -83,6 +87,7 @@ schedule.steps
 schedule.warmup_steps
 seed
 validation.clips
+validation.every_steps
 validation.max_guidance
 validation.min_guidance
 validation.sampler

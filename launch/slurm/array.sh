@@ -1,7 +1,8 @@
-# The body of one part of an array; submit_array.py puts before it the #SBATCH lines, PYTHON, CODE and PARTS, and the command as "$@".
+# The body of one part of an array; submit_array.py puts before it the #SBATCH lines, PYTHON and CODE, and as "$@" the number of
+# parts and the command.
 set -u
 
-program=$1
-shift
+parts=$1 program=$2
+shift 2
 export PYTHONPATH=$CODE
-exec "$PYTHON" "$CODE/$program" "$@" --part "$SLURM_ARRAY_TASK_ID/$PARTS"
+exec "$PYTHON" "$CODE/$program" "$@" --part "$SLURM_ARRAY_TASK_ID/$parts"

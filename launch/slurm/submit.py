@@ -11,7 +11,7 @@ def submit(
     config: str, nodes: PositiveInt = 1, gpus: NonNegativeInt = 1, tasks: PositiveInt | None = None,
     cpus: PositiveInt | None = None, mem: str | None = None, time: str | None = None, partition: str | None = None,
     account: str | None = None, qos: str | None = None, signal_s: Annotated[int, Field(ge=1, le=65535)] = 300,
-    dry_run: bool = False, **overrides: Any,
+    fresh: bool = False, allow_change: bool = False, dry_run: bool = False, **overrides: Any,
 ) -> None:  # fmt: skip
     """Submit a run to SLURM; it saves before its time is up and queues itself again, until it is done.
 
@@ -27,6 +27,7 @@ def submit(
     time       limit of one stay on the machines, such as 12:00:00
     partition, account, qos  as the cluster names them
     signal_s   how long before the limit the run is told to save, in seconds
+    fresh, allow_change  as launch/train.py has them
     dry_run    print the job's script, and write nothing
     overrides  any field of the recipe by its dotted name: --lora.rank 32
     """
@@ -39,7 +40,7 @@ def submit(
     resolved = load_config(config, overrides)
     cpus = cpus or 1 + resolved.data.workers
     resources = Resources(nodes, gpus or tasks or 1, gpus, cpus, time, partition, account, qos, mem)
-    print(submit_run(resolved, resources, signal_s, dry_run))
+    print(submit_run(resolved, resources, signal_s, fresh, allow_change, dry_run))
 
 
 if __name__ == "__main__":

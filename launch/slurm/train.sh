@@ -1,4 +1,4 @@
-# The body of a training job; submit.py puts before it the #SBATCH lines, and PYTHON, CODE and RUN.
+# The body of a training job; submit.py puts before it the #SBATCH lines, PYTHON, CODE and RUN, and flags as "$@".
 set -u
 
 say() { printf '%s job %s: %s\n' "$(date '+%F %T')" "$SLURM_JOB_ID" "$1"; }
@@ -17,7 +17,7 @@ export MASTER_ADDR MASTER_PORT PYTHONPATH OMP_NUM_THREADS
 rm -f "$RUN/requeue"
 say "start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST, which meet at $MASTER_ADDR:$MASTER_PORT"
 srun --export=ALL --kill-on-bad-exit=1 --distribution=block --cpus-per-task="$SLURM_CPUS_PER_TASK" \
-    "$PYTHON" "$CODE/launch/train.py" --config "$RUN/config.yaml"
+    "$PYTHON" "$CODE/launch/train.py" --config "$RUN/config.yaml" "$@"
 code=$?
 
 # The first rank that exits ends the others, so srun may tell of their end instead of the 75.

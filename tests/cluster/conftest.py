@@ -22,6 +22,7 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 NODES = ("n1", "n2")
 
 # One CPU a node, so that a job of two ranks fills both. Nothing binds or confines tasks, which containers would not allow.
+# The GPUs are a number that SLURM hands out; there is no device behind it.
 CONF = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -44,8 +45,9 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdSpoolDir={folder}/spool.%n
 SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmdLogFile={folder}/slurmd.%n.log
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1_port} CPUs=1 RealMemory=4000
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2_port} CPUs=1 RealMemory=4000
+GresTypes=gpu
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1_port} CPUs=1 RealMemory=4000 Gres=gpu:1
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2_port} CPUs=1 RealMemory=4000 Gres=gpu:1
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -124,6 +126,7 @@ def start_cluster(folder: Path, stack: ExitStack) -> Cluster:
     ports = {f"{name}_port": free_port() for name in ("ctld", *NODES)}
     text = CONF.format(folder=folder, host=socket.gethostname().split(".")[0], user=user, **ports)
     (folder / "slurm.conf").write_text(text)
+    (folder / "gres.conf").write_text("Name=gpu Count=1\n")
     (folder / "state").mkdir()
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))

@@ -1,5 +1,6 @@
 """Runs on a real SLURM of two nodes: undisturbed, requeued, killed, cancelled. Run: pytest tests/cluster/test_slurm.py"""
 
+import json
 import os
 import sys
 import time
@@ -11,10 +12,11 @@ import psutil
 import pytest
 
 from tests.cluster.conftest import Cluster, wait_until
-from tests.launching import RECIPE, adapter_bytes, read_numbers, run
+from tests.launching import RECIPE, ROOT, adapter_bytes, free_port, read_numbers, run
 from toolkit.config import load_config
 from toolkit.errors import UserError
 from toolkit.run.checkpoint import list_checkpoints, newest_good
+from toolkit.run.folder import COMMIT_FILE
 from toolkit.run.slurm import Resources, submit_array, submit_run
 
 TWO_NODES = Resources(nodes=2)
@@ -25,7 +27,7 @@ def submit(cluster: Cluster, overrides: dict[str, Any]) -> tuple[str, Path]:
     """Submit a run of one rank on each of the two nodes; returns the job's number and the run folder."""
     config = load_config(RECIPE, overrides)
     with mock.patch.dict(os.environ, cluster.environment):
-        said = submit_run(config, TWO_NODES, signal_s=60, dry_run=False)
+        said = submit_run(config, TWO_NODES, signal_s=60)
     return said.split("submitted job ")[1].split(":")[0], config.folder
 
 
@@ -67,7 +69,50 @@ def test_two_nodes_train_as_two_ranks_do(cluster: Cluster, tiny_run: dict[str, A
     shown = cluster.wait(job, "COMPLETED", "FAILED")
     assert shown["JobState"] == "COMPLETED" and shown["NumNodes"] == "2", read_log(folder, job)
     assert f"job {job}: start 1, 2 ranks on n[1-2]" in read_log(folder, job)
+    (noted,) = (folder / "code").glob(f"*/{COMMIT_FILE}")
+    assert json.loads((folder / "env.json").read_text())["code"] == noted.read_text().strip()
     assert_same(folder, reference_run)
+
+
+SAY_PLACE = """
+import os, torch
+from toolkit.engine.world import init_world
+world = init_world()
+(total,) = world.all_reduce_sum(torch.tensor([10.0**world.rank]))
+print(os.environ["SLURMD_NODENAME"], world.rank, os.environ["LOCAL_RANK"], total)
+"""
+
+
+def test_srun_places_the_ranks(cluster: Cluster) -> None:
+    """Four tasks on two nodes find their ranks and one another; in a job but not by srun, or with no place to meet: none."""
+    meet = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    tasks = [
+        "srun",
+        "--nodes=2",
+        "--ntasks-per-node=2",
+        "--overcommit",
+        "--distribution=block",
+        sys.executable,
+        "-c",
+        SAY_PLACE,
+    ]
+    said = Cluster(cluster.environment | meet).run(*tasks)
+    assert sorted(said.splitlines()) == [f"n{rank // 2 + 1} {rank} {rank % 2} 1111.0" for rank in range(4)]
+    with pytest.raises(AssertionError, match="4 ranks were started without a place to meet"):
+        Cluster(cluster.environment | {"PYTHONPATH": str(ROOT)}).run(*tasks)
+    alone = {
+        "SLURM_NTASKS": "4",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURMD_NODENAME": "n1",
+        "PYTHONPATH": str(ROOT),
+    }
+    assert Cluster(cluster.environment | alone).run(sys.executable, "-c", SAY_PLACE).split("\n")[0] == "n1 0 0 1.0"
 
 
 def test_asked_to_make_room_it_saves_and_goes_on(
@@ -95,7 +140,7 @@ def test_killed_rank_ends_the_job(cluster: Cluster, tiny_run: dict[str, Any], re
     """One of two ranks SIGKILLed: the job has failed within 30 s, and submitted again it goes on to the same end."""
     overrides = tiny_run | {"name": "rank_killed"}
     job, folder = submit(cluster, overrides)
-    wait_for_steps(cluster, job, folder, 5)
+    wait_for_steps(cluster, job, folder, 3)
     rank_process(folder, 1).kill()
     killed_s = time.monotonic()
     cluster.wait(job, "FAILED", timeout_s=30)
@@ -140,10 +185,11 @@ def test_array_packs_as_one_does(cluster: Cluster, tiny_shards: Path, tmp_path: 
     own = {"SBATCH_JOB_NAME": "other", "SBATCH_EXPORT": "ALL", "SBATCH_ACCOUNT": "mine"}
     with mock.patch.dict(os.environ, cluster.environment | own):
         command = ["shards/pack.py", str(videos), str(out)]
-        said = submit_array(command, 2, Resources(), tmp_path / "arrays", dry_run=False)
+        said = submit_array(command, 2, Resources(gpus=1, time="10"), tmp_path / "arrays")
     job = said.split("submitted array ")[1].split(":")[0]
     shown = cluster.show(f"{job}_1")
-    assert (shown["JobName"], shown["Account"]) == ("pack", "mine")
+    asked = {"JobName": "pack", "Account": "mine", "TresPerNode": "gres:gpu:1", "TimeLimit": "00:10:00", "Requeue": "1"}
+    assert {name: shown[name] for name in asked} == asked
     wait_until(lambda: not cluster.run("squeue", "--noheader"), 90)
     logs = {path.name: path.read_text() for path in (tmp_path / "arrays").glob("*.log")}
     assert set(logs) == {f"pack_{job}_1.log", f"pack_{job}_2.log"}

@@ -79,7 +79,7 @@ def test_dry_run_of_the_command_lines(tmp_path: Path) -> None:
     assert_sound(done.stdout)
     asked = directives(done.stdout)
     assert (asked["array"], asked["cpus-per-task"], asked["chdir"]) == ("1-3", "2", str(ROOT))
-    assert f"set -- {shlex.join(['shards/pack.py', *arguments])}\n" in done.stdout
+    assert f"set -- {shlex.join(['3', 'shards/pack.py', *arguments])}\n" in done.stdout
     assert not list(tmp_path.iterdir())
     refused = run([sys.executable, "launch/slurm/submit.py", "--config", str(RECIPE), "--gpus", "4", "--tasks", "2"])
     assert refused.returncode == 2 and "--tasks 2 goes with --gpus 0 alone" in refused.stderr
@@ -90,15 +90,15 @@ def test_dry_run_of_the_command_lines(tmp_path: Path) -> None:
 def test_values_that_would_be_more_are_refused(config: RunConfig, tmp_path: Path, text: str) -> None:
     """In every field, in the name of the run's folder, and among a program's arguments: a sentence, and nothing written."""
     attempts: list[Callable[[], str]] = [
-        lambda: submit_array(["shards/pack.py", text, "out"], 2, Resources(), tmp_path / "arrays", dry_run=False),
-        lambda: submit_array(["shards/pack.py", "v", "o"], 2, Resources(), tmp_path / f"a{text} b", dry_run=False),
+        lambda: submit_array(["shards/pack.py", text, "out"], 2, Resources(), tmp_path / "arrays"),
+        lambda: submit_array(["shards/pack.py", "v", "o"], 2, Resources(), tmp_path / f"a{text} b"),
     ]
     for field in ("time", "partition", "account", "qos", "mem"):
         resources = Resources(**{field: text})
-        attempts.append(lambda resources=resources: submit_run(config, resources, 60, dry_run=False))
+        attempts.append(lambda resources=resources: submit_run(config, resources, 60))
     moved = config.model_copy(update={"runs_dir": str(tmp_path / "runs") + f"/{text} b"})
     if "\0" not in text:
-        attempts.append(lambda: submit_run(moved, Resources(), 60, dry_run=False))
+        attempts.append(lambda: submit_run(moved, Resources(), 60))
     for attempt in attempts:
         with pytest.raises(UserError, match="which a job's script cannot hold; give "):
             attempt()
@@ -108,7 +108,7 @@ def test_values_that_would_be_more_are_refused(config: RunConfig, tmp_path: Path
 def test_what_could_not_run_is_refused_before_it_is_queued(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ranks that do not divide the batch, too little time to save, no SLURM, another program, a part of one's own."""
+    """Ranks that do not divide the batch, too little time to save, no SLURM, another program, flags it does not take."""
     with pytest.raises(UserError, match="a global batch of 4 cannot be cut .* on 3 ranks"):
         submit_run(config, Resources(nodes=3), 60, dry_run=True)
     with pytest.raises(UserError, match="--time 2 ends before --signal_s 120 seconds are left"):
@@ -119,9 +119,11 @@ def test_what_could_not_run_is_refused_before_it_is_queued(
     for part in (["--part", "1/2"], ["--part=1/2"]):
         with pytest.raises(UserError, match="--part is given"):
             submit_array(["shards/pack.py", "v", "o", *part], 2, Resources(), tmp_path, dry_run=True)
+    with pytest.raises(UserError, match="unknown flag --clip_secs; did you mean --clip_seconds"):
+        submit_array(["shards/pack.py", "v", "o", "--clip_secs", "4"], 2, Resources(), tmp_path, dry_run=True)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="sbatch is not on this machine"):
-        submit_run(config, Resources(), 60, dry_run=False)
+        submit_run(config, Resources(), 60)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,107 +1,152 @@
-"""Runs small trainings on engines alone, each on ranks forked from one warm process: ranks.py FOLDER, then cases as JSON.
+"""Small trainings on the engines alone, each on ranks forked from one warm process: ranks.py FOLDER, then cases as JSON.
 
-A whole training costs its imports per rank; here they are paid once, and a case takes a second. Per case and rank this writes
-FOLDER/<case>.<rank>.json, and the gathered state after the last step as FOLDER/<case>.<rank>.safetensors.
+A launch pays for its imports on every rank; here they are paid once. Each rank of a case writes FOLDER/<case>.<rank>.json,
+what it computed and saw, and two gathered states, .half.safetensors after two steps and .end.safetensors.
 """
 
 import json
-import math
 import os
 import sys
 import traceback
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import deepspeed.runtime.zero.stage3  # noqa: F401
+import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from toolkit.engine.fsdp2 import Fsdp2Engine  # noqa: E402
-from toolkit.engine.plain import AdamSettings, PlainEngine, State  # noqa: E402
+from toolkit.engine.plain import STATE_KEYS, AdamSettings, PlainEngine, State  # noqa: E402
 from toolkit.engine.zero import ZeroEngine  # noqa: E402
 
 ADAM = AdamSettings(weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, max_grad_norm=0.5)
-GLOBAL_BATCH = 8
-reductions: list[tuple[str, int]] = []
+GLOBAL_BATCH, STEPS, HALF = 8, 4, 2
+COLLECTIVES = (
+    "all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "_reduce_scatter_base",
+    "all_gather", "all_gather_into_tensor", "all_gather_single", "_all_gather_base", "broadcast",
+)  # fmt: skip
+called: list[tuple[str, int]] = []  # collectives and the elements they moved
+Engine = PlainEngine | ZeroEngine | Fsdp2Engine
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training of a few steps, on so many ranks."""
+
+    name: str
+    kind: str
+    ranks: int
+    micro_batch: int
+    shard_ranks: int | None = None
+    resume: str | None = None  # the case whose half-way state it starts from
+    poisons: str | None = None  # in step 1: this value in one gradient element of the last rank; step 2 is skipped
 
 
 class Network(nn.Module):
-    """A frozen layer with an adapter beside it, and a head; the sizes divide by no number of ranks."""
+    """A frozen layer with an adapter beside it, a head and a shift; few of the sizes divide by a number of ranks."""
 
     def __init__(self) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(3)
         self.base, self.down, self.up = nn.Linear(5, 16), nn.Linear(5, 3, bias=False), nn.Linear(3, 16, bias=False)
-        self.head = nn.Linear(16, 2)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.normal_(std=0.4, generator=generator)
+        self.head, self.token = nn.Linear(16, 2), nn.Parameter(torch.empty(1, 5))
+        generator = torch.Generator().manual_seed(3)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.4, generator=generator)
         self.base.requires_grad_(False)
+        self.token.requires_grad_(False)
 
     def forward(self, x_BD: Tensor) -> Tensor:
         return self.head(nn.functional.silu(self.base(x_BD) + self.up(self.down(x_BD))))
 
 
-def build(case: dict[str, Any], network: Network) -> Any:
-    adapter = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    accumulation = GLOBAL_BATCH // case["micro_batch"] // case["ranks"]
-    if case["kind"] == "plain":
-        return PlainEngine(adapter, ADAM, accumulation)
-    if case["kind"] == "fsdp2":
-        return Fsdp2Engine(network, adapter, ADAM, accumulation, case.get("shard_ranks"))
-    settings = json.loads((ROOT / f"ds_configs/{case['kind']}.json").read_text())
-    return ZeroEngine(network, adapter, ADAM, accumulation, case["micro_batch"], settings)
-
-
-def train(case: dict[str, Any], rank: int, folder: Path) -> None:
+def run_case(case: Case, rank: int, folder: Path) -> None:
+    """Train as one rank, and write down what was computed."""
     network = Network()
-    engine = build(case, network)
-    start = 0
-    if "resume" in case:
-        start = case["start"]
-        engine.scatter(load_state(folder / f"{case['resume']}.0.safetensors"), case.get("updates", start))
-    losses, norms, counted = [], [], []
-    for step in range(start, case["steps"]):
-        reductions.clear()
-        x_BD = torch.randn(GLOBAL_BATCH, 5, generator=torch.Generator().manual_seed(step))
-        before = engine.gather() if step in case.get("still", []) else None
-        reductions.clear()
-        loss_sum = torch.zeros(())
-        for own_BD in x_BD.split(case["micro_batch"])[rank :: case["ranks"]]:
-            loss = (network(own_BD) - own_BD[:, :2]).square().mean()
-            if step == case.get("poison") and rank == case["ranks"] - 1:
-                hook = network.up.weight.register_hook(poisoned)
-                engine.backward(loss)
-                hook.remove()
-            else:
-                engine.backward(loss)
-            loss_sum += loss.detach() * len(own_BD) / GLOBAL_BATCH
-        norms.append(engine.step(0.02 / (1 + step), skip=step == case.get("skip")))
-        counted.append(list(reductions))
-        if before is not None:
-            after = engine.gather()
-            same = all(torch.equal(before[n][k].view(torch.int32), after[n][k].view(torch.int32)) for n in before for k in before[n])
-            assert same, "state moved"
-        dist.all_reduce(loss_sum)
-        losses.append(loss_sum.item())
-    state = engine.gather()
-    report = {"losses": losses, "norms": norms, "updates": engine.updates, "reductions": counted}
-    (folder / f"{case['name']}.{rank}.json").write_text(json.dumps(report))
-    save_file({f"{n}/{k}": t for n, saved in state.items() for k, t in saved.items()}, folder / f"{case['name']}.{rank}.safetensors")
+    engine = make_engine(case, network)
+    if case.resume is not None:
+        engine.scatter(read_state(folder / f"{case.resume}.0.half.safetensors"), HALF)
+    losses, norms, collectives, still, half = [], [], [], [], None
+    for step in range(0 if case.resume is None else HALF, STEPS):
+        before = look(engine, network)
+        called.clear()
+        losses.append(accumulate(case, engine, network, step, rank))
+        norms.append(engine.step(0.02 / (1 + step), skip=case.poisons is not None and step == 2))
+        collectives.append(called[:])
+        still.append(look(engine, network) == before)
+        half = engine.gather() if step == HALF - 1 else half
+    called.clear()
+    end = engine.gather()
+    collectives.append(called[:])
+    report = {
+        "losses": losses, "norms": norms, "updates": engine.updates, "collectives": collectives, "still": still,
+        "agrees": agrees(engine, end),
+    }  # fmt: skip
+    place = folder / f"{case.name}.{rank}"
+    place.with_suffix(f".{rank}.json").write_text(json.dumps(report))
+    for name, state in (("half", half), ("end", end)):  # the first only now: what is gathered must not follow the training
+        if state is not None:
+            flat = {f"{parameter}/{key}": tensor for parameter, saved in state.items() for key, tensor in saved.items()}
+            save_file(flat, f"{place}.{name}.safetensors")
     engine.close()
 
 
-def poisoned(gradient: Tensor) -> Tensor:
-    gradient = gradient.clone()
-    gradient.flatten()[5] = math.nan
-    return gradient
+def make_engine(case: Case, network: Network) -> Engine:
+    adapter = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    accumulation = GLOBAL_BATCH // case.micro_batch // case.ranks
+    if case.kind == "plain":
+        return PlainEngine(adapter, ADAM, accumulation)
+    if case.kind == "fsdp2":
+        return Fsdp2Engine(network, adapter, ADAM, accumulation, case.shard_ranks)
+    settings = json.loads((ROOT / f"ds_configs/{case.kind}.json").read_text())
+    return ZeroEngine(network, adapter, ADAM, accumulation, case.micro_batch, settings)
 
 
-def load_state(path: Path) -> State:
+def accumulate(case: Case, engine: Engine, network: Network, step: int, rank: int) -> float:
+    """Bring this rank's share of a batch to the engine; returns the loss of the whole batch."""
+    batch_BD = torch.randn(GLOBAL_BATCH, 5, generator=torch.Generator().manual_seed(step))
+    total = torch.zeros((), dtype=torch.float64)
+    for own_BD in batch_BD.split(case.micro_batch)[rank :: case.ranks]:
+        output = network(own_BD + network.token)  # read before the forward pass, as a mask token is
+        if case.poisons is not None and step == 1 and rank == case.ranks - 1:
+            output.register_hook(lambda g: g.index_fill(1, torch.tensor([0]), float(case.poisons or 0)))
+        loss = (output - own_BD[:, :2]).square().mean()
+        engine.backward(loss)
+        total += loss.detach() * len(own_BD) / GLOBAL_BATCH
+    dist.all_reduce(total)
+    return total.item()
+
+
+def look(engine: Engine, network: Network) -> list[list[float]]:
+    """All that a step changes: masters, moments, Adam's own counts, and what the network computes."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    with torch.no_grad():
+        output = network(torch.ones(1, 5) + network.token)
+    state = [t.flatten().tolist() for saved in engine.gather().values() for t in saved.values()]
+    return [*state, [float(saved["step"]) for saved in optimizer.state.values()], output.flatten().tolist()]
+
+
+def agrees(engine: Engine, state: State) -> bool:
+    """Whether DeepSpeed's own functions, of one collective per tensor, gather the same bits."""
+    if not isinstance(engine, ZeroEngine):
+        return True
+    for name, parameter in engine.parameters.items():
+        own = [safe_get_full_fp32_param(parameter)]
+        own += [safe_get_full_optimizer_state(parameter, key) for key in STATE_KEYS[1:]]
+        if not all(torch.equal(state[name][key], tensor) for key, tensor in zip(STATE_KEYS, own, strict=True)):
+            return False
+    return True
+
+
+def read_state(path: Path) -> State:
+    """Read a gathered state back."""
     state: State = {}
     for full_name, tensor in load_file(path).items():
         name, key = full_name.rsplit("/", 1)
@@ -113,48 +158,42 @@ def count(name: str) -> None:
     function = getattr(dist, name)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        sizes = [t.numel() for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        reductions.append((name, max(sizes, default=0)))
+        called.append((name, max(t.numel() for t in (*args, *kwargs.values()) if isinstance(t, Tensor))))
         return function(*args, **kwargs)
 
     setattr(dist, name, counted)
 
 
-def run_rank(case: dict[str, Any], rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case["ranks"])}
-    store = dist.FileStore(str(folder / f"{case['name']}.store"), case["ranks"])
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=case["ranks"], timeout=timedelta(seconds=30))
-    train(case, rank, folder)
-    dist.destroy_process_group()
+def fork_rank(case: Case, rank: int, folder: Path) -> int:
+    """Start a rank in a process of its own; returns its id."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks)}
+        store = dist.FileStore(str(folder / f"{case.name}.store"), case.ranks)
+        timeout = timedelta(seconds=60)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=case.ranks, timeout=timeout)
+        run_case(case, rank, folder)
+        code = 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    import deepspeed  # noqa: F401
-
-    for case in json.loads(sys.argv[2]):
-        children = []
-        for rank in range(case["ranks"]):
-            child = os.fork()
-            if child == 0:
-                code = 1
-                try:
-                    run_rank(case, rank, folder)
-                    code = 0
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    sys.stderr.flush()
-                    os._exit(code)
-            children.append(child)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        print(case["name"], codes, flush=True)
+def main(folder: Path, cases: list[Case]) -> None:
+    for case in cases:
+        processes = [fork_rank(case, rank, folder) for rank in range(case.ranks)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+        if any(codes):
+            sys.exit(f"{case}: ranks ended with {codes}")
 
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-for name in ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "_reduce_scatter_base", "reduce_scatter_single", "all_gather_into_tensor", "all_gather", "broadcast", "all_gather_single"):
-    if hasattr(dist, name):
-        count(name)
+for collective in COLLECTIVES:
+    if hasattr(dist, collective):
+        count(collective)
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]), [Case(**case) for case in json.loads(sys.argv[2])])

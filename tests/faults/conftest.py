@@ -9,8 +9,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.faults.forked import Warm
 
 REPORT = Path(__file__).resolve().parents[2] / "runs/faults.json"
 
@@ -63,6 +66,30 @@ def faults(request: pytest.FixtureRequest) -> Iterator[Faults]:
     yield faults
     if faults.name:
         request.config.stash.setdefault(ROWS, []).append(faults.row())
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Starts trainings on forked ranks."""
+    warm = Warm(tmp_path_factory.mktemp("forked"))
+    yield warm
+    warm.close()
+
+
+@pytest.fixture(scope="session")
+def small_run(tiny_run: dict[str, Any]) -> dict[str, Any]:
+    """Overrides of eight steps of two clips, a micro-batch for each of two ranks; an epoch is five steps."""
+    return tiny_run | {
+        "engine.global_batch": 2, "model.gradient_checkpointing": False, "schedule.steps": 8, "checkpoint.every_steps": 2,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def undisturbed(forked: Warm, small_run: dict[str, Any]) -> Path:
+    """The run folder of that recipe on two ranks that nothing happened to; read only. Beside it, ids: what was trained on."""
+    folder = Path(small_run["runs_dir"]) / "undisturbed"
+    forked.run(small_run | {"name": folder.name}, wounds=[("trace", {"path": str(folder) + ".ids"})])
+    return folder
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

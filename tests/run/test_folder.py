@@ -1,5 +1,6 @@
 """One job per run folder, and no good run moved for a faulty recipe. Run: pytest tests/run/test_folder.py"""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def test_a_second_job_is_refused_while_the_first_lives(tmp_path: Path, fresh: bo
     """The lock holds as long as the first job's file is open, also against --fresh, and goes with it."""
     config = load_config(RECIPE, {"runs_dir": str(tmp_path)})
     lock = prepare_folder(config, fresh=False)
-    with pytest.raises(UserError, match="another job is writing"):
+    with pytest.raises(UserError, match=rf"another job \(process {os.getpid()} on .*\) is writing"):
         prepare_folder(config, fresh)
     lock.close()
     prepare_folder(config, fresh).close()

@@ -42,6 +42,8 @@ class ZeroEngine:
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.device = next(iter(parameters.values())).device
         self.stage = settings["zero_optimization"]["stage"]
+        if self.stage == 3:
+            _keep_whole(model)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
             model_parameters=list(self.parameters.values()),
@@ -84,6 +86,7 @@ class ZeroEngine:
         if self.stage == 3:
             for group in range(len(self._flats)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            self.optimizer._partition_all_parameters()  # else small ones stay whole, and as they were
         else:
             for name, parameter in self.parameters.items():
                 parameter.data.copy_(state[name]["master"])
@@ -132,6 +135,17 @@ class ZeroEngine:
             mapping = parameter._hp_mapping
             fragment, own = mapping.hp_fragment_address, mapping.lp_fragment_address
             yield mapping.param_group_index, fragment.start, own.start, fragment.numel
+
+
+def _keep_whole(model: nn.Module) -> None:
+    """Turn what the network itself holds into buffers, which ZeRO-3 leaves alone.
+
+    It fetches parameters when their layer is called, and a mask token is read before. Only frozen ones can be given.
+    """
+    for name, parameter in list(model.named_parameters(recurse=False)):
+        assert not parameter.requires_grad, name
+        delattr(model, name)
+        model.register_buffer(name, parameter.detach(), persistent=False)
 
 
 def _complete(

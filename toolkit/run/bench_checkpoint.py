@@ -5,7 +5,6 @@ Test: pytest tests/run/test_bench_ranks.py. The published adapter without its ne
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections import defaultdict
@@ -16,21 +15,11 @@ from typing import Any
 
 import torch
 
-from toolkit.config import CheckpointConfig, LoraConfig, load_deepspeed_json
+from toolkit.config import CheckpointConfig, LoraConfig
 from toolkit.engine.plain import State
 from toolkit.engine.world import World
-from toolkit.engine.zero import ZeroEngine
 from toolkit.model.lora import inject_lora
-from toolkit.run.bench_ranks import (
-    ACCUMULATION,
-    ADAM,
-    ZERO_CONFIGS,
-    AdapterAlone,
-    answer,
-    build_unet_on_meta,
-    run_on_ranks,
-    take_step,
-)
+from toolkit.run.bench_ranks import AdapterAlone, answer, build_unet_on_meta, make_engine_of, run_on_ranks, take_step
 from toolkit.run.checkpoint import checkpoint_folder, checkpoint_step, load_checkpoint, newest_good
 from toolkit.run.writer import CheckpointWriter
 
@@ -53,7 +42,8 @@ def bench_checkpoint(lora_rank: int = 64, rounds: int = 7) -> dict[str, Any]:
 
 def measure(world: World, folder: Path, lora_rank: int, rounds: int) -> dict[str, Any]:
     """What bench_checkpoint returns, on this rank."""
-    adapter, engine = make_engine(lora_rank, world)
+    adapter = AdapterAlone(lora_rank, world.device)
+    engine = make_engine_of("zero2", adapter)
     unet = build_unet_on_meta()
     inject_lora(unet, LoraConfig(rank=lora_rank, alpha=lora_rank), 0)
     writer = CheckpointWriter(folder / "ours", CheckpointConfig(keep=2)) if world.is_main else None
@@ -90,7 +80,7 @@ def measure(world: World, folder: Path, lora_rank: int, rounds: int) -> dict[str
     exact = {}
     for name, resume, wanted in (("ours", resume_ours, saved), ("deepspeed", resume_deepspeed, saved_after)):
         for _ in range(rounds):
-            _, fresh = make_engine(lora_rank, world)
+            fresh = make_engine_of("zero2", AdapterAlone(lora_rank, world.device))
             clock(f"resume {name}", partial(resume, fresh, folder, world))
             exact[name] = same(fresh.gather(), wanted)
             fresh.close()
@@ -116,19 +106,12 @@ def measure(world: World, folder: Path, lora_rank: int, rounds: int) -> dict[str
     }
 
 
-def make_engine(lora_rank: int, world: World) -> tuple[AdapterAlone, ZeroEngine]:
-    """A fresh engine, and what it trains."""
-    adapter = AdapterAlone(lora_rank, world.device)
-    settings = load_deepspeed_json(ZERO_CONFIGS / "zero2.json")
-    return adapter, ZeroEngine(adapter, dict(adapter.named_parameters()), ADAM, ACCUMULATION, 1, settings)
-
-
-def save_deepspeed(engine: ZeroEngine, folder: Path) -> None:
+def save_deepspeed(engine: Any, folder: Path) -> None:
     """As its documentation saves an adapter: one folder, written over."""
     engine.engine.save_checkpoint(str(folder / "theirs"), tag="newest", exclude_frozen_parameters=True)
 
 
-def resume_ours(engine: ZeroEngine, folder: Path, world: World) -> None:
+def resume_ours(engine: Any, folder: Path, world: World) -> None:
     """The newest checkpoint whose hashes are right, chosen by the main rank, read by all."""
     newest = newest_good(folder / "ours", set_aside=True) if world.is_main else None
     step = world.broadcast_int(checkpoint_step(newest) if newest else 0)
@@ -136,7 +119,7 @@ def resume_ours(engine: ZeroEngine, folder: Path, world: World) -> None:
     engine.scatter(tensors, step)
 
 
-def resume_deepspeed(engine: ZeroEngine, folder: Path, world: World) -> None:
+def resume_deepspeed(engine: Any, folder: Path, world: World) -> None:
     """What `latest` names, unverified."""
     engine.engine.load_checkpoint(str(folder / "theirs"), load_module_strict=False)
 

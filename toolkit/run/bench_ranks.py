@@ -17,18 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.config import LoraConfig
-from toolkit.engine.plain import AdamSettings
+from toolkit.config import DataConfig, EngineConfig, LoraConfig, RunConfig
 from toolkit.engine.world import World, init_world
 from toolkit.errors import UserError
 from toolkit.model.lora import inject_lora
 from toolkit.model.unet import SVD_CONFIG, FramerUNet
 from toolkit.rng import rng
+from toolkit.run.job import make_engine
 
-ADAM = AdamSettings(weight_decay=0.01, beta1=0.9, beta2=0.999, eps=1e-8, max_grad_norm=1.0)
 ACCUMULATION, LR = 4, 1e-4
 TOKENS = 8
-ZERO_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
 
 class AdapterAlone(nn.Module):
@@ -67,6 +65,12 @@ def build_unet_on_meta() -> FramerUNet:
     with torch.device("meta"):
         unet = FramerUNet.from_config({**SVD_CONFIG, "in_channels": 9})
     return unet.requires_grad_(False)
+
+
+def make_engine_of(kind: str, adapter: AdapterAlone) -> Any:
+    """The engine that a recipe of that engine.kind would give the adapter to."""
+    config = RunConfig(name="bench", data=DataConfig(shards=""), engine=EngineConfig(kind=kind))
+    return make_engine(config, adapter, dict(adapter.named_parameters()), ACCUMULATION)
 
 
 def take_step(adapter: AdapterAlone, engine: Any, number: int, world: World) -> Tensor:

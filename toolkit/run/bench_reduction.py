@@ -5,33 +5,22 @@ Test: pytest tests/run/test_bench_ranks.py. Real ranks, the published adapter wi
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from toolkit.engine.fsdp2 import Fsdp2Engine
-from toolkit.engine.plain import make_adamw
+from toolkit.config import ZERO_STAGES
+from toolkit.engine.plain import AdamSettings, make_adamw
 from toolkit.engine.world import World
-from toolkit.engine.zero import ZeroEngine
 from toolkit.run.bench import stopwatch
-from toolkit.run.bench_ranks import (
-    ACCUMULATION,
-    ADAM,
-    LR,
-    ZERO_CONFIGS,
-    AdapterAlone,
-    answer,
-    run_on_ranks,
-    take_step,
-)
+from toolkit.run.bench_ranks import ACCUMULATION, LR, AdapterAlone, answer, make_engine_of, run_on_ranks, take_step
 
+ADAM = AdamSettings(weight_decay=0.01, beta1=0.9, beta2=0.999, eps=1e-8, max_grad_norm=1.0)  # as recipes have it
 SMALL_BYTES = 1024  # sums of norms and flags; all else is of the adapter's size
 # By the start of an operator's name without underscores; and what a rank of N sends in a ring, in (N - 1) / N of the whole.
 KINDS = {"allreduce": "all_reduce", "allgather": "all_gather", "reducescatter": "reduce_scatter", "reduce": "reduce",
@@ -122,17 +111,13 @@ class DefaultZero:
         self.engine.destroy()
 
 
-def list_engines() -> dict[str, Callable[[AdapterAlone], Any]]:
+def list_engines() -> Mapping[str, Callable[[AdapterAlone], Any]]:
     """What is compared, by name."""
-    engines: dict[str, Callable[[AdapterAlone], Any]] = {}
-    for path in sorted(ZERO_CONFIGS.glob("*.json")):
-        engines[path.stem] = lambda adapter, path=path: ZeroEngine(
-            adapter, dict(adapter.named_parameters()), ADAM, ACCUMULATION, 1, json.loads(path.read_text())
-        )
-    engines["fsdp2"] = lambda adapter: Fsdp2Engine(adapter, dict(adapter.named_parameters()), ADAM, ACCUMULATION, None)
-    engines["deepspeed_default"] = lambda adapter: DefaultZero(adapter, bf16=False)
-    engines["deepspeed_default_bf16"] = lambda adapter: DefaultZero(adapter, bf16=True)
-    return engines
+    ours = {kind: partial(make_engine_of, kind) for kind in (*ZERO_STAGES, "fsdp2")}
+    return ours | {
+        "deepspeed_default": partial(DefaultZero, bf16=False),
+        "deepspeed_default_bf16": partial(DefaultZero, bf16=True),
+    }
 
 
 def measure(world: World, folder: Path, lora_rank: int, rounds: int) -> dict[str, Any]:

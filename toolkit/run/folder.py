@@ -37,6 +37,7 @@ from toolkit.run.checkpoint import (
     replace_text,
 )
 from toolkit.run.ledger import cut_ledger
+from toolkit.run.manifest import MANIFEST
 from toolkit.run.signals import REQUEUE_FILE, SAVE_FILE, STOP_FILE
 from toolkit.run.skips import cut_skips
 
@@ -47,6 +48,7 @@ FREE_FIELDS = ("runs_dir", "log_every_steps", "checkpoint.", "validation.", "dat
                "engine.shard_ranks", "engine.hang_timeout_s", "optimizer.max_skipped_steps", "model.attention",
                "model.gradient_checkpointing")  # fmt: skip
 _OWN_FIRST_FILES = ("lock", "config.yaml.tmp")  # what a kill at the very start can leave
+COMMIT_FILE = "COMMIT"  # beside the copy of the code that a batch job runs: what the original was
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "webdataset", "av", "numpy")
 
 
@@ -62,13 +64,14 @@ class Resume:
     best: float = math.inf  # lowest loss on held-out clips so far
 
 
-def check_folder(config: RunConfig, allow_change: bool = False) -> None:
-    """Refuse a run folder that does not belong to this recipe, naming the fields that differ."""
+def check_folder(config: RunConfig, allow_change: bool = False) -> str:
+    """Refuse a run folder that does not belong to this recipe, naming the fields that differ; returns those allowed to."""
     folder = config.folder
     if (folder / "config.yaml").exists():
-        _check_same_recipe(folder, config, allow_change)
-    elif folder.exists() and any(p.name not in _OWN_FIRST_FILES for p in folder.iterdir()):
+        return _check_same_recipe(folder, config, allow_change)
+    if folder.exists() and any(p.name not in _OWN_FIRST_FILES for p in folder.iterdir()):
         raise UserError(f"{folder} holds files but no run; choose another --name or --runs_dir")
+    return ""
 
 
 def prepare_folder(config: RunConfig, fresh: bool) -> IO[str]:
@@ -117,6 +120,8 @@ def find_resume(
     resume = Resume()
     if step:
         resume = _load(checkpoint_folder(folder, step), identity, parameters, allow_change)
+        if world.is_main:
+            _warn_of_versions(checkpoint_folder(folder, step))
     best = 0.0  # of ranks that leave it to the main one
     if world.is_main:
         cut_ledger(folder, resume.k_next)
@@ -138,6 +143,18 @@ def _load(folder: Path, identity: dict[str, Any], parameters: Mapping[str, Tenso
         )
     refuse_misfit(folder, tensors, parameters)
     return Resume(state["step"], tensors, state["updates"], state["skipped_in_a_row"], state["k_next"])
+
+
+def _warn_of_versions(folder: Path) -> None:
+    """Say so where the libraries that draw, compute and decode are not those that a checkpoint was made with."""
+    then = json.loads((folder / MANIFEST).read_text())["versions"]
+    changed = [
+        f"{name} {was} then, {version(name)} now"
+        for name, was in then.items()
+        if name in _PACKAGES and was != version(name)
+    ]
+    if changed:
+        print(f"{', '.join(changed)}: the run goes on, but not to the last digit as it would have", file=sys.stderr)
 
 
 def newest_adapter(run: Path) -> Path:
@@ -182,6 +199,9 @@ def describe_host() -> dict[str, Any]:
 
 def describe_code() -> str:
     """The commit of the toolkit, with a mark where files differ from it; without git, its version."""
+    noted = Path(__file__).resolve().parents[2] / COMMIT_FILE
+    if noted.exists():
+        return noted.read_text().strip()
     try:
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -203,12 +223,12 @@ def _lock(folder: Path) -> IO[str]:
     return lock
 
 
-def _check_same_recipe(folder: Path, config: RunConfig, allow_change: bool) -> None:
+def _check_same_recipe(folder: Path, config: RunConfig, allow_change: bool) -> str:
     saved = load_config(folder / "config.yaml")
     changed = {name: values for name, values in diff_configs(saved, config).items() if not name.startswith(FREE_FIELDS)}
     trained = any(p.suffix != ".tmp" for p in (folder / "checkpoints").glob("step_*"))
     if not changed or not trained:
-        return
+        return ""
     rows = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
     if not allow_change:
         raise UserError(
@@ -220,4 +240,4 @@ def _check_same_recipe(folder: Path, config: RunConfig, allow_change: bool) -> N
             f"{folder} was made by another recipe ({rows}), and an adapter cannot change in the middle of a run, not "
             "even with --allow_change; choose another --name"
         )
-    print(f"going on with another recipe, so not as the run was begun: {rows}", file=sys.stderr)
+    return rows

@@ -79,8 +79,7 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     index = open_sources(config.data, "train")
     check_clips(config, index)
     held_out = open_sources(config.data, "val") if config.validation.every_steps is not None else None
-    if not fresh:
-        check_folder(config, allow_change)
+    changed = "" if fresh else check_folder(config, allow_change)
     start = find_adapter(Path(config.lora.init_from)) if config.lora.init_from is not None else None
     model = find_base(config.model, world)
     if index.cached:
@@ -98,6 +97,8 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     parameters = prepare_unet(base, config, attention, start)
     trainable = sum(p.numel() for p in parameters.values())
     check_space(config.folder, trainable, checkpoints=2)
+    if changed and world.is_main:
+        print(f"going on with another recipe, so not as the run was begun: {changed}")
     lock = prepare_folder(config, fresh) if world.is_main else None  # last: nothing is moved aside for a faulty recipe
     resume = find_resume(config, identity, parameters, world, allow_change)
     total = total_steps(config, len(index), resume.step, resume.k_next)
@@ -124,6 +125,11 @@ def check_engine(config: RunConfig, ranks: int) -> int:
         raise UserError(f"engine.deepspeed is {engine.deepspeed}, but engine.kind {kind} is not DeepSpeed; take it out")
     if kind == "plain" and ranks > 1:
         raise UserError(f"engine.kind plain runs one process, not {ranks}; use zero2, or start one process")
+    if kind in ("zero3", "fsdp2") and "mask_token" in config.lora.extra_trainable:
+        raise UserError(
+            f"lora.extra_trainable mask_token cannot be trained by engine.kind {kind}, which shards it, because it is read "
+            "before the network is called; take zero2, or leave it out"
+        )
     if engine.shard_ranks is not None and (kind != "fsdp2" or ranks % engine.shard_ranks):
         raise UserError(
             f"engine.shard_ranks is {engine.shard_ranks}, which is for engine.kind fsdp2 and must divide the ranks; here "

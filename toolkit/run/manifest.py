@@ -38,6 +38,8 @@ def find_fault(folder: Path) -> str | None:
 
     raises  UserError for a whole one in a format that this version does not read
     """
+    if not (folder / MANIFEST).is_file():
+        return f"it has no {MANIFEST}"
     try:
         text = (folder / MANIFEST).read_bytes()
         manifest = json.loads(text)

@@ -9,16 +9,20 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolkit.cli import refuse_unknown_flags
 from toolkit.config import RunConfig
 from toolkit.errors import UserError
+from toolkit.run.doctor import examine
+from toolkit.run.folder import COMMIT_FILE, check_folder, describe_code, prepare_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOT = (
@@ -73,15 +77,20 @@ class Resources:
         return {name: str(count) for name, count in counts.items()} | given
 
 
-def submit_run(config: RunConfig, resources: Resources, signal_s: int, dry_run: bool) -> str:
+def submit_run(
+    config: RunConfig,
+    resources: Resources,
+    signal_s: int,
+    fresh: bool = False,
+    allow_change: bool = False,
+    dry_run: bool = False,
+) -> str:
     """Submit a run, one rank per task, that saves and queues itself again `signal_s` seconds before its time is up.
 
-    returns  the script where it is a dry run, which writes nothing; else the job and what to do with it
-    raises   UserError for what the run would refuse, and when a job of the run is queued or running
+    fresh, allow_change  as launch/train.py has them; a run is begun anew once, not at each of its job's starts
+    returns              the script where it is a dry run, which writes nothing; else the job and what to do with it
+    raises               UserError for what the run would refuse, and when a job of the run is queued or running
     """
-    from toolkit.run.doctor import examine
-    from toolkit.run.folder import check_folder, prepare_folder
-
     check_time(resources.time, signal_s)
     folder, code = config.folder.absolute(), config.folder.absolute() / "code" / digest_code()
     script = folder / "slurm/job.sh"
@@ -89,10 +98,12 @@ def submit_run(config: RunConfig, resources: Resources, signal_s: int, dry_run: 
         "job-name": config.name, "output": f"{folder}/slurm/%j.log", "signal": f"USR2@{signal_s}",
     }  # fmt: skip
     values = {"PYTHON": sys.executable, "CODE": str(code), "RUN": str(folder)}
-    text = render(options, values, "train.sh")
+    text = render(options, values, "train.sh", ["--allow_change"] if allow_change else [])
     ranks = resources.nodes * resources.tasks
     notes = [f"note: {note}" for note in examine(config, ranks)["notes"]]
-    check_folder(config)
+    changed = "" if fresh else check_folder(config, allow_change)
+    if changed:
+        notes.append(f"note: going on with another recipe, so not as the run was begun: {changed}")
     if dry_run:
         return text
     require_sbatch()
@@ -101,7 +112,7 @@ def submit_run(config: RunConfig, resources: Resources, signal_s: int, dry_run: 
         raise UserError(
             f"a job of {config.folder} is in the queue already: {live}; wait for it, or end it with scancel"
         )
-    prepare_folder(with_own_deepspeed(config, code), fresh=False).close()
+    prepare_folder(config, fresh).close()
     copy_code(code)
     job = submit(script, text)
     return "\n".join(
@@ -115,7 +126,7 @@ def submit_run(config: RunConfig, resources: Resources, signal_s: int, dry_run: 
     )
 
 
-def submit_array(command: Sequence[str], parts: int, resources: Resources, folder: Path, dry_run: bool) -> str:
+def submit_array(command: Sequence[str], parts: int, resources: Resources, folder: Path, dry_run: bool = False) -> str:
     """Submit an array of `parts` jobs, of which the i-th runs the command with --part i/parts.
 
     command  program and arguments, such as [shards/pack.py, VIDEOS, OUT, --clip_seconds, 4]
@@ -131,13 +142,14 @@ def submit_array(command: Sequence[str], parts: int, resources: Resources, folde
     if any(re.match("--part(=|$)", word) for word in command):
         raise UserError("--part is given, but the array gives each job its own; leave it out")
     name = Path(command[0]).stem
+    refuse_unknown_flags(runpy.run_path(str(ROOT / command[0]))[name], list(command[1:]))
     code = folder.absolute() / "code" / digest_code()
     options = resources.options() | {
         "job-name": name, "output": f"{folder.absolute()}/{name}_%A_%a.log", "array": f"1-{parts}",
     }  # fmt: skip
     words = [check(f"an argument of {command[0]}", word, *_WORD) for word in command]
-    values = {"PYTHON": sys.executable, "CODE": str(code), "PARTS": str(parts)}
-    text = render(options, values, "array.sh", words)
+    values = {"PYTHON": sys.executable, "CODE": str(code)}
+    text = render(options, values, "array.sh", [str(parts), *words])
     if dry_run:
         return text
     require_sbatch()
@@ -175,15 +187,15 @@ def time_s(time: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def render(options: Mapping[str, str], values: Mapping[str, str], body: str, words: Sequence[str] = ()) -> str:
+def render(options: dict[str, str], values: dict[str, str], body: str, words: Sequence[str] = ()) -> str:
     """Write a job's script: options for sbatch, values for the body, the body from launch/slurm.
 
     words  arguments that the body finds as "$@"
     """
     exported = ",".join(sorted(name for name in os.environ if re.fullmatch(EXPORTED, name)))
     own = {"chdir": str(Path.cwd()), "open-mode": "append", "export": exported}
-    for what, path in ("this folder", own["chdir"]), ("the log", options["output"].replace("%", "")), *values.items():
-        check(what, path, *(_PATH if path.startswith("/") else _WORD))
+    for name, value in (("this folder", own["chdir"]), *values.items()):
+        check(name, value, *_PATH)
     lines = [f"#SBATCH --{name}={value}" for name, value in (options | own).items()]
     lines += ["#SBATCH --requeue", *(f"{name}={shlex.quote(value)}" for name, value in values.items())]
     lines += [f"set -- {shlex.join(words)}"] if words else []
@@ -199,7 +211,7 @@ def require_sbatch() -> None:
 
 def find_live(script: Path) -> str | None:
     """Name the job of a script that is queued or running, and its state."""
-    for row in ask_slurm(["squeue", "--noheader", "--format=%i|%T|%o"]).splitlines():
+    for row in ask_slurm(["squeue", "--me", "--noheader", "--format=%i|%T|%o"]).splitlines():
         job, state, command = row.split("|", 2)
         if command == str(script):
             return f"job {job}, {state.lower()}"
@@ -225,15 +237,6 @@ def ask_slurm(command: list[str], environment: dict[str, str] | None = None) -> 
     return done.stdout
 
 
-def with_own_deepspeed(config: RunConfig, code: Path) -> RunConfig:
-    """Let a run read DeepSpeed's JSON from its snapshot, where it is one of the toolkit's own."""
-    place = Path(config.engine.deepspeed).resolve()
-    if place.parent != ROOT / "ds_configs":
-        return config
-    engine = config.engine.model_copy(update={"deepspeed": str(code / "ds_configs" / place.name)})
-    return config.model_copy(update={"engine": engine})
-
-
 def code_files() -> list[Path]:
     return sorted(path for pattern in SNAPSHOT for path in ROOT.glob(pattern) if path.is_file())
 
@@ -247,7 +250,7 @@ def digest_code() -> str:
 
 
 def copy_code(to: Path) -> None:
-    """Copy the code as it stands; a folder that exists holds it already, as its name is the digest."""
+    """Copy the code as it stands, and note its commit; a folder that exists holds it already, as its name is the digest."""
     if to.exists():
         return
     aside = to.with_suffix(".tmp")
@@ -256,4 +259,5 @@ def copy_code(to: Path) -> None:
         copied = aside / path.relative_to(ROOT)
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copied)
+    (aside / COMMIT_FILE).write_text(describe_code() + "\n")
     os.replace(aside, to)

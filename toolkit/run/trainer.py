@@ -99,7 +99,11 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests) -> 
                 break
         if job.writer is not None:
             job.writer.wait()
-    return bool(wishes.yields) and step + 1 < job.total
+    if wishes == Wishes(0, 0, 0) or step + 1 == job.total:
+        return False
+    if world.is_main:
+        print(f"ended after step {step + 1} as asked, saved; the same command again goes on")
+    return bool(wishes.yields)
 
 
 def make_monitor(config: RunConfig, job: Job, world: World) -> Monitor:

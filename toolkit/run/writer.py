@@ -68,9 +68,7 @@ class CheckpointWriter:
         except (OSError, MemoryError, SafetensorError, UserError) as error:
             self.failed += 1
             whole = [folder.name for folder in list_checkpoints(self.run)]
-            message = (
-                f"the checkpoint of step {step} was not saved: {in_one_line(error)}; the newest whole one is "
-                f"{whole[-1] if whole else 'none yet'}"
-            )
+            rest = f"the newest whole one is {whole[-1]}" if whole else "there is none before it"
+            message = f"saving the checkpoint of step {step} failed: {in_one_line(error)}; {rest}"
             print(f"{message}; training goes on", file=sys.stderr, flush=True)
             raise UserError(message) from None

@@ -1,0 +1,140 @@
+"""Two network namespaces stand for two hosts that share a disk. Run: pytest tests/cluster/test_hosts.py
+
+Needs root and iproute2; where they are missing the tests skip with the reason, and in CI (CI=true) they fail.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launching import ROOT, kill_tree, read_numbers, start, train_command
+
+NETWORK = "10.177.0"
+SHORT = {"schedule.steps": 3}
+
+
+@dataclass(frozen=True)
+class Host:
+    """A namespace with a name and an address of its own; processes in it see no other network."""
+
+    name: str
+    address: str
+
+    def command(self, *command: str) -> list[str]:
+        """A command line that runs another one on this host, under its host name."""
+        rename = ["unshare", "--uts", "sh", "-c", f'hostname {self.name} && exec "$@"', "sh"]
+        return ["ip", "netns", "exec", self.name, *rename, *command]
+
+    def sent_bytes(self) -> int:
+        counter = f"/sys/class/net/{self.name}/statistics/tx_bytes"
+        return int(subprocess.run(self.command("cat", counter), capture_output=True, check=True).stdout)
+
+
+def ip(*arguments: str) -> None:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Host]]:
+    missing = [name for name in ("ip", "unshare") if not shutil.which(name)] + ["root"] * (os.geteuid() != 0)
+    if missing:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
+            f"no network namespaces here: {', '.join(missing)} missing"
+        )
+    pair = tuple(Host(f"fr{side}{os.getpid()}", f"{NETWORK}.{i}") for i, side in enumerate("ab", 1))
+    with ExitStack() as stack:
+        for host in pair:
+            ip("netns", "add", host.name)
+            stack.callback(ip, "netns", "del", host.name)
+            etc = Path("/etc/netns") / host.name  # `ip netns exec` lays it over /etc
+            etc.mkdir(parents=True)
+            stack.callback(shutil.rmtree, etc)
+            (etc / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{h.address} {h.name}\n" for h in pair))
+            ip("-n", host.name, "link", "set", "lo", "up")
+        a, b = pair
+        ip("link", "add", a.name, "netns", a.name, "type", "veth", "peer", "name", b.name, "netns", b.name)
+        for host in pair:
+            ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.name)
+            ip("-n", host.name, "link", "set", host.name, "up")
+        yield pair
+
+
+def run_on(hosts: tuple[Host, Host], commands: list[list[str]], timeout_s: float = 150) -> None:
+    """Start a command on each host, and see both end well."""
+    started = [start(host.command(*command), ranks=2) for host, command in zip(hosts, commands, strict=True)]
+    try:
+        for process in started:
+            output = process.communicate(timeout=timeout_s)
+            assert process.returncode == 0, output
+    finally:
+        for process in started:
+            kill_tree(process.pid)
+
+
+def training(name: str, run: dict[str, Any]) -> list[str]:
+    """launch/train.py with its flags."""
+    command = train_command("python", 1, run | SHORT | {"name": name})
+    return command[command.index("launch/train.py") :]
+
+
+def program(name: str) -> str:
+    return str(ROOT / ".venv/bin" / name)
+
+
+@pytest.mark.launch
+def test_torchrun_on_two_hosts_is_two_ranks_on_one(
+    hosts: tuple[Host, Host], tiny_run: dict[str, Any], reference_run: Path
+) -> None:
+    """One rank a host, met by a c10d rendezvous at a host's name: the losses of two ranks on one host, to the bit."""
+    before = [host.sent_bytes() for host in hosts]
+    where = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "tiny"]
+    command = [
+        program("torchrun"),
+        *where,
+        "--rdzv_endpoint",
+        f"{hosts[0].name}:29400",
+        *training("torchrun_2", tiny_run),
+    ]
+    run_on(hosts, [command, command])
+    folder = Path(tiny_run["runs_dir"]) / "torchrun_2"
+    assert read_numbers(folder) == read_numbers(reference_run)[:3]
+    adapter = (folder / "checkpoints/step_000003/adapter_model.safetensors").stat().st_size
+    for host, sent_bytes in zip(hosts, before, strict=True):  # the gradients went over the wire between them
+        assert host.sent_bytes() - sent_bytes > 3 * adapter
+
+
+@pytest.mark.launch
+def test_deepspeed_hostfile_on_two_hosts_is_two_ranks_on_one(
+    hosts: tuple[Host, Host], tiny_run: dict[str, Any], reference_run: Path, tmp_path: Path
+) -> None:
+    """A hostfile with one slot a host, started on each by --no_ssh: the losses of two ranks on one host, to the bit."""
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("".join(f"{host.name} slots=1\n" for host in hosts))
+    where = ["--hostfile", str(hostfile), "--master_addr", hosts[0].name, "--no_ssh", "--node_rank"]
+    commands = [[program("deepspeed"), *where, str(rank), *training("hostfile", tiny_run)] for rank in (0, 1)]
+    run_on(hosts, commands)
+    assert read_numbers(Path(tiny_run["runs_dir"]) / "hostfile") == read_numbers(reference_run)[:3]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_host_that_cannot_be_resolved_is_one_sentence(rank: str, tiny_run: dict[str, Any]) -> None:
+    """MASTER_ADDR names no host: each rank says so, in one line, and ends with exit code 2."""
+    place = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+    meeting = {"MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "29400"}
+    command = [sys.executable, *training("nowhere", tiny_run)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | place | meeting, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 2, done.stderr
+    said = [line for line in done.stderr.splitlines() if "no-such-host.invalid" in line]
+    assert len(said) == 1 and f"(rank {rank})" in said[0] and "Traceback" not in done.stderr

@@ -1,0 +1,197 @@
+"""One rank that dies ends all of them; one that is asked to end makes all of them save and end together.
+
+T3 and T7; `make faults` runs the long form. Run: pytest tests/faults/test_ranks.py
+"""
+
+import os
+import random
+import signal
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.faults.forked import Trial, Warm, Wound, same_run, wait_for
+from tests.faults.test_resume import goes_on, newest
+from tests.launching import launch, read_numbers, start, train_command
+
+TERM, USR2, INT, KILL = signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGKILL
+BACKWARD = "engine.zero:ZeroEngine.backward"  # a rank's only one in each step
+# where a signal meets a rank: a place, which call of it, the steps after which the run then may end
+PLACES = {
+    "in a step": (BACKWARD, 4, 4),
+    "in an update": ("engine.zero:ZeroEngine.step", 4, 5),
+    "at a save": ("run.trainer:save", 1, 3),
+    "reading the base": ("run.job:load_base", 1, 1),
+    "looking for a checkpoint": ("run.job:find_resume", 1, 1),
+    "making the engine": ("run.job:make_engine", 1, 1),
+}
+WRITING = ("run.checkpoint:_publish", 1, 4)  # by a thread of the main rank, one or two steps after the save
+
+
+def strike(victims: list[int], place: str, call: int, *numbers: int) -> Wound:
+    return "send", {"victims": victims, "place": place, "call": call, "numbers": numbers}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_t3_kill_of_one(
+    faults: Any, forked: Warm, small_run: dict[str, Any], undisturbed: Path, workers: int
+) -> None:
+    """SIGKILL to one rank, in a step, a save or while loading: all end within 30 s, the folder is free, nothing is lost.
+
+    Without a launcher that would end them: the other rank finds out by itself, and says so in one sentence. Loader workers
+    that outlive their rank hold nothing.
+    """
+    cases = [(rank, place, call) for place, call, _ in PLACES.values() for rank in (0, 1)] + [(0, *WRITING[:2])]
+    cases = cases if faults.long and not workers else [(1, *PLACES["in a step"][:2]), (0, BACKWARD, 3)][: 2 - workers // 2]
+    if workers:
+        cases = [(0, BACKWARD, 3)]
+    faults.begin(f"T3 kill of one rank, {workers} workers", len(cases))
+    passed = 0
+    for number, (rank, place, call) in enumerate(cases):
+        overrides = small_run | {"name": f"t3_{workers}_{number}", "data.workers": workers}
+        trial = forked.start(overrides, wounds=[strike([rank], place, call, KILL)])
+        wait_for(lambda: not psutil.pid_exists(trial.pids[rank]) or is_zombie(trial.pids[rank]), 60)  # noqa: B023
+        codes, survivor = trial.wait(30), trial.stderr(1 - rank)
+        told = f"rank {1 - rank} of 2 waited for another rank, which is gone" in survivor and "Traceback" not in survivor
+        good = codes[rank] == -KILL and codes[1 - rank] == 2 and told and goes_on(forked, overrides, undisturbed)
+        print(rank, place, codes, good, survivor)
+        passed += good
+    faults.end(passed)
+
+
+def is_zombie(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.launch
+def test_t3_kill_of_one_in_a_launch(faults: Any, small_run: dict[str, Any], undisturbed: Path) -> None:
+    """The same under DeepSpeed's launcher, which sends TERM to the others when one is gone."""
+    trials, passed = faults.choose(short=0, long=2), 0
+    if not trials:
+        pytest.skip("two launches a trial: make faults")
+    faults.begin("T3 kill of one rank of a DeepSpeed launch", trials)
+    for rank in range(trials):
+        overrides = small_run | {"name": f"t3_launch_{rank}"}
+        run = undisturbed.with_name(overrides["name"])
+        process = start(train_command("deepspeed", 2, overrides), 2)
+        wait_for(lambda: len(read_numbers(run)) >= 3, 120)  # noqa: B023
+        os.kill(find_rank(process.pid, rank), KILL)
+        _, stderr = process.communicate(timeout=30)
+        done = launch("deepspeed", 2, overrides)
+        passed += process.returncode != 0 and done.returncode == 0 and same_run(run, undisturbed)
+    faults.end(passed)
+
+
+def find_rank(launcher: int, rank: int) -> int:
+    """The process of one rank under a launcher."""
+    for process in psutil.Process(launcher).children(recursive=True):
+        if "launch/train.py" in process.cmdline() and process.environ().get("RANK") == str(rank) and not process.children():
+            return process.pid
+    raise AssertionError(f"no rank {rank} under process {launcher}")
+
+
+def ends_to_be_started_again(trial: Trial, run: Path, latest: int) -> bool:
+    """Whether all ranks end with code 75 within a step, the last one that was logged being saved."""
+    codes, steps = trial.wait(), len(read_numbers(run))
+    good = codes == [75] * len(codes) and newest(run) == steps <= latest and (run / "requeue").exists()
+    print(run.name, codes, newest(run), steps, latest, trial.stderr())
+    return good and "Traceback" not in trial.stderr()
+
+
+def test_t7_signal_to_one(faults: Any, forked: Warm, small_run: dict[str, Any], undisturbed: Path) -> None:
+    """TERM, USR2 or Ctrl-C to either rank, once or twice, at any place: both save after the same step and exit with 75.
+
+    Started again, the run ends as if nothing had happened.
+    """
+    signals = [(TERM,), (USR2,), (INT,), (TERM, TERM), (USR2, TERM), (TERM, INT)]
+    cases = [(victim, *place, numbers) for victim, place, numbers in product((0, 1), PLACES.values(), signals)]
+    cases += [(0, *WRITING, numbers) for numbers in signals[:3]]
+    random.Random(7).shuffle(cases)
+    cases = cases[: faults.choose(short=3, long=40)]
+    faults.begin("T7 signal to one rank", len(cases))
+    passed = 0
+    for number, (victim, place, call, latest, numbers) in enumerate(cases):
+        overrides = small_run | {"name": f"t7_{number}"}
+        run = undisturbed.with_name(overrides["name"])
+        trial = forked.start(overrides, wounds=[strike([victim], place, call, *numbers)])
+        good = ends_to_be_started_again(trial, run, latest)
+        passed += good and goes_on(forked, overrides, undisturbed) and not (run / "requeue").exists()
+    faults.end(passed)
+
+
+def test_t7_signal_to_all(faults: Any, forked: Warm, small_run: dict[str, Any], undisturbed: Path) -> None:
+    """TERM, USR2 or Ctrl-C to the whole process group, loader workers too, at a random moment: the same."""
+    trials, passed, dice = faults.choose(short=1, long=10), 0, random.Random(3)
+    faults.begin("T7 signal to all, loader workers too", trials)
+    for number in range(trials):
+        overrides = small_run | {"name": f"t7_all_{number}", "data.workers": 2}
+        run, after = undisturbed.with_name(overrides["name"]), dice.randrange(1, 5)
+        trial = forked.start(overrides)
+        wait_for(lambda: len(read_numbers(run)) >= after, 90)  # noqa: B023
+        time.sleep(dice.random() / 10)
+        trial.signal((TERM, USR2, INT)[number % 3])
+        good = ends_to_be_started_again(trial, run, 8)
+        passed += good and goes_on(forked, overrides, undisturbed)
+    faults.end(passed)
+
+
+@pytest.mark.launch
+def test_t7_signal_in_a_launch(faults: Any, small_run: dict[str, Any], undisturbed: Path) -> None:
+    """The same with two real DeepSpeed ranks: the launcher hands on the code 75, and its own TERM is heard too."""
+    trials, passed = faults.choose(short=1, long=3), 0
+    faults.begin("T7 signal in a DeepSpeed launch", trials)
+    for number in range(trials):
+        overrides = small_run | {"name": f"t7_launch_{number}"}
+        run = undisturbed.with_name(overrides["name"])
+        process = start(train_command("deepspeed", 2, overrides), 2)
+        wait_for(lambda: len(read_numbers(run)) >= 2, 120)  # noqa: B023
+        victim = [find_rank(process.pid, 1), find_rank(process.pid, 0), process.pid][number]
+        os.kill(victim, (USR2, TERM, TERM)[number])
+        _, stderr = process.communicate(timeout=60)
+        steps = len(read_numbers(run))
+        good = newest(run) == steps < 8 and (run / "requeue").exists() and "Traceback" not in stderr
+        good &= process.returncode == 75 or number == 2  # a launcher that is ended itself has a code of its own
+        print(process.returncode, steps, stderr[-2000:])
+        done = launch("deepspeed", 2, overrides)
+        passed += good and done.returncode == 0 and same_run(run, undisturbed)
+    faults.end(passed)
+
+
+def test_second_ctrl_c_ends_at_once(forked: Warm, small_run: dict[str, Any], undisturbed: Path) -> None:
+    """A person who presses Ctrl-C twice does not wait for a save: code 130, one line, and the older checkpoint stands."""
+    overrides = small_run | {"name": "ctrl_c"}
+    trial = forked.start(overrides, wounds=[strike([0, 1], BACKWARD, 6, INT, INT)])
+    assert trial.wait() == [130, 130] and "Traceback" not in trial.stderr()
+    assert newest(undisturbed.with_name("ctrl_c")) == 4
+    assert goes_on(forked, overrides, undisturbed)
+
+
+def test_files_ask_for_a_save_and_for_the_end(forked: Warm, small_run: dict[str, Any], undisturbed: Path) -> None:
+    """`save` gives a checkpoint at the next step, `stop` one and the end with code 0; both files are gone then."""
+    overrides = small_run | {"name": "asked", "checkpoint.every_steps": 100}
+    run = undisturbed.with_name("asked")
+    trial = forked.start(overrides)
+    wait_for(lambda: len(read_numbers(run)) >= 1, 90)
+    (run / "save").touch()
+    wait_for(lambda: newest(run) > 0, 30)
+    saved = newest(run)
+    (run / "stop").touch()
+    assert trial.wait() == [0, 0], trial.stderr()
+    assert 2 <= saved <= newest(run) == len(read_numbers(run)) < 8
+    assert not any((run / name).exists() for name in ("save", "stop", "requeue"))
+    assert goes_on(forked, overrides, undisturbed)
+
+
+def test_unknown_main_machine_is_told_in_seconds(forked: Warm, small_run: dict[str, Any]) -> None:
+    """A MASTER_ADDR that no name server knows: one sentence on every rank, code 2."""
+    trial = forked.start(small_run | {"name": "lost"}, environment={"MASTER_ADDR": "node-7.invalid"})
+    assert trial.wait(30) == [2, 2]
+    for rank in (0, 1):
+        assert "MASTER_ADDR is node-7.invalid, which" in trial.stderr(rank) and trial.stderr(rank).count("\n") == 1
