@@ -1,6 +1,7 @@
 """Starts training as a user does, stops it as a power cut does, and reads what it left behind. No tests in here."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from toolkit.config import load_config
 from toolkit.run.monitor import read_log
+from toolkit.run.signals import SIGNALS
 from toolkit.run.trainer import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +35,7 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-def train_here(overrides: Mapping[str, Any], fresh: bool = False) -> Path:
+def train_here(overrides: Mapping[str, Any], fresh: bool = False, allow_change: bool = False) -> Path:
     """Train the tiny recipe in this process, on one thread as each rank of two does; returns the run folder.
 
     The last bits follow the number of threads. What the run leaves in its process is taken away again.
@@ -41,9 +43,12 @@ def train_here(overrides: Mapping[str, Any], fresh: bool = False) -> Path:
     with mock.patch.dict(os.environ), mock.patch("os.sched_getaffinity", lambda pid: {0}):
         for name in ("OMP_NUM_THREADS", *PLACE):
             os.environ.pop(name, None)
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
-            return train(load_config(RECIPE, dict(overrides)), fresh)
+            return train(load_config(RECIPE, dict(overrides)), fresh, allow_change)
         finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             if dist.is_initialized():  # a run that was refused or stopped leaves its group to the end of the process
                 dist.destroy_process_group()
 

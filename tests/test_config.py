@@ -8,7 +8,16 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from toolkit.config import RunConfig, diff_configs, dump_config, field_names, load_config, load_deepspeed_json
+from toolkit.config import (
+    ZERO_STAGES,
+    EngineConfig,
+    RunConfig,
+    diff_configs,
+    dump_config,
+    field_names,
+    load_config,
+    load_deepspeed_json,
+)
 from toolkit.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -285,7 +294,7 @@ def test_every_recipe_resolves_and_its_dump_is_a_recipe(path: Path, tmp_path: Pa
 def test_recipes_and_deepspeed_files_exist() -> None:
     """The two tests over them are not over nothing."""
     assert {"sign_576.yaml", "tiny_cpu.yaml"} <= {p.name for p in RECIPES}
-    assert "zero2.json" in {p.name for p in DEEPSPEED_FILES}
+    assert {p.stem for p in DEEPSPEED_FILES} == set(ZERO_STAGES)
 
 
 def test_config_is_frozen(recipe: Path) -> None:
@@ -309,9 +318,11 @@ def test_defaults_are_valid(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("path", DEEPSPEED_FILES, ids=lambda p: p.name)
-def test_shipped_deepspeed_files_are_accepted(path: Path) -> None:
-    """Each sets a ZeRO stage, and nothing that the recipe owns."""
-    assert load_deepspeed_json(path)["zero_optimization"]["stage"] in (0, 1, 2, 3)
+def test_shipped_deepspeed_files_are_accepted(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is the file of the engine that it is named after, found wherever the program was started."""
+    monkeypatch.chdir(tmp_path)
+    found = load_deepspeed_json(EngineConfig.model_validate({"kind": path.stem}))
+    assert found == json.loads(path.read_text())
 
 
 @pytest.mark.parametrize(
@@ -331,16 +342,41 @@ def test_deepspeed_file_cannot_set_what_the_recipe_owns(tmp_path: Path, key: str
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}, key: value}))
     with pytest.raises(UserError, match=f"sets {key}, but"):
-        load_deepspeed_json(path)
+        load_deepspeed_json(EngineConfig(deepspeed=str(path)))
 
 
 def test_unreadable_deepspeed_file_is_a_sentence(tmp_path: Path) -> None:
     """Missing and broken files name engine.deepspeed or the file."""
     with pytest.raises(UserError, match="engine.deepspeed"):
-        load_deepspeed_json(tmp_path / "none.json")
-    (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(UserError, match="bad.json is not JSON"):
-        load_deepspeed_json(tmp_path / "bad.json")
+        load_deepspeed_json(EngineConfig(deepspeed=str(tmp_path / "none.json")))
+    for content, message in ((b"{", "is not JSON"), (b"\xff", "is not JSON"), (b"[]", "holds no zero_optimization")):
+        (tmp_path / "bad.json").write_bytes(content)
+        with pytest.raises(UserError, match=f"bad.json {message}"):
+            load_deepspeed_json(EngineConfig(deepspeed=str(tmp_path / "bad.json")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "zero", "message"),
+    [
+        ("zero2", {"stage": 3}, "sets stage 3, but engine.kind zero2 is stage 2 without offload_optimizer"),
+        ("zero3", {}, "sets stage None, but engine.kind zero3 is stage 3"),
+        ("zero2", {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "sets stage 2 and offload, but .* zero2 is"),
+        ("zero2_offload", {"stage": 2}, "zero2_offload is stage 2 with offload_optimizer"),
+        (
+            "zero2_offload",
+            {"stage": 2, "offload_optimizer": {"device": "nvme"}},
+            "is {'device': 'nvme'}, but .* to cpu only",
+        ),
+        ("zero2_offload", {"stage": 2, "offload_optimizer": "cpu"}, 'is cpu, but .*; set {"device": "cpu"}'),
+        ("zero3", {"stage": 3, "offload_param": {"device": "nvme"}}, "sets offload_param, but .*allowed in zero_optimization"),
+    ],
+)
+def test_deepspeed_file_must_be_of_the_engine(tmp_path: Path, kind: str, zero: dict[str, Any], message: str) -> None:
+    """Another stage, offload where there is none or none where there is, and offload to a disk are refused in a sentence."""
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    with pytest.raises(UserError, match=message):
+        load_deepspeed_json(EngineConfig.model_validate({"kind": kind, "deepspeed": str(path)}))
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:

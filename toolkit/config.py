@@ -330,9 +330,11 @@ def load_deepspeed_json(engine: EngineConfig) -> dict[str, Any]:
             f"{path} sets stage {zero.get('stage')}{' and offload' * ('offload_optimizer' in zero)}, but engine.kind "
             f"{engine.kind} is stage {stage} {'with' if offload else 'without'} offload_optimizer; change one of them"
         )
-    target = zero["offload_optimizer"].get("device") if offload and isinstance(zero["offload_optimizer"], dict) else "cpu"
-    if target != "cpu":
-        raise UserError(f"{path}: offload_optimizer.device is {target!r}, but the state can be moved to cpu only; set that")
+    target = zero.get("offload_optimizer")
+    if offload and not (isinstance(target, dict) and target.get("device") == "cpu"):
+        raise UserError(
+            f'{path}: offload_optimizer is {target}, but the state can be moved to cpu only; set {{"device": "cpu"}}'
+        )
     return settings
 
 

@@ -10,7 +10,7 @@ from toolkit.cli import main
 def submit(
     config: str, nodes: PositiveInt = 1, gpus: NonNegativeInt = 1, tasks: PositiveInt | None = None,
     cpus: PositiveInt | None = None, mem: str | None = None, time: str | None = None, partition: str | None = None,
-    account: str | None = None, qos: str | None = None, signal_s: Annotated[int, Field(ge=1, le=65535)] = 300,
+    account: str | None = None, qos: str | None = None, signal_s: Annotated[int, Field(ge=1, le=65535)] = 120,
     fresh: bool = False, allow_change: bool = False, dry_run: bool = False, **overrides: Any,
 ) -> None:  # fmt: skip
     """Submit a run to SLURM; it saves before its time is up and queues itself again, until it is done.
@@ -26,7 +26,7 @@ def submit(
     mem        per node, such as 64G
     time       limit of one stay on the machines, such as 12:00:00
     partition, account, qos  as the cluster names them
-    signal_s   how long before the limit the run is told to save, in seconds
+    signal_s   how many seconds before the limit the run is told to save; SLURM may tell it a minute earlier
     fresh, allow_change  as launch/train.py has them
     dry_run    print the job's script, and write nothing
     overrides  any field of the recipe by its dotted name: --lora.rank 32

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ class Cluster:
     environment: dict[str, str]
 
     def run(self, *command: str) -> str:
-        """A command's stdout. Raises CalledProcessError with its stderr shown."""
+        """A command's stdout; one that fails fails the test, and is shown."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -69,7 +70,7 @@ class Cluster:
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job: str, *states: str, timeout_s: float = 90) -> dict[str, str]:
+    def wait(self, job: str, *states: str, timeout_s: float = 150) -> dict[str, str]:
         """Wait until a job is in one of these states; a requeued job is not left to its two minutes of delay."""
 
         def arrived() -> bool:
@@ -126,7 +127,7 @@ def start_cluster(folder: Path, stack: ExitStack) -> Cluster:
     ports = {f"{name}_port": free_port() for name in ("ctld", *NODES)}
     text = CONF.format(folder=folder, host=socket.gethostname().split(".")[0], user=user, **ports)
     (folder / "slurm.conf").write_text(text)
-    (folder / "gres.conf").write_text("Name=gpu Count=1\n")
+    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
     (folder / "state").mkdir()
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
@@ -147,8 +148,17 @@ def start_cluster(folder: Path, stack: ExitStack) -> Cluster:
     stack.enter_context(daemon(environment, folder, "slurmctld", "-D"))
     for node in NODES:
         stack.enter_context(daemon(environment, folder, "slurmd", "-D", "-N", node))
-    wait_until(lambda: "2" in cluster.run("sinfo", "--noheader", "--states=idle", "--format=%D"), 30)
+    idle = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
+    asked = partial(subprocess.run, idle, env=environment, capture_output=True, text=True)
+    wait_until(lambda: asked().stdout.strip() == str(len(NODES)), 60, lambda: asked().stderr)
+    stack.callback(end_jobs, cluster, user)
     return cluster
+
+
+def end_jobs(cluster: Cluster, user: str) -> None:
+    """Leave no rank of a failed test behind."""
+    cluster.run("scancel", f"--user={user}")
+    wait_until(lambda: not cluster.run("squeue", "--noheader"), 60)
 
 
 @contextmanager

@@ -4,10 +4,11 @@ Needs root and iproute2; where they are missing the tests skip with the reason, 
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,20 @@ from tests.launching import ROOT, kill_tree, read_numbers, start, train_command
 
 NETWORK = "10.177.0"
 SHORT = {"schedule.steps": 3}
+SSH_PROGRAMS, SSH_PACKAGES = ("sshd", "ssh", "ssh-keygen", "pdsh"), ("openssh-server", "openssh-client", "pdsh")
+SSHD_CONFIG = """\
+HostKey {key}
+AuthorizedKeysFile {key}.pub
+StrictModes no
+PidFile none
+SetEnv OMP_NUM_THREADS=1
+"""
+SSH_CONFIG = """\
+IdentityFile {key}
+StrictHostKeyChecking no
+UserKnownHostsFile /dev/null
+LogLevel ERROR
+"""
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,22 @@ class Host:
         return int(subprocess.run(self.command("cat", counter), capture_output=True, check=True).stdout)
 
 
+def find_missing(programs: Sequence[str]) -> list[str]:
+    return [name for name in programs if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
+
+
+def skip_without(missing: list[str]) -> None:
+    if missing:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
+            f"no two hosts here without {', '.join(missing)}"
+        )
+
+
+def write_hostfile(folder: Path, hosts: Sequence[Host]) -> Path:
+    (folder / "hostfile").write_text("".join(f"{host.name} slots=1\n" for host in hosts))
+    return folder / "hostfile"
+
+
 def ip(*arguments: str) -> None:
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
@@ -45,11 +76,7 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Host]]:
-    missing = [name for name in ("ip", "unshare") if not shutil.which(name)] + ["root"] * (os.geteuid() != 0)
-    if missing:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
-            f"no network namespaces here: {', '.join(missing)} missing"
-        )
+    skip_without(find_missing(("ip", "unshare")) + ["root"] * (os.geteuid() != 0))
     pair = tuple(Host(f"fr{side}{os.getpid()}", f"{NETWORK}.{i}") for i, side in enumerate("ab", 1))
     with ExitStack() as stack:
         for host in pair:
@@ -68,7 +95,31 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Host
         yield pair
 
 
-def run_on(hosts: tuple[Host, Host], commands: list[list[str]], timeout_s: float = 150) -> None:
+@pytest.fixture(scope="module")
+def ssh_hosts(hosts: tuple[Host, Host], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Host]]:
+    """The two hosts, each with an /etc/ssh of its own and an sshd that lets root of either in by one key."""
+    if find_missing(SSH_PROGRAMS) and shutil.which("apt-get"):
+        quiet = {"env": os.environ | {"DEBIAN_FRONTEND": "noninteractive"}, "capture_output": True}
+        subprocess.run(["apt-get", "update", "-qq"], **quiet)
+        subprocess.run(["apt-get", "install", "-qq", "--no-install-recommends", *SSH_PACKAGES], **quiet)
+    skip_without(find_missing(SSH_PROGRAMS))
+    key = tmp_path_factory.mktemp("ssh") / "id"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    daemons = []
+    for host in hosts:
+        folder = Path("/etc/netns") / host.name / "ssh"
+        folder.mkdir()
+        (folder / "sshd_config").write_text(SSHD_CONFIG.format(key=key))
+        (folder / "ssh_config").write_text(SSH_CONFIG.format(key=key))
+        daemons.append(start(host.command("/usr/sbin/sshd", "-D", "-e"), ranks=2))
+    yield hosts
+    for process in daemons:
+        kill_tree(process.pid)
+        process.communicate()
+
+
+def run_on(hosts: Sequence[Host], commands: list[list[str]], timeout_s: float = 150) -> None:
     """Start a command on each host, and see both end well."""
     started = [start(host.command(*command), ranks=2) for host, command in zip(hosts, commands, strict=True)]
     try:
@@ -86,25 +137,24 @@ def training(name: str, run: dict[str, Any]) -> list[str]:
     return command[command.index("launch/train.py") :]
 
 
-def program(name: str) -> str:
-    return str(ROOT / ".venv/bin" / name)
+def documented(start: str, places: dict[str, str]) -> list[str]:
+    """The launcher's part of the command in docs/LAUNCHING.md that begins so, with other words in some places."""
+    lines = (ROOT / "docs/LAUNCHING.md").read_text().replace("\\\n", " ").splitlines()
+    line = next(line.strip() for line in lines if line.strip().startswith(start))
+    program, *words = line[: line.index("launch/train.py")].split()
+    for word, here in places.items():
+        words = [re.sub(rf"\b{word}\b", here, other) for other in words]
+    return [str(Path(sys.executable).parent / program), *words]
 
 
 @pytest.mark.launch
 def test_torchrun_on_two_hosts_is_two_ranks_on_one(
     hosts: tuple[Host, Host], tiny_run: dict[str, Any], reference_run: Path
 ) -> None:
-    """One rank a host, met by a c10d rendezvous at a host's name: the losses of two ranks on one host, to the bit."""
+    """The documented command, one rank a host, meeting at a host's name: the losses of two ranks on one host, to the bit."""
     before = [host.sent_bytes() for host in hosts]
-    where = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_id", "tiny"]
-    command = [
-        program("torchrun"),
-        *where,
-        "--rdzv_endpoint",
-        f"{hosts[0].name}:29400",
-        *training("torchrun_2", tiny_run),
-    ]
-    run_on(hosts, [command, command])
+    launcher = documented("torchrun --nnodes 2", {"node1": hosts[0].name, "8": "1"})
+    run_on(hosts, [[*launcher, *training("torchrun_2", tiny_run)]] * 2)
     folder = Path(tiny_run["runs_dir"]) / "torchrun_2"
     assert read_numbers(folder) == read_numbers(reference_run)[:3]
     adapter = (folder / "checkpoints/step_000003/adapter_model.safetensors").stat().st_size
@@ -116,13 +166,23 @@ def test_torchrun_on_two_hosts_is_two_ranks_on_one(
 def test_deepspeed_hostfile_on_two_hosts_is_two_ranks_on_one(
     hosts: tuple[Host, Host], tiny_run: dict[str, Any], reference_run: Path, tmp_path: Path
 ) -> None:
-    """A hostfile with one slot a host, started on each by --no_ssh: the losses of two ranks on one host, to the bit."""
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("".join(f"{host.name} slots=1\n" for host in hosts))
-    where = ["--hostfile", str(hostfile), "--master_addr", hosts[0].name, "--no_ssh", "--node_rank"]
-    commands = [[program("deepspeed"), *where, str(rank), *training("hostfile", tiny_run)] for rank in (0, 1)]
-    run_on(hosts, commands)
+    """The documented command without ssh, one slot a host, started on each: the losses of one host, to the bit."""
+    places = {"node1": hosts[0].name, "hosts": str(write_hostfile(tmp_path, hosts))}
+    first = documented("deepspeed --hostfile hosts --master_addr node1 --no_ssh", places)
+    assert first[-2:] == ["--node_rank", "0"]
+    run_on(hosts, [[*first[:-1], str(rank), *training("hostfile", tiny_run)] for rank in (0, 1)])
     assert read_numbers(Path(tiny_run["runs_dir"]) / "hostfile") == read_numbers(reference_run)[:3]
+
+
+@pytest.mark.launch
+def test_deepspeed_starts_other_hosts_over_ssh(
+    ssh_hosts: tuple[Host, Host], tiny_run: dict[str, Any], reference_run: Path, tmp_path: Path
+) -> None:
+    """The documented command on one host: pdsh and ssh start both, and the losses are those again, to the bit."""
+    places = {"node1": ssh_hosts[0].name, "hosts": str(write_hostfile(tmp_path, ssh_hosts))}
+    launcher = documented("deepspeed --hostfile hosts --master_addr node1 launch", places)
+    run_on(ssh_hosts[:1], [[*launcher, *training("by_ssh", tiny_run)]])
+    assert read_numbers(Path(tiny_run["runs_dir"]) / "by_ssh") == read_numbers(reference_run)[:3]
 
 
 @pytest.mark.launch

@@ -13,11 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import deepspeed.runtime.zero.stage3  # noqa: F401
-import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -90,8 +87,11 @@ def run_case(case: Case, rank: int, folder: Path) -> None:
         "agrees": agrees(engine, end),
     }  # fmt: skip
     place = folder / f"{case.name}.{rank}"
-    place.with_suffix(f".{rank}.json").write_text(json.dumps(report))
-    for name, state in (("half", half), ("end", end)):  # the first only now: what is gathered must not follow the training
+    Path(f"{place}.json").write_text(json.dumps(report))
+    for name, state in (
+        ("half", half),
+        ("end", end),
+    ):  # the first only now: what is gathered must not follow the training
         if state is not None:
             flat = {f"{parameter}/{key}": tensor for parameter, saved in state.items() for key, tensor in saved.items()}
             save_file(flat, f"{place}.{name}.safetensors")
@@ -137,6 +137,8 @@ def agrees(engine: Engine, state: State) -> bool:
     """Whether DeepSpeed's own functions, of one collective per tensor, gather the same bits."""
     if not isinstance(engine, ZeroEngine):
         return True
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
     for name, parameter in engine.parameters.items():
         own = [safe_get_full_fp32_param(parameter)]
         own += [safe_get_full_optimizer_state(parameter, key) for key in STATE_KEYS[1:]]
@@ -155,6 +157,7 @@ def read_state(path: Path) -> State:
 
 
 def count(name: str) -> None:
+    """Note each call of a collective; before DeepSpeed is imported, which takes its own references."""
     function = getattr(dist, name)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -185,6 +188,12 @@ def fork_rank(case: Case, rank: int, folder: Path) -> int:
 
 
 def main(folder: Path, cases: list[Case]) -> None:
+    for name in COLLECTIVES:
+        if hasattr(dist, name):
+            count(name)
+    import deepspeed.runtime.zero.stage3
+    import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
+
     for case in cases:
         processes = [fork_rank(case, rank, folder) for rank in range(case.ranks)]
         codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
@@ -192,8 +201,5 @@ def main(folder: Path, cases: list[Case]) -> None:
             sys.exit(f"{case}: ranks ended with {codes}")
 
 
-for collective in COLLECTIVES:
-    if hasattr(dist, collective):
-        count(collective)
 if __name__ == "__main__":
     main(Path(sys.argv[1]), [Case(**case) for case in json.loads(sys.argv[2])])

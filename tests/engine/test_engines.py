@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tests.launching import ROOT, read_numbers, run, train_command, train_here
+from tests.launching import ROOT, launch, read_numbers, run, train_command, train_here
 from toolkit.engine.plain import STATE_KEYS, AdamSettings, PlainEngine
 
 ADAM = AdamSettings(weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, max_grad_norm=0.5)
@@ -107,6 +107,10 @@ def read_finished(folder: Path, step: int) -> Finished:
     return Finished(read_numbers(folder), adapter, json.loads(trace.read_text()) if trace.exists() else [])
 
 
+WINDOW = {
+    "engine.precision": "fp32", "schedule.steps": 2, "checkpoint.every_steps": 100, "diffusion.layout": "framer_clip",
+    "lora.extra_trainable": "[conv_in]",
+}  # fmt: skip
 EIGHT = {"engine.global_batch": 8, "engine.precision": "fp32", "schedule.steps": 3, "checkpoint.every_steps": 100}
 
 
@@ -180,6 +184,23 @@ def test_one_gradient_reduction_per_step(zero2_fp32: dict[int, Finished]) -> Non
         trainable = sum(tensor.numel() for tensor in finished.adapter.values())
         sums = [3] if ranks > 1 else []
         assert finished.reductions == [[*sums, trainable, 1]] * 3
+
+
+@pytest.fixture(scope="module")
+def plain_window(tiny_run: dict[str, Any]) -> Finished:
+    """Two steps in fp32 on one process, in the layout that reads the frozen mask token."""
+    return read_finished(train_here(tiny_run | WINDOW | {"name": "plain_window", "engine.kind": "plain"}), 2)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("kind", ["zero1", "zero2_offload", "zero3", "fsdp2"])
+def test_every_engine_trains_the_network(tiny_run: dict[str, Any], plain_window: Finished, kind: str) -> None:
+    """Two ranks of every other engine against one plain process: a whole training, conv_in beside LoRA, fp32."""
+    done = launch("torchrun", 2, tiny_run | WINDOW | {"name": kind, "engine.kind": kind})
+    assert done.returncode == 0, done.stderr
+    loss, norm, weight = differences(read_finished(Path(tiny_run["runs_dir"]) / kind, 2), plain_window)
+    print(f"2 ranks of {kind} against plain: {loss:.1e} {norm:.1e} {weight:.1e}")
+    assert loss < 1e-6 and norm < 1e-5 and weight < 1e-3
 
 
 @pytest.mark.launch

@@ -86,7 +86,7 @@ def small_run(tiny_run: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def undisturbed(forked: Warm, small_run: dict[str, Any]) -> Path:
-    """The run folder of that recipe on two ranks that nothing happened to; read only. Beside it, ids: what was trained on."""
+    """The run folder of that recipe on two ranks that nothing happened to; read only. NAME.ids is what was trained on."""
     folder = Path(small_run["runs_dir"]) / "undisturbed"
     forked.run(small_run | {"name": folder.name}, wounds=[("trace", {"path": str(folder) + ".ids"})])
     return folder

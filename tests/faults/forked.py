@@ -1,11 +1,12 @@
-"""Trainings on ranks forked from one warm process, which has done the imports: a trial takes seconds, not the half minute of a launch.
+"""Trainings on ranks forked from one warm process that has done the imports: a trial takes seconds, a launch half a minute.
 
-Run by the fixture `forked`. Each rank runs launch/train.py's own main in its own process, as a launcher would start it: what it
-exits with and says is the product's. Only the launcher is missing, so nothing ends the others when one rank dies.
+Run by the fixture `forked`. Each rank runs launch/train.py's own main in its own process, as a launcher would start it: what
+it exits with and says is the product's. Only the launcher is missing, so nothing ends the others when one rank dies.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -22,6 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 Wound = tuple[str, dict[str, Any]]  # the name of a function in wounds.py, its arguments
 
 
+BACKWARD = "engine.zero:ZeroEngine.backward"  # called once a micro-batch
+
+
+def strike(victims: list[int], place: str, call: int, *numbers: int) -> Wound:
+    """Signals that the ranks among the victims send to themselves at one call of a function."""
+    return "send", {"victims": victims, "place": place, "call": call, "numbers": numbers}
+
+
 class Trial:
     """One training under way: its ranks are in a process group of their own, with all that they start."""
 
@@ -33,27 +42,25 @@ class Trial:
     def wait(self, timeout_s: float = 90) -> list[int]:
         """Exit codes of the ranks, minus the signal's number for one that was killed."""
         try:
-            wait_for((self.folder / "codes.json").exists, timeout_s)
+            wait_for(lambda: all(map(self.ended, range(len(self.pids)))), timeout_s)
         except AssertionError:
             self.kill()
             raise AssertionError(f"still running after {timeout_s} s: {self.stderr()}") from None
-        return json.loads((self.folder / "codes.json").read_text())
+        return [json.loads((self.folder / f"code.{rank}").read_text()) for rank in range(len(self.pids))]
+
+    def ended(self, rank: int) -> bool:
+        return (self.folder / f"code.{rank}").exists()
 
     def signal(self, number: int, rank: int | None = None) -> None:
         """Send a signal to one rank, or to the whole group."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(self.pids[rank], number) if rank is not None else os.killpg(self.group, number)
-        except ProcessLookupError:
-            pass
 
     def kill(self) -> None:
         """SIGKILL all of it at once, as a power cut does."""
         family = [psutil.Process(pid) for pid in (self.group, *self.pids) if psutil.pid_exists(pid)]
         self.signal(signal.SIGKILL)
         psutil.wait_procs(family, timeout=20)
-
-    def alive(self) -> bool:
-        return not (self.folder / "codes.json").exists()
 
     def stdout(self, rank: int = 0) -> str:
         return (self.folder / f"stdout.{rank}").read_text()
@@ -126,6 +133,41 @@ def read_trace(path: str | Path) -> list[tuple[list[int], list[str]]]:
     return sorted((positions, keys) for positions, keys in rows)
 
 
+def goes_on(forked: Warm, overrides: Mapping[str, Any], undisturbed: Path, ranks: int = 2) -> bool:
+    """Start a run again; whether it goes on after its newest checkpoint, to the undisturbed run's end on the same clips."""
+    run = run_folder(overrides)
+    step, ids = newest(run), f"{run}.ids{time.monotonic_ns()}"
+    trial = forked.run(overrides, ranks, wounds=[("trace", {"path": ids})])
+    told = f"resuming after step {step}" in trial.stdout() if step else "resuming" not in trial.stdout()
+    return told and same_run(run, undisturbed) and read_trace(ids) == read_trace(f"{undisturbed}.ids")[2 * step :]
+
+
+def run_folder(overrides: Mapping[str, Any]) -> Path:
+    return Path(overrides["runs_dir"]) / overrides["name"]
+
+
+def newest(run: Path) -> int:
+    """The step of the newest checkpoint, 0 where there is none."""
+    from toolkit.run.checkpoint import checkpoint_step, list_checkpoints
+
+    return max(map(checkpoint_step, list_checkpoints(run)), default=0)
+
+
+def read_scalars(run: Path, tag: str) -> list[tuple[int, float]]:
+    """The points that TensorBoard shows: step, value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run / "tb"), size_guidance={"scalars": 0}).Reload()
+    return [(event.step, event.value) for event in board.Scalars(tag)]
+
+
+def wait_for_steps(run: Path, steps: int) -> None:
+    """Return when a run has logged so many."""
+    from toolkit.run.monitor import read_log
+
+    wait_for(lambda: len(read_log(run / "log.jsonl")) >= steps, 120)
+
+
 def wait_for(ready: Callable[[], bool], timeout_s: float) -> None:
     until_s = time.monotonic() + timeout_s
     while not ready():
@@ -159,13 +201,16 @@ def start_ranks(asked: dict[str, Any]) -> int | None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):  # sent to the group, they are meant for the ranks
         signal.signal(number, signal.SIG_IGN)
     publish(folder / "pids.json", [os.getpid(), *pids])
-    publish(folder / "codes.json", [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
+    for _ in pids:
+        pid, status = os.wait()
+        publish(folder / f"code.{pids.index(pid)}", os.waitstatus_to_exitcode(status))
     return None
 
 
 def publish(path: Path, value: Any) -> None:
-    path.with_suffix(".tmp").write_text(json.dumps(value))
-    os.replace(path.with_suffix(".tmp"), path)
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(json.dumps(value))
+    os.replace(aside, path)
 
 
 def become(rank: int, asked: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""Killed at any moment of a save, with any bit flipped, on a full or failing disk. Run: pytest tests/faults/test_checkpoints.py
+"""Killed at any moment of a save, any bit flipped, a full or failing disk. Run: pytest tests/faults/test_checkpoints.py
 
 A save runs in a forked child. Python's audit hooks report every file it opens, renames, makes and deletes, and os.fsync is
-wrapped: these are the points at which the child is killed, or told that the disk failed. What safetensors writes by itself is
-cut by a limit on the size of a file.
+wrapped: these are the points at which the child is killed, or told that the disk failed. What safetensors writes is cut by
+a limit on the size of a file.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoints import KEEP_ALL, UNET, is_whole, names, save, submission
+from tests import launching
+from tests.checkpoints import KEEP_ALL, is_whole, names, save, submission
 from tests.faults.conftest import Faults
-from tests.launching import run, train_command
 from toolkit.config import CheckpointConfig
 from toolkit.errors import UserError
 from toolkit.run.checkpoint import list_checkpoints, newest_good
@@ -35,6 +35,7 @@ KEEP_TWO = CheckpointConfig(keep=2)
 EVENTS = ("open", "os.listdir", "os.scandir", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 ERRORS = (errno.EIO, errno.EDQUOT)
 DISK_BYTES = 8 << 20
+EACH_STEP = {"checkpoint.every_steps": 1, "engine.kind": "plain", "engine.micro_batch": 4}
 
 
 def at_each_point(act: Callable[[str], None]) -> None:
@@ -229,12 +230,13 @@ def list_failures(folder: Path) -> list[tuple[int, int]]:
 
 
 def write_one(run: Path, step: int) -> None:
-    with CheckpointWriter(run, KEEP_TWO) as writer:
+    with contextlib.closing(CheckpointWriter(run, KEEP_TWO)) as writer:
         writer.submit(*submission(step), score=0.5)
+        writer.wait()
 
 
 def fail_at(run: Path, place: int, error: int) -> None:
-    """A disk fails once: the checkpoint is saved or missed with a word, those that are listed are whole, the next is saved."""
+    """A disk fails once: the checkpoint is saved or missed with a word, what is listed is whole, the next is saved."""
     passed: list[str] = []
 
     def act(point: str) -> None:
@@ -303,3 +305,42 @@ def test_a_disk_that_is_full_at_any_point(
             make_run(disk)
     assert needed_bytes > 50_000
     faults.end(passed)
+
+
+def end_of_run(overrides: dict[str, Any], *limit: str) -> tuple[int, str]:
+    """Exit code and stderr of a training of ten steps that saves at each."""
+    done = launching.run([*limit, *launching.train_command("python", 1, overrides | EACH_STEP)])
+    return done.returncode, done.stderr
+
+
+@pytest.mark.launch
+def test_a_run_whose_disk_fills_up(tiny_run: dict[str, Any], tmp_path: Path, faults: Faults) -> None:
+    """It takes every step, and ends with code 2 and one sentence as its last save failed; given space, it finishes."""
+    faults.begin("T6 run on a full disk", 2)
+    with small_disk(tmp_path / "disk") as disk:
+        overrides = tiny_run | {"runs_dir": str(disk), "name": "full"}
+        code, stderr = end_of_run(overrides)
+        folder = disk / "full"
+        saved = len(names(folder))
+        told = re.findall(
+            r"saving the checkpoint of step (\d+) failed: .*, which has .* MiB free; free some space", stderr
+        )
+        assert code == 2 and "Traceback" not in stderr and 2 <= saved < 10
+        assert [int(step) for step in told] == [*range(saved + 1, 11), 10] and len(launching.read_numbers(folder)) == 10
+        assert all(find_fault(checkpoint) is None for checkpoint in list_checkpoints(folder))
+        subprocess.run(["mount", "-o", f"remount,size={2 * DISK_BYTES}", str(disk)], check=True)
+        launching.train_here(overrides | EACH_STEP)
+        assert len(names(folder)) == 10
+    faults.end(2)
+
+
+@pytest.mark.launch
+def test_a_run_that_can_save_nothing(tiny_run: dict[str, Any], tmp_path: Path, faults: Faults) -> None:
+    """No file may grow beyond 200 kB: code 2, a sentence per save, and no folder that looks like a checkpoint."""
+    if not faults.long and os.geteuid() == 0:
+        pytest.skip("the full disk above says more; --long, or a user who may mount none, runs this one too")
+    faults.begin("T6 run that can save nothing", 1)
+    code, stderr = end_of_run(tiny_run | {"runs_dir": str(tmp_path), "name": "full"}, "prlimit", "--fsize=200000")
+    assert code == 2 and "Traceback" not in stderr and stderr.count("File too large") == 11, stderr
+    assert "there is none before it" in stderr and not list((tmp_path / "full/checkpoints").iterdir())
+    faults.end(1)

@@ -1,4 +1,4 @@
-"""A killed run goes on as if nothing had happened; a damaged one says so. Run: pytest tests/faults/test_kill.py"""
+"""What a killed run left is gone on from, or refused in words. Run: pytest tests/faults/test_kill.py"""
 
 import shutil
 from collections.abc import Callable
@@ -7,45 +7,21 @@ from typing import Any
 
 import pytest
 
-from tests.launching import adapter_bytes, kill_when, launch, read_numbers, start, train_command, train_here
+from tests.faults.forked import Warm, same_run
+from tests.launching import adapter_bytes, read_numbers, train_here
 from toolkit.errors import UserError
 from toolkit.run.checkpoint import list_checkpoints
 
 
-@pytest.fixture(scope="module")
-def resumed_run(tiny_run: dict[str, Any], reference_run: Path) -> tuple[Path, str]:
-    """The reference's recipe on two DeepSpeed ranks, SIGKILLed after five steps and started again: folder, stdout."""
-    overrides = tiny_run | {"name": "killed"}
-    folder = Path(tiny_run["runs_dir"]) / "killed"
-    kill_when(start(train_command("deepspeed", 2, overrides), 2), lambda: len(read_numbers(folder)) >= 5)
-    assert not (folder / "checkpoints/step_000010").exists()
-    done = launch("deepspeed", 2, overrides)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
-
-
-@pytest.mark.launch
-def test_killed_run_resumes_bit_equally(resumed_run: tuple[Path, str], reference_run: Path) -> None:
-    """Every loss, every gradient norm and the final adapter are the undisturbed run's; each step is logged once."""
-    folder, stdout = resumed_run
-    assert any(f"resuming after step {step}" in stdout for step in (4, 6, 8))
-    assert [step for (step,) in read_numbers(folder, "step")] == list(range(1, 11))
-    assert read_numbers(folder) == read_numbers(reference_run)
-    assert adapter_bytes(folder, 10) == adapter_bytes(reference_run, 10)
-
-
-@pytest.mark.launch
 def test_two_ranks_agree_on_an_older_checkpoint(
-    resumed_run: tuple[Path, str], reference_run: Path, tiny_run: dict[str, Any]
+    forked: Warm, small_run: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
-    """With the newest checkpoint torn, both ranks go on from the one before, and end where the reference ended."""
-    folder, _ = resumed_run
-    truncate(folder / "checkpoints/step_000010/optimizer.safetensors")
-    done = launch("deepspeed", 2, tiny_run | {"name": "killed"})
-    assert done.returncode == 0, done.stderr
-    assert "resuming after step 8" in done.stdout and done.stderr.count("step_000010 is damaged") == 1
-    assert read_numbers(folder) == read_numbers(reference_run)
-    assert adapter_bytes(folder, 10) == adapter_bytes(reference_run, 10)
+    """With the newest checkpoint torn, both ranks go on from the one before, and end where the whole run ended."""
+    run = Path(shutil.copytree(undisturbed, tmp_path / "torn"))
+    truncate(run / "checkpoints/step_000008/optimizer.safetensors")
+    trial = forked.run(small_run | {"name": "torn", "runs_dir": str(tmp_path)})
+    assert "resuming after step 6" in trial.stdout() and trial.stderr().count("step_000008 is damaged") == 1
+    assert same_run(run, undisturbed)
 
 
 @pytest.fixture(scope="module")

@@ -46,8 +46,48 @@ def test_doctor_refuses_what_the_run_would_refuse() -> None:
     """A batch that the ranks cannot share, and a DeepSpeed file that is not there."""
     with pytest.raises(UserError, match="global batch of 8 .* 3 ranks"):
         examine(load_config(RECIPE, {"engine.micro_batch": 1}), ranks=3)
-    with pytest.raises(UserError, match="cannot read engine.deepspeed nowhere.json"):
-        examine(load_config(RECIPE, {"engine.deepspeed": "nowhere.json"}), ranks=1)
+    for engine, ranks, message in (
+        ({"deepspeed": "nowhere.json"}, 1, "cannot read engine.deepspeed nowhere.json"),
+        ({"kind": "plain"}, 2, "engine.kind plain runs one process, not 2"),
+        (
+            {"kind": "fsdp2", "deepspeed": "mine.json"},
+            2,
+            "is mine.json, but engine.kind fsdp2 is not DeepSpeed; take it out",
+        ),
+        (
+            {"kind": "fsdp2", "shard_ranks": 2, "micro_batch": 1},
+            1,
+            "shard_ranks is 2, .*divide the ranks.* with 1 ranks",
+        ),
+        ({"shard_ranks": 2}, 2, "for engine.kind fsdp2 .* the kind is zero2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            examine(load_config(RECIPE, {f"engine.{key}": value for key, value in engine.items()}), ranks)
+    for kind in ("zero3", "fsdp2"):
+        with pytest.raises(UserError, match=f"mask_token cannot be trained by engine.kind {kind}"):
+            examine(load_config(RECIPE, {"engine.kind": kind, "lora.extra_trainable": ["mask_token"]}), ranks=2)
+
+
+def test_doctor_needs_deepspeed_for_deepspeeds_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where DeepSpeed is not installed its engines are refused, and the others named."""
+    monkeypatch.setattr("toolkit.run.job.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="zero2 needs DeepSpeed: pip install deepspeed, or take fsdp2"):
+        examine(load_config(RECIPE), ranks=2)
+    assert examine(load_config(RECIPE, {"engine.kind": "fsdp2"}), ranks=2)["engine"] == "fsdp2"
+
+
+def test_doctor_says_how_the_batch_is_cut() -> None:
+    """Global batch, micro-batch, ranks, accumulation, and every other number of ranks that the run could have."""
+    keys = ("engine", "global_batch", "micro_batch", "ranks", "accumulation", "possible_ranks")
+    for changes, ranks, wanted in (
+        ({}, 2, ["zero2", 12, 2, 2, 3, [1, 2, 3, 6]]),
+        ({"engine.kind": "fsdp2", "engine.shard_ranks": 2}, 6, ["fsdp2", 12, 2, 6, 1, [2, 6]]),
+        ({"engine.kind": "plain"}, 1, ["plain", 12, 2, 1, 6, [1]]),
+    ):
+        report = examine(load_config(RECIPE, {"engine.global_batch": 12, "engine.micro_batch": 2} | changes), ranks)
+        assert [report[key] for key in keys] == wanted
+        for fitting in report["possible_ranks"]:
+            examine(load_config(RECIPE, {"engine.global_batch": 12, "engine.micro_batch": 2} | changes), fitting)
 
 
 def test_doctor_refuses_a_wrong_objective() -> None:

@@ -212,6 +212,33 @@ def test_an_older_checkpoint_on_request(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_any_checkpoint_can_be_named(run: Path, tmp_path: Path) -> None:
+    """latest, best, or the path of one that lies elsewhere under any name, whose recipe is in its header."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    (copy / "BEST").write_text('{"step": 1, "score": 0.5, "what": "validation loss"}')
+    alone = shutil.copytree(copy / "checkpoints/step_000001", tmp_path / "handed over")
+    named = ((copy, "latest", 2), (copy, "best", 1), (None, alone, 1), (run, alone, 1))
+    for i, (of, checkpoint, step) in enumerate(named):
+        out = export_run(None if of is None else str(of), "kohya", str(tmp_path / f"out{i}"), str(checkpoint))
+        assert read_metadata(out / "to_export.safetensors")["step"] == step
+
+
+def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
+    """Nothing named, a folder of something else, a damaged one, the best of a run without validation: a sentence each."""
+    harmed = shutil.copytree(run / "checkpoints/step_000001", tmp_path / "harmed")
+    (tmp_path / "harmed/state.json").write_text("{}")
+    for of, checkpoint, says in (
+        (None, None, "nothing to export; give --run"),
+        (None, "latest", "latest is no checkpoint: it has no manifest.json"),
+        (None, str(run), "is no checkpoint: it has no manifest.json"),
+        (None, str(harmed), "harmed is damaged: state.json differs"),
+        (str(run), "best", "has no best checkpoint"),
+    ):
+        with pytest.raises(UserError, match=says):
+            export_run(of, "peft", str(tmp_path / "out"), checkpoint)
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_is_overwritten(run: Path, tmp_path: Path) -> None:
     """A file, or a folder with anything in it, stays as it is; an empty folder is taken."""
     (tmp_path / "full").mkdir()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 from torch.utils.data import DataLoader, Dataset
 
 from toolkit.data.clips import CachedClip, Clip, ClipSettings, load_cached, load_clip
@@ -155,7 +156,7 @@ def make_loader(
         num_workers=workers,
         prefetch_factor=PREFETCH,
         collate_fn=_as_is,
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=_follow_main_process,
         # torch seeds its workers from here; without one it would draw from, and so disturb, the global generator.
         generator=torch.Generator(),
     )
@@ -202,8 +203,13 @@ def naming_dead_workers() -> Iterator[None]:
 _DEATH = "DataLoader worker"  # how torch's sentence begins
 
 
-def _outlive_signals(worker: int) -> None:
-    """Leave signals to the main process: sent to the whole group, they would take the batches that it needs to finish."""
+def _follow_main_process(worker: int) -> None:
+    """Leave signals to the main process: sent to the whole group, they would take the batches that it needs to finish.
+
+    And die with it: stuck in a read, a worker would hold its connections and the run folder's lock, so that the other ranks
+    wait, and a new start is refused.
+    """
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 

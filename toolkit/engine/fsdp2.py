@@ -34,14 +34,14 @@ class Fsdp2Engine:
         parameters   named as in the model; the model holds others in their places from here on
         shard_ranks  ranks that share one copy of the state, which must divide the world: several copies are HSDP; None: all
         """
-        self.model, self.accumulation, self.max_grad_norm = model, accumulation, adam.max_grad_norm
+        self.accumulation, self.max_grad_norm = accumulation, adam.max_grad_norm
         self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self.device = next(iter(parameters.values())).device
         self.shards = shard_ranks or dist.get_world_size()
         copies = dist.get_world_size() // self.shards
         mesh = init_device_mesh(self.device.type, (copies, self.shards), mesh_dim_names=("copy", "shard"))
         frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
-        fully_shard(
+        self.model = fully_shard(
             model, mesh=mesh if copies > 1 else mesh["shard"], reshard_after_forward=False, ignored_params=frozen
         )
         self.group, self.shard = mesh.get_group("shard"), mesh.get_local_rank("shard")
@@ -118,4 +118,4 @@ class Fsdp2Engine:
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part, in the same memory."""
     assert isinstance(tensor, DTensor)
-    return tensor.detach().to_local()
+    return tensor.to_local().detach()

@@ -6,7 +6,6 @@ compute runs in bf16 under autocast, so DeepSpeed's own bf16 mode, which would a
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import warnings
@@ -51,22 +50,20 @@ class ZeroEngine:
             config=_complete(settings, sum(p.numel() for p in parameters.values()), adam, accumulation, micro_batch),
         )
         self._set_updates(0)
-        self._reduction = contextlib.ExitStack()
-        self._micro_steps = 0
 
     def backward(self, loss: Tensor) -> None:
-        if self._micro_steps == 0:
-            # gradients stay local until the stack closes, then one reduction serves all micro-batches
-            self._reduction.enter_context(self.engine.coalesce_grad_reduction())
-        self._micro_steps += 1
+        # Gradients stay local until the step, where one reduction serves all micro-batches. This is what entering
+        # coalesce_grad_reduction() does; left open by an error, it would reduce at the exit, where no other rank may answer.
+        self.optimizer._coalesce_grad_reduction = self.engine.inside_no_sync_ctxt = True
         self.engine.backward(loss)
 
     def step(self, lr: float, skip: bool = False) -> float:
         if skip:
             # DeepSpeed's own way out of a step is a norm that is not finite: it drops all gradients and changes nothing
             next(p.grad for p in self.parameters.values() if p.grad is not None).fill_(math.nan)
-        self._reduction.close()
-        self._micro_steps = 0
+        self.engine.inside_no_sync_ctxt = False
+        with self.engine.coalesce_grad_reduction():
+            pass
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.set_gradient_accumulation_boundary(True)
@@ -92,7 +89,6 @@ class ZeroEngine:
                 parameter.data.copy_(state[name]["master"])
 
     def close(self) -> None:
-        self._reduction.close()
         self.engine.destroy()
 
     # What follows reads DeepSpeed's internals, and is why the lock file pins its version.
@@ -125,7 +121,7 @@ class ZeroEngine:
                 values = flat.detach() if key == "master" else self._adam[flat][key]
                 yield Piece(name, start, values[begin : begin + length])
 
-    def _places(self, parameter: nn.Parameter) -> Iterator[tuple[int, int, int, int]]:
+    def _places(self, parameter: Any) -> Iterator[tuple[int, int, int, int]]:
         """Where this rank keeps its part of a parameter: group, place in its flat tensor, place in the parameter, length."""
         if self.stage == 3:
             group, begin, length = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 
 from toolkit.config import CheckpointConfig, LoraConfig
 from toolkit.engine.plain import State
@@ -26,7 +27,7 @@ from toolkit.run.writer import CheckpointWriter
 INTERVAL = 100
 
 
-def bench_checkpoint(lora_rank: int = 64, rounds: int = 7) -> dict[str, Any]:
+def bench_checkpoint(lora_rank: PositiveInt = 64, rounds: PositiveInt = 7) -> dict[str, Any]:
     """Save and resume both ways in turns, `rounds` times, on two ranks, with the engine that runs by default.
 
     returns  {trainable, step_s, interval, ours, deepspeed}. step_s is that of the adapter alone, the shortest a step can be.

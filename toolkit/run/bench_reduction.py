@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import PositiveInt
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,7 +29,7 @@ KINDS = {"allreduce": "all_reduce", "allgather": "all_gather", "reducescatter": 
 RING_SENDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "reduce": 1, "broadcast": 1, "barrier": 0}
 
 
-def bench_reduction(ranks: int = 2, lora_rank: int = 64, rounds: int = 7) -> dict[str, Any]:
+def bench_reduction(ranks: PositiveInt = 2, lora_rank: PositiveInt = 64, rounds: PositiveInt = 7) -> dict[str, Any]:
     """Compare the engines on the same micro-batches, ACCUMULATION to a step.
 
     returns  {ranks, accumulation, trainable, engines: {engine: {collectives, small, calls: {kind: [calls, MB]}, sent_mb,

@@ -27,8 +27,9 @@ from toolkit.run.job import check_clips, check_engine, total_steps
 def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
     """Count what a recipe trains, and how its batches fall on the ranks.
 
-    returns  {base_params, lora_modules, lora_params, dead_modules, extra_params, adapter_mb_fp32, accumulation, clips,
-             optimizer_steps, notes}; clips and optimizer_steps are None where the shards are not on this machine
+    returns  {name, base_params, lora_modules, lora_params, dead_modules, extra_params, adapter_mb_fp32, engine,
+             global_batch, micro_batch, ranks, accumulation, possible_ranks, clips, optimizer_steps, notes}; clips and
+             optimizer_steps are None where the shards are not on this machine
     raises   UserError for what a run of so many ranks would refuse about its engine, batch, data, objective, and weights
              where they are on this machine
     """
@@ -65,8 +66,12 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
         "dead_modules": len(dead),
         "extra_params": trainable - lora_params,
         "adapter_mb_fp32": round(trainable * 4 / 1e6, 1),
+        "engine": config.engine.kind,
+        "global_batch": config.engine.global_batch,
+        "micro_batch": config.engine.micro_batch,
         "ranks": ranks,
         "accumulation": per_rank,
+        "possible_ranks": list_ranks(config),
         "clips": None,
         "optimizer_steps": config.schedule.steps,
         "notes": [],
@@ -88,6 +93,14 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
             "conditioning of a last still: train these too with lora.extra_trainable [conv_in,mask_token]"
         )
     return report
+
+
+def list_ranks(config: RunConfig) -> list[int]:
+    """Numbers of ranks that a run can have, and be resumed with: those that share its global batch out evenly."""
+    engine = config.engine
+    most = engine.global_batch // engine.micro_batch
+    fitting = (ranks for ranks in range(1, most + 1) if most % ranks == 0 and ranks % (engine.shard_ranks or 1) == 0)
+    return [1] if engine.kind == "plain" else list(fitting)
 
 
 def find_dead(modules: list[str], config: RunConfig) -> list[str]:

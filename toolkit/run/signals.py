@@ -33,8 +33,12 @@ class Requests:
     def __init__(self) -> None:
         self._signalled = False
         self._pid = os.getpid()
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def close(self) -> None:
+        """Leave the signals to whoever had them before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True

@@ -51,7 +51,8 @@ def train(config: RunConfig, fresh: bool = False, allow_change: bool = False) ->
     job.engine.close()
     world.close()
     if yields:
-        raise SystemExit(REQUEUE)
+        raise SystemExit(REQUEUE)  # deaf to signals, lest a launcher's, who ends what is left, spoil the code
+    requests.close()
     return config.folder
 
 

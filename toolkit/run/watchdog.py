@@ -25,7 +25,9 @@ HANG = 70  # EX_SOFTWARE, the exit code of a run that hung
 _PLACES = ("at ", "outside ")  # how the line of a report begins that says where its rank waits
 _ROOT = Path(__file__).resolve().parents[2]
 _PATIENCE_S = 3.0  # for the reports of the other ranks
-_BACKSTOP_S = 9.0  # after the timeout; ends a process in which no Python thread can run
+# After the timeout: the stacks of a process in which no Python thread can run. They do not end it, since after a pause by
+# Ctrl-Z this clock, too, has run out; its launcher does, when the other ranks have gone.
+_BACKSTOP_S = 9.0
 
 
 class Watchdog:
@@ -51,7 +53,7 @@ class Watchdog:
     def beat(self) -> None:
         """Tell that the run goes on."""
         self._beat_s = time.monotonic()
-        faulthandler.dump_traceback_later(self.timeout_s + _BACKSTOP_S, file=self._file, exit=True)
+        faulthandler.dump_traceback_later(self.timeout_s + _BACKSTOP_S, file=self._file)
 
     def __enter__(self) -> Watchdog:
         return self
@@ -100,12 +102,11 @@ class Watchdog:
 
     def _others(self) -> dict[int, str]:
         """Where the other ranks that gave up in this start of the run were waiting."""
-        places = {}
+        places: dict[int, str] = {}
         for rank in set(range(self.size)) - {self.rank}:
-            with contextlib.suppress(OSError, ValueError):
-                _, place, *_ = self._report(rank).read_text().splitlines()
-                if place.startswith(_PLACES):
-                    places[rank] = place
+            with contextlib.suppress(OSError):
+                lines = self._report(rank).read_text().splitlines()
+                places.update((rank, line) for line in lines if line.startswith(_PLACES))
         return places
 
     def _wake(self, rank: int) -> None:

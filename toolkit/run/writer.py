@@ -52,15 +52,6 @@ class CheckpointWriter:
         """Let a write under way end."""
         self._thread.shutdown()
 
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        """Wait at the end of a run; on its way out with an error, close only, so as not to hide that one."""
-        self.close()
-        if kind is None:
-            self.wait()
-
     def _save(self, step: int, *parts: Any) -> None:
         try:
             tensors, unet, state, about, score = parts
@@ -70,5 +61,5 @@ class CheckpointWriter:
             whole = [folder.name for folder in list_checkpoints(self.run)]
             rest = f"the newest whole one is {whole[-1]}" if whole else "there is none before it"
             message = f"saving the checkpoint of step {step} failed: {in_one_line(error)}; {rest}"
-            print(f"{message}; training goes on", file=sys.stderr, flush=True)
+            print(message, file=sys.stderr, flush=True)
             raise UserError(message) from None

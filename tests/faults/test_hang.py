@@ -1,0 +1,94 @@
+"""A run that hangs ends itself and says which rank waits where. Run: pytest tests/faults/test_hang.py
+
+T15; `make faults` runs the long form.
+"""
+
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.faults.forked import Warm, Wound, goes_on, same_run, wait_for_steps
+from toolkit.run.watchdog import HANG
+
+TIMEOUT_S = 5.0
+AT_REDUCTION = r"at toolkit/engine/(world|zero)\.py:\d+, .*"  # where it meets the others
+IN_LOADER = r"at toolkit/data/loader\.py:\d+, .*"
+WORKER = "data.loader:load_clip"
+
+
+def stick(rank: int, place: str, call: int, seconds: float | None) -> Wound:
+    return "stick", {"victims": [rank], "place": place, "call": call, "seconds": seconds}
+
+
+# data.workers; the harm, or the rank that is stopped; its rank, and where that says it waits
+CASES: dict[str, tuple[int, Wound | None, int, str]] = {
+    "rank 1 stopped": (0, None, 1, r"(at|outside) .*"),
+    "a worker in a deadlock": (1, stick(1, WORKER, 5, None), 1, IN_LOADER),
+    "rank 0 stopped": (0, None, 0, r"(at|outside) .*"),
+    "a read of 60 s": (0, stick(0, WORKER, 4, 60), 0, IN_LOADER),
+    "a worker in a read of 60 s": (2, stick(0, WORKER, 3, 60), 0, IN_LOADER),
+    "a rank in a deadlock": (
+        0,
+        stick(1, "engine.zero:ZeroEngine.step", 4, None),
+        1,
+        r"at toolkit/run/trainer\.py:\d+, .*",
+    ),
+}
+
+
+def test_t15_hang(faults: Any, forked: Warm, small_run: dict[str, Any], undisturbed: Path) -> None:
+    """A stopped rank, a deadlock, a read that does not end: all ranks exit in time, with the stacks of all written.
+
+    The message says where each rank waits, and the same command again goes on exactly.
+    """
+    names = [*CASES][: faults.choose(short=2, long=6)]
+    faults.begin("T15 hang", len(names))
+    passed = 0
+    for number, name in enumerate(names):
+        workers, wound, victim, place = CASES[name]
+        overrides = small_run | {"name": f"t15_{number}", "data.workers": workers, "engine.hang_timeout_s": TIMEOUT_S}
+        run = undisturbed.with_name(overrides["name"])
+        trial = forked.start(overrides, wounds=[wound] if wound else [])
+        if wound is None:
+            wait_for_steps(run, 3)
+            trial.signal(signal.SIGSTOP, victim)
+        codes = trial.wait()
+        ended_s = max((trial.folder / f"code.{rank}").stat().st_mtime for rank in (0, 1))
+        late_s = ended_s - (run / "log.jsonl").stat().st_mtime - TIMEOUT_S
+        said = trial.stderr()
+        good = codes == [HANG, HANG] and late_s <= 10 and said.count(f"no step for {TIMEOUT_S:g} s") == 1
+        good &= re.search(rf"rank {1 - victim} waits {AT_REDUCTION}|rank 0, 1 waits", said) is not None
+        good &= re.search(rf"rank ({victim}|0, 1) waits {place}", said) is not None
+        stacks = [(run / f"stacks/rank_0000{rank}.txt").read_text() for rank in (0, 1)]
+        good &= all(
+            "trainer.py" in text and "MainThread" in text or "most recent call first" in text for text in stacks
+        )
+        if workers:
+            good &= "load_clip" in stacks[victim].partition("loader worker")[2] or "strike" in stacks[victim]
+        print(f"{name}: {codes}, {late_s:.1f} s after the timeout, {said}", *stacks, sep="\n")
+        passed += good and goes_on(forked, overrides | {"engine.hang_timeout_s": 600}, undisturbed)
+    faults.end(passed)
+
+
+def test_t15_a_pause_is_no_hang(faults: Any, forked: Warm, small_run: dict[str, Any], undisturbed: Path) -> None:
+    """Ctrl-Z, and fg after longer than the timeout, in the long form also all its grace: the run goes on, bit by bit."""
+    trials, passed = faults.choose(short=1, long=3), 0
+    faults.begin("T15 Ctrl-Z and fg", trials)
+    for trial in range(trials):
+        overrides = small_run | {
+            "name": f"t15_pause_{trial}",
+            "data.workers": trial % 2,
+            "engine.hang_timeout_s": TIMEOUT_S,
+        }
+        run = undisturbed.with_name(overrides["name"])
+        started = forked.start(overrides)
+        wait_for_steps(run, 2 + trial)
+        started.signal(signal.SIGSTOP)
+        time.sleep(TIMEOUT_S + (12 if faults.long else 3))
+        started.signal(signal.SIGCONT)
+        codes = started.wait()
+        print(codes, started.stderr())
+        passed += codes == [0, 0] and same_run(run, undisturbed)
+    faults.end(passed)

@@ -1,0 +1,116 @@
+"""The loss on held-out clips watches a run and does not touch it. Run: pytest tests/run/test_validate.py"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launching import adapter_bytes, launch, read_numbers, train_here
+from toolkit.data.index import open_shards
+from toolkit.errors import UserError
+from toolkit.run.cache import cache_shards
+from toolkit.run.checkpoint import best_checkpoint, list_checkpoints
+
+EVERY = {"validation.every_steps": 1, "validation.clips": 2}
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Overrides of six steps in fp32 in this process, too fast a rate for the loss to fall throughout."""
+    return tiny_run | {
+        "engine.kind": "plain", "engine.precision": "fp32", "engine.global_batch": 2, "schedule.steps": 6,
+        "model.gradient_checkpointing": False, "optimizer.lr": 0.3, "checkpoint.keep": 2, "checkpoint.every_steps": 1,
+        "runs_dir": str(tmp_path_factory.mktemp("validated")),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def validated(plain: dict[str, Any]) -> Path:
+    """The folder of that run, validated after every step; read only."""
+    return train_here(plain | EVERY | {"name": "validated"})
+
+
+def read_best(run: Path) -> tuple[int, float]:
+    best = json.loads((run / "BEST").read_text())
+    return best["step"], best["score"]
+
+
+def test_training_is_the_same_without_it(plain: dict[str, Any], validated: Path) -> None:
+    """Losses, norms and the adapter are those of a run that never looked at the held-out clips, to the bit."""
+    run = train_here(plain | {"name": "alone"})
+    assert read_numbers(run) == read_numbers(validated)
+    assert adapter_bytes(run, 6) == adapter_bytes(validated, 6)
+
+
+def test_it_is_taken_when_due(plain: dict[str, Any], validated: Path) -> None:
+    """Every so many steps and at the end, with the value that a run which takes it at every step has there."""
+    run = train_here(plain | EVERY | {"name": "rarely", "validation.every_steps": 4})
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    wanted = dict(read_numbers(validated, "step", "validation_loss"))
+    assert {row["step"]: row.get("validation_loss") for row in rows if "validation_loss" in row} == {
+        step: wanted[step] for step in (4, 6)
+    }
+
+
+def test_best_names_the_lowest_and_is_kept(validated: Path) -> None:
+    """BEST is the step of the lowest loss, and its checkpoint stays beside the newest two."""
+    losses = dict(read_numbers(validated, "step", "validation_loss"))
+    best = min(losses, key=losses.__getitem__)
+    print(losses)
+    assert read_best(validated) == (best, losses[best])
+    assert best < 5, "a run whose newest checkpoints are its best shows nothing"
+    assert [folder.name for folder in list_checkpoints(validated)] == [f"step_{n:06d}" for n in (best, 5, 6)]
+    assert best_checkpoint(validated).name == f"step_{best:06d}"
+
+
+def test_a_resumed_run_keeps_its_best(plain: dict[str, Any], validated: Path, tmp_path: Path) -> None:
+    """Thrown back to the best checkpoint and resumed: the same losses, the same best, not the lowest since the resume."""
+    run = Path(shutil.copytree(validated, tmp_path / "validated"))
+    for folder in list_checkpoints(run)[1:]:
+        shutil.rmtree(folder)
+    (run / "LATEST").write_text(list_checkpoints(run)[0].name + "\n")
+    train_here(plain | EVERY | {"name": "validated", "runs_dir": str(tmp_path)})
+    assert read_numbers(run, "step", "loss", "validation_loss") == read_numbers(
+        validated, "step", "loss", "validation_loss"
+    )
+    assert read_best(run) == read_best(validated) and best_checkpoint(run).is_dir()
+
+
+def test_cached_clips_give_the_same_figure(
+    plain: dict[str, Any], validated: Path, tiny_shards: Path, trainable_base: Path, tmp_path: Path
+) -> None:
+    """Held-out clips as cached latents are scored as their videos are, to fp32 rounding."""
+    cache_shards(str(tiny_shards), str(trainable_base), str(tmp_path / "cached"), precision="fp32", height=32, width=32)
+    run = train_here(plain | EVERY | {"name": "cached", "data.shards": str(tmp_path / "cached"), "schedule.steps": 2})
+    found, wanted = (read_numbers(folder, "validation_loss")[0][0] for folder in (run, validated))
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("clips", [1, 2])
+def test_ranks_share_the_clips_out(plain: dict[str, Any], clips: int) -> None:
+    """Two ranks find the figure of one, also where one of them has no clip left to score."""
+    overrides = plain | EVERY | {"validation.clips": clips, "schedule.steps": 2, "optimizer.lr": 0.01}
+    one = train_here(overrides | {"name": f"one_{clips}"})
+    done = launch("torchrun", 2, overrides | {"name": f"two_{clips}", "engine.kind": "fsdp2"})
+    assert done.returncode == 0, done.stderr
+    found, wanted = (read_numbers(run, "validation_loss") for run in (one.with_name(f"two_{clips}"), one))
+    assert [loss for (loss,) in found] == pytest.approx([loss for (loss,) in wanted], rel=1e-6)
+
+
+def test_no_held_out_clips_are_told_before_the_weights_are_read(
+    plain: dict[str, Any], tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards without a validation split are refused at the start, and only where they are asked for."""
+    monkeypatch.setattr("toolkit.run.job.load_base", lambda *_: 1 / 0)
+    shards = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
+    assert len(open_shards(shards, "val")) == 2
+    for path in shards.glob("val-*"):
+        path.unlink()
+    with pytest.raises(UserError, match="val"):
+        train_here(plain | EVERY | {"name": "none", "data.shards": str(shards)})
+    assert not (Path(plain["runs_dir"]) / "none").exists()
+    with pytest.raises(ZeroDivisionError):
+        train_here(plain | {"name": "none", "data.shards": str(shards)})
