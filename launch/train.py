@@ -5,7 +5,9 @@ from typing import Any
 from toolkit.cli import main
 
 
-def train(config: str, fresh: bool = False, allow_change: bool = False, local_rank: int | None = None, **overrides: Any) -> None:
+def train(
+    config: str, fresh: bool = False, allow_change: bool = False, local_rank: int | None = None, **overrides: Any
+) -> None:
     """Train a LoRA; the same command again resumes.
 
     config        a recipe, or config.yaml of a run folder
@@ -14,12 +16,15 @@ def train(config: str, fresh: bool = False, allow_change: bool = False, local_ra
     local_rank    given by DeepSpeed's launcher; the environment says the same
     overrides     any field of the recipe by its dotted name: --lora.rank 32
     """
+    from toolkit.run.signals import Requests
+
+    requests = Requests()  # before the imports, which take seconds
     from toolkit.config import load_config
 
     resolved = load_config(config, overrides)
     from toolkit.run.trainer import train as run
 
-    run(resolved, fresh, allow_change)
+    run(resolved, fresh, allow_change, requests)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted((ROOT / "toolkit").rglob("*.py"))
-SCRIPTS = sorted([*(ROOT / "launch").glob("*.py"), *(ROOT / "shards").glob("*.py")])
+SCRIPTS = sorted([*(ROOT / "launch").rglob("*.py"), *(ROOT / "shards").glob("*.py")])
 SEPARATE = ("data", "model", "diffusion", "engine")  # packages that do not import one another
 SHARED = ("rng", "errors", "config")  # modules that all of them may import
 

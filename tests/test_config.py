@@ -368,7 +368,11 @@ def test_unreadable_deepspeed_file_is_a_sentence(tmp_path: Path) -> None:
             "is {'device': 'nvme'}, but .* to cpu only",
         ),
         ("zero2_offload", {"stage": 2, "offload_optimizer": "cpu"}, 'is cpu, but .*; set {"device": "cpu"}'),
-        ("zero3", {"stage": 3, "offload_param": {"device": "nvme"}}, "sets offload_param, but .*allowed in zero_optimization"),
+        (
+            "zero3",
+            {"stage": 3, "offload_param": {"device": "nvme"}},
+            "sets offload_param, but .*allowed in zero_optimization",
+        ),
     ],
 )
 def test_deepspeed_file_must_be_of_the_engine(tmp_path: Path, kind: str, zero: dict[str, Any], message: str) -> None:

@@ -17,9 +17,9 @@ def test_two_ranks_agree_on_an_older_checkpoint(
     forked: Warm, small_run: dict[str, Any], undisturbed: Path, tmp_path: Path
 ) -> None:
     """With the newest checkpoint torn, both ranks go on from the one before, and end where the whole run ended."""
-    run = Path(shutil.copytree(undisturbed, tmp_path / "torn"))
+    run = Path(shutil.copytree(undisturbed, tmp_path / undisturbed.name))
     truncate(run / "checkpoints/step_000008/optimizer.safetensors")
-    trial = forked.run(small_run | {"name": "torn", "runs_dir": str(tmp_path)})
+    trial = forked.run(small_run | {"name": undisturbed.name, "runs_dir": str(tmp_path)})
     assert "resuming after step 6" in trial.stdout() and trial.stderr().count("step_000008 is damaged") == 1
     assert same_run(run, undisturbed)
 

@@ -29,15 +29,16 @@ from toolkit.run.watchdog import Watchdog
 DEBUG_PICTURE = "samples/batch.png"
 
 
-def train(config: RunConfig, fresh: bool = False, allow_change: bool = False) -> Path:
+def train(config: RunConfig, fresh: bool = False, allow_change: bool = False, requests: Requests | None = None) -> Path:
     """Train a recipe's LoRA to the end, resuming where an earlier start of it stopped.
 
     fresh         start anew, and keep the old run folder aside
     allow_change  go on although the data or the recipe are not those that the run was begun with
+    requests      what has noted signals since before this call
     returns       the run folder
     raises        SystemExit(REQUEUE) where a signal asked for the end: all is saved, to be started again
     """
-    requests = Requests()  # first: a signal that comes while all is loaded is obeyed too
+    requests = requests or Requests()  # first: a signal that comes while all is loaded is obeyed too
     world = init_world()
     with naming_lost_ranks(world):
         job = build_job(config, world, fresh, allow_change)
