@@ -4,7 +4,6 @@ Where it is missing and apt-get works it is installed; else the tests skip with 
 """
 
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.packages import require, search_path
 from tests.launching import free_port
 
 PACKAGES = ("slurm-wlm", "munge")
@@ -92,31 +92,9 @@ def wait_until(ready: Callable[[], object], timeout_s: float, why: Callable[[], 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    missing = find_missing()
-    if missing and os.geteuid() == 0 and shutil.which("apt-get"):
-        install()
-        missing = find_missing()
-    if missing:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
-            f"no SLURM here ({', '.join(missing)} missing); as root: apt-get install {' '.join(PACKAGES)}"
-        )
+    require(PROGRAMS, PACKAGES)
     with ExitStack() as stack:
         yield start_cluster(tmp_path_factory.mktemp("slurm"), stack)
-
-
-def find_missing() -> list[str]:
-    return [name for name in PROGRAMS if not shutil.which(name, path=search_path())]
-
-
-def search_path() -> str:
-    """Debian keeps the daemons where an ordinary user's PATH does not look."""
-    return f"{os.environ['PATH']}:/usr/sbin"
-
-
-def install() -> None:
-    quiet = {"env": os.environ | {"DEBIAN_FRONTEND": "noninteractive"}, "capture_output": True}
-    subprocess.run(["apt-get", "update", "-qq"], **quiet)
-    subprocess.run(["apt-get", "install", "-qq", "--no-install-recommends", *PACKAGES], **quiet)
 
 
 def start_cluster(folder: Path, stack: ExitStack) -> Cluster:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.cluster.packages import do_without, require
 from tests.launching import ROOT, kill_tree, read_numbers, start, train_command
 
 NETWORK = "10.177.0"
@@ -53,17 +54,6 @@ class Host:
         return int(subprocess.run(self.command("cat", counter), capture_output=True, check=True).stdout)
 
 
-def find_missing(programs: Sequence[str]) -> list[str]:
-    return [name for name in programs if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
-
-
-def skip_without(missing: list[str]) -> None:
-    if missing:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(
-            f"no two hosts here without {', '.join(missing)}"
-        )
-
-
 def write_hostfile(folder: Path, hosts: Sequence[Host]) -> Path:
     (folder / "hostfile").write_text("".join(f"{host.name} slots=1\n" for host in hosts))
     return folder / "hostfile"
@@ -76,7 +66,9 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Host]]:
-    skip_without(find_missing(("ip", "unshare")) + ["root"] * (os.geteuid() != 0))
+    if os.geteuid() != 0:
+        do_without("only root can make network namespaces")
+    require(("ip", "unshare"), ("iproute2", "util-linux"))
     pair = tuple(Host(f"fr{side}{os.getpid()}", f"{NETWORK}.{i}") for i, side in enumerate("ab", 1))
     with ExitStack() as stack:
         for host in pair:
@@ -98,11 +90,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Host
 @pytest.fixture(scope="module")
 def ssh_hosts(hosts: tuple[Host, Host], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Host, Host]]:
     """The two hosts, each with an /etc/ssh of its own and an sshd that lets root of either in by one key."""
-    if find_missing(SSH_PROGRAMS) and shutil.which("apt-get"):
-        quiet = {"env": os.environ | {"DEBIAN_FRONTEND": "noninteractive"}, "capture_output": True}
-        subprocess.run(["apt-get", "update", "-qq"], **quiet)
-        subprocess.run(["apt-get", "install", "-qq", "--no-install-recommends", *SSH_PACKAGES], **quiet)
-    skip_without(find_missing(SSH_PROGRAMS))
+    require(SSH_PROGRAMS, SSH_PACKAGES)
     key = tmp_path_factory.mktemp("ssh") / "id"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
     Path("/run/sshd").mkdir(exist_ok=True)
