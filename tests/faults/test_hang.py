@@ -41,7 +41,7 @@ CASES: dict[str, tuple[int, Wound | None, int, str]] = {
 def test_t15_hang(faults: Any, forked: Warm, small_run: dict[str, Any], undisturbed: Path) -> None:
     """A stopped rank, a deadlock, a read that does not end: all ranks exit in time, with the stacks of all written.
 
-    The message says where each rank waits, and the same command again goes on exactly.
+    The message says where each rank waits. In the long form the same command is given again, and goes on exactly.
     """
     names = [*CASES][: faults.choose(short=2, long=6)]
     faults.begin("T15 hang", len(names))
@@ -68,7 +68,7 @@ def test_t15_hang(faults: Any, forked: Warm, small_run: dict[str, Any], undistur
         if workers:
             good &= "load_clip" in stacks[victim].partition("loader worker")[2] or "strike" in stacks[victim]
         print(f"{name}: {codes}, {late_s:.1f} s after the timeout, {said}", *stacks, sep="\n")
-        passed += good and goes_on(forked, overrides | {"engine.hang_timeout_s": 600}, undisturbed)
+        passed += good and (not faults.long or goes_on(forked, overrides | {"engine.hang_timeout_s": 600}, undisturbed))
     faults.end(passed)
 
 

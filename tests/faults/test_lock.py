@@ -39,7 +39,7 @@ def half_written_config(run: Path, shards: Path) -> None:
 
 
 def half_written_checkpoint(run: Path, shards: Path) -> None:
-    for name in ("step_000006.tmp", "step_000002.old"):
+    for name in ("step_000099.tmp", "step_000002.old"):
         (run / "checkpoints" / name).mkdir()
         (run / "checkpoints" / name / "optimizer.safetensors").write_bytes(secrets.token_bytes(1000))
     (run / "LATEST.tmp").write_text("step_")

@@ -38,7 +38,7 @@ def test_t9_one_step(faults: Any, forked: Warm, small_run: dict[str, Any], undis
 
     The steps around it change them. The count stands in the log and in TensorBoard.
     """
-    names = [*CASES][: faults.choose(short=2, long=6)]
+    names = [*CASES][: faults.choose(short=3, long=6)]
     faults.begin("T9 not finite, one step", len(names))
     keys = [key for _, row in read_trace(f"{undisturbed}.ids") for key in row]
     passed = 0
@@ -95,7 +95,7 @@ def test_t9_resume_across_a_skip(faults: Any, forked: Warm, small_run: dict[str,
 def test_t9_too_many_in_a_row(faults: Any, forked: Warm, small_run: dict[str, Any], undisturbed: Path) -> None:
     """K broken steps in a row end all ranks in one sentence that names the clips; with a good one between, none ends.
 
-    The same command again goes on to say the same, and what is saved is finite.
+    The same command again ends the same way, and what is saved is finite.
     """
     faults.begin("T9 too many in a row", 3)
     keys = [key for _, row in read_trace(f"{undisturbed}.ids") for key in row]

@@ -67,7 +67,7 @@ def test_t1_kill_of_a_launch(faults: Any, small_run: dict[str, Any], undisturbed
 
 def test_t2_resumes_within_an_epoch(faults: Any, forked: Warm, small_run: dict[str, Any], undisturbed: Path) -> None:
     """Two and three resumes in one epoch of five steps, and one exactly at its end: nothing skipped, nothing twice."""
-    cases = [(5, [7]), (1, [2, 2]), (1, [2, 2, 2])][: faults.choose(short=2, long=3)]
+    cases = [(5, [7]), (1, [2, 2]), (1, [2, 2, 2])][: faults.choose(short=1, long=3)]
     faults.begin("T2 resumes within an epoch", len(cases))
     passed = 0
     for number, (every, calls) in enumerate(cases):
@@ -116,16 +116,17 @@ def test_t8_other_ranks(faults: Any, forked: Warm, small_run: dict[str, Any], un
 
 
 def test_t21_log_continuity(faults: Any, forked: Warm, small_run: dict[str, Any], undisturbed: Path) -> None:
-    """Killed twice beyond a checkpoint: log.jsonl and TensorBoard show every step once, in order, with one value."""
+    """Killed beyond a checkpoint, and again: log.jsonl and TensorBoard show every step once, in order, with one value."""
     trials, passed = faults.choose(short=1, long=5), 0
     faults.begin("T21 log continuity", trials)
     for trial in range(trials):
         overrides = small_run | {"name": f"t21_{trial}", "checkpoint.every_steps": 3}
         run = undisturbed.with_name(overrides["name"])
-        for steps in (4 + trial % 2, 7):
+        kills = (4 + trial % 2, 7)[: faults.choose(short=1, long=2)]
+        for steps in kills:
             kill_after(forked.start(overrides), run, steps, 0)
         forked.run(overrides)
-        good = len(list((run / "tb").iterdir())) == 3 and same_run(run, undisturbed)
+        good = len(list((run / "tb").iterdir())) == 1 + len(kills) and same_run(run, undisturbed)
         for tag, key in {"loss/train": "loss", "optimizer/grad_norm": "grad_norm"}.items():
             points = [(step, pytest.approx(value, rel=1e-6)) for step, value in read_scalars(run, tag)]
             good &= read_numbers(run, "step", key) == points

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from toolkit.config import RunConfig
 from toolkit.data.loader import Batch
-from toolkit.engine.plain import AdamSettings, PlainEngine
+from toolkit.engine.plain import PlainEngine
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
 from toolkit.model.attention import choose_attention, set_attention
@@ -26,7 +26,7 @@ from toolkit.model.tiny import SCHEDULER
 from toolkit.model.unet import SVD_CONFIG, FramerUNet
 from toolkit.rng import rng
 from toolkit.run.framer import Framer, Sampling, to_signed
-from toolkit.run.job import prepare_unet
+from toolkit.run.job import adam_settings, prepare_unet
 from toolkit.run.monitor import peak_memory_gib
 
 # stabilityai/stable-video-diffusion-img2vid-xt, vae/config.json and image_encoder/config.json
@@ -54,7 +54,7 @@ def bench_full(config: RunConfig) -> dict[str, Any]:
     kernels = list_kernels(config, world.device)
     parameters = prepare_unet(base, config, kernels[0])
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    adam = AdamSettings(**config.optimizer.model_dump(exclude={"lr"}))
+    adam = adam_settings(config)
     batch = make_random_batch(config)
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",

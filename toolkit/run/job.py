@@ -143,12 +143,17 @@ def make_engine(
 ) -> Engine:
     """Give the trainable parameters of a network to the recipe's engine; per_rank: micro-batches per optimizer step."""
     engine = config.engine
-    adam = AdamSettings(**config.optimizer.model_dump(include={f.name for f in fields(AdamSettings)}))
+    adam = adam_settings(config)
     if engine.kind == "plain":
         return PlainEngine(parameters, adam, per_rank)
     if engine.kind == "fsdp2":
         return Fsdp2Engine(unet, parameters, adam, per_rank, engine.shard_ranks)
     return ZeroEngine(unet, parameters, adam, per_rank, engine.micro_batch, load_deepspeed_json(engine))
+
+
+def adam_settings(config: RunConfig) -> AdamSettings:
+    """What a recipe says of AdamW beside the learning rate."""
+    return AdamSettings(**config.optimizer.model_dump(include={field.name for field in fields(AdamSettings)}))
 
 
 def check_clips(config: RunConfig, index: DatasetIndex) -> None:
