@@ -1,5 +1,6 @@
 """Train a recipe: deepspeed launch/train.py --config launch/recipes/tiny_cpu.yaml [--any.field value] [--fresh]."""
 
+import sys
 from typing import Any
 
 from toolkit.cli import main
@@ -16,9 +17,10 @@ def train(
     local_rank    given by DeepSpeed's launcher; the environment says the same
     overrides     any field of the recipe by its dotted name: --lora.rank 32
     """
-    from toolkit.run.signals import Requests
+    from toolkit.run.signals import Console, Requests
 
     requests = Requests()  # before the imports, which take seconds
+    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
     from toolkit.config import load_config
 
     resolved = load_config(config, overrides)

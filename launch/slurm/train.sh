@@ -11,10 +11,14 @@ PYTHONPATH=$CODE
 OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
 export MASTER_ADDR MASTER_PORT PYTHONPATH OMP_NUM_THREADS
 
+# --allow_change is for the first start: from then on what the run saves is of the new recipe and data. Where that start
+# saved nothing, submit again by hand.
+[ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || set --
+
 rm -f "$RUN/requeue"
 say "start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST, which meet at $MASTER_ADDR:$MASTER_PORT"
 srun --export=ALL --kill-on-bad-exit=1 --distribution=block --cpus-per-task="$SLURM_CPUS_PER_TASK" \
-    "$PYTHON" "$CODE/launch/train.py" --config "$RUN/config.yaml" "$@"
+    "$PYTHON" "$CODE/launch/train.py" --config "$RUN/slurm/config.yaml" "$@"
 code=$?
 
 # The first rank that exits ends the others, so srun may tell of their end instead of the 75.

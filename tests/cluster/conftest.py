@@ -1,6 +1,6 @@
 """A real SLURM of two nodes on this machine, on ports and with keys of its own. Run: pytest tests/cluster/test_slurm.py
 
-Where it is missing and apt-get works it is installed; else the tests skip with the reason, and in CI (CI=true) they fail.
+Where it is missing the tests skip with the reason; in CI (CI=true) it is installed, and they fail where that fails.
 """
 
 import os

@@ -16,18 +16,18 @@ from tests.launching import RECIPE, ROOT, adapter_bytes, free_port, read_numbers
 from toolkit.config import load_config
 from toolkit.errors import UserError
 from toolkit.run.checkpoint import checkpoint_step, newest_good
-from toolkit.run.folder import COMMIT_FILE
+from toolkit.run.folder import COMMIT_FILE, prepare_folder, record_start
 from toolkit.run.slurm import Resources, submit_array, submit_run
 
 TWO_NODES = Resources(nodes=2)
 pytestmark = pytest.mark.launch
 
 
-def submit(cluster: Cluster, overrides: dict[str, Any]) -> tuple[str, Path]:
+def submit(cluster: Cluster, overrides: dict[str, Any], allow_change: bool = False) -> tuple[str, Path]:
     """Submit a run of one rank on each of the two nodes; returns the job's number and the run folder."""
     config = load_config(RECIPE, overrides)
     with mock.patch.dict(os.environ, cluster.environment):
-        said = submit_run(config, TWO_NODES, signal_s=60)
+        said = submit_run(config, TWO_NODES, signal_s=60, allow_change=allow_change)
     return said.split("submitted job ")[1].split(":")[0], config.folder
 
 
@@ -102,11 +102,12 @@ def test_asked_to_make_room_it_saves_and_goes_on(
 ) -> None:
     """USR2, as SLURM sends it before the time is up: saved, queued again, ended; nothing differs from an undisturbed run.
 
-    The second start runs the copy of the code in the run folder, not the checkout.
+    The second start runs the copy of the code in the run folder, not the checkout, and allows no change any more.
     """
-    job, folder = submit(cluster, tiny_run | {"name": "requeued"})
+    job, folder = submit(cluster, tiny_run | {"name": "requeued"}, allow_change=True)
     (copy,) = (folder / "code").glob("*/toolkit/__init__.py")
     wait_for_steps(cluster, job, folder, 3)
+    assert read_command(folder)[-1] == "--allow_change"
     copy.write_text(copy.read_text() + "print('this is the copy')\n")
     cluster.run("scancel", "--signal=USR2", job)
     shown = cluster.wait(job, "COMPLETED", "FAILED")
@@ -115,7 +116,13 @@ def test_asked_to_make_room_it_saves_and_goes_on(
     first, second = log.split(f"job {job}: start 2")
     assert "it goes into the queue again" in first and "this is the copy" not in first
     assert "this is the copy" in second and "resuming after step" in second
+    assert read_command(folder)[-1] == f"{folder}/slurm/config.yaml"
     assert_same(folder, reference_run)
+
+
+def read_command(folder: Path) -> list[str]:
+    """The command line of a run's last start."""
+    return json.loads((folder / "env.json").read_text())["command"]
 
 
 def test_killed_rank_ends_the_job(cluster: Cluster, tiny_run: dict[str, Any], reference_run: Path) -> None:
@@ -137,7 +144,7 @@ def test_killed_rank_ends_the_job(cluster: Cluster, tiny_run: dict[str, Any], re
 
 def rank_process(folder: Path, rank: int) -> psutil.Process:
     """The process of a rank that trains in a run folder."""
-    config = str(folder / "config.yaml")
+    config = str(folder / "slurm/config.yaml")
     trainers = [p for p in psutil.process_iter(["cmdline"]) if config in (p.info["cmdline"] or [])]
     (found,) = (p for p in trainers if "train.py" in p.info["cmdline"][1] and p.environ()["SLURM_PROCID"] == str(rank))
     return found
@@ -158,13 +165,35 @@ def test_cancelled_job_stays_cancelled(cluster: Cluster, tiny_run: dict[str, Any
     assert newest is not None and checkpoint_step(newest) == read_numbers(folder)[-1][0]
 
 
+def test_what_is_refused_changes_nothing(cluster: Cluster, tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    """By sbatch, or by the lock of a run that goes on elsewhere: one sentence, no job, no new file, and the old recipe."""
+    recipe = tiny_run | {"name": "refused", "runs_dir": str(tmp_path)}
+    old, new = load_config(RECIPE, recipe), load_config(RECIPE, recipe | {"log_every_steps": 7})
+    elsewhere = Resources(partition="nowhere")
+
+    def refuse(words: str, resources: Resources, fresh: bool) -> None:
+        before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+        with mock.patch.dict(os.environ, cluster.environment), pytest.raises(UserError, match=words):
+            submit_run(new, resources, signal_s=60, fresh=fresh)
+        assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+        assert not cluster.run("squeue", "--noheader")
+
+    refuse("sbatch refused: .* invalid partition specified: nowhere", elsewhere, fresh=False)
+    lock = prepare_folder(old, fresh=False)
+    record_start(old)
+    for fresh in (False, True):
+        refuse("sbatch refused", elsewhere, fresh)
+        refuse("another job .* is writing to", Resources(), fresh)
+    lock.close()
+
+
 def test_array_packs_as_one_does(cluster: Cluster, tiny_shards: Path, tmp_path: Path) -> None:
     """Two jobs, each half of the videos: the shards are, byte by byte, those of one command.
 
     What the job's script says goes before SLURM's own variables, which may say the rest.
     """
     videos, out = tiny_shards.parent / "videos", tmp_path / "shards"
-    own = {"SBATCH_JOB_NAME": "other", "SBATCH_EXPORT": "ALL", "SBATCH_ACCOUNT": "mine"}
+    own = {"SBATCH_JOB_NAME": "other", "SBATCH_EXPORT": "ALL", "SBATCH_ARRAY_INX": "1-9", "SBATCH_ACCOUNT": "mine"}
     with mock.patch.dict(os.environ, cluster.environment | own):
         command = ["shards/pack.py", str(videos), str(out)]
         said = submit_array(command, 2, Resources(gpus=1, time="10"), tmp_path / "arrays")

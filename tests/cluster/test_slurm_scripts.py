@@ -1,5 +1,6 @@
 """What is asked of SLURM is refused or becomes a sound script. Run: pytest tests/cluster/test_slurm_scripts.py"""
 
+import multiprocessing
 import re
 import shlex
 import subprocess
@@ -13,7 +14,8 @@ import pytest
 from tests.launching import RECIPE, ROOT, run
 from toolkit.config import RunConfig, load_config
 from toolkit.errors import UserError
-from toolkit.run.slurm import Resources, submit_array, submit_run, time_s
+from toolkit.run.folder import COMMIT_FILE
+from toolkit.run.slurm import Resources, code_files, copy_code, digest_code, submit_array, submit_run, time_s
 
 # What a shell, or sbatch's own reading of a line, would take for more than a value.
 INJECTIONS = [
@@ -55,6 +57,7 @@ def test_dry_run_prints_a_sound_script_and_writes_nothing(config: RunConfig, tmp
         "nodes": "2", "ntasks-per-node": "2", "gpus-per-node": "2", "cpus-per-task": "3", "time": "1-00:00:00",
         "partition": "gpu,long", "account": "asl", "qos": "high", "mem": "64G", "signal": "USR2@120", "requeue": "",
         "open-mode": "append", "job-name": "rendered", "output": f"{config.folder}/slurm/%j.log",
+        "comment": str(config.folder),
     }  # fmt: skip
     assert {name: asked.get(name) for name in expected} == expected
     assert shell_values(script, "PYTHON", "RUN") == [sys.executable, str(config.folder)]
@@ -113,6 +116,9 @@ def test_what_could_not_run_is_refused_before_it_is_queued(
         submit_run(config, Resources(nodes=3), 60, dry_run=True)
     with pytest.raises(UserError, match="--time 2 ends before --signal_s 120 seconds are left"):
         submit_run(config, Resources(time="2"), 120, dry_run=True)
+    assert "#SBATCH --time=0\n" in submit_run(
+        config, Resources(time="0"), 120, dry_run=True
+    )  # SLURM's word for no limit
     for command in ([], ["launch/train.py", "--config", "x"], ["/bin/sh", "-c", "id"]):
         with pytest.raises(UserError, match="after the flags give shards/pack.py or shards/cache.py"):
             submit_array(command, 2, Resources(), tmp_path, dry_run=True)
@@ -131,18 +137,49 @@ def test_secrets_stay_behind(config: RunConfig, monkeypatch: pytest.MonkeyPatch)
     """A job inherits the named variables that are set, by name alone, and no others."""
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "NCCL_$(id)", "PYTHONPATH"):
         monkeypatch.setenv(name, "hunter2")
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "x$(id)")
+    for name in ("NCCL_SOCKET_IFNAME", "TORCH_NCCL_BLOCKING_WAIT", "UCX_TLS", "FI_PROVIDER", "https_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "x$(id)")
     script = submit_run(config, Resources(), 60, dry_run=True)
     exported = directives(script)["export"].split(",")
-    assert {"HOME", "PATH", "NCCL_SOCKET_IFNAME"} <= set(exported)
+    inherited = {"HOME", "PATH", "NCCL_SOCKET_IFNAME", "TORCH_NCCL_BLOCKING_WAIT", "UCX_TLS", "FI_PROVIDER"}
+    assert inherited | {"https_proxy", "NO_PROXY"} <= set(exported)
     assert not {"HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "NCCL_$(id)", "PYTHONPATH"} & set(exported)
     assert "hunter2" not in script and "$(id)" not in script
 
 
 @pytest.mark.parametrize(
     ("time", "seconds"),
-    [("90", 5400), ("2:30", 150), ("1:00:05", 3605), ("2-12", 216000), ("1-1:30", 91800), ("1-00:00:01", 86401)],
+    [
+        ("0", 0),
+        ("90", 5400),
+        ("2:30", 150),
+        ("1:00:05", 3605),
+        ("2-12", 216000),
+        ("1-1:30", 91800),
+        ("1-00:00:01", 86401),
+    ],
 )
 def test_times_are_read_as_sbatch_does(time: str, seconds: int) -> None:
     """By sbatch's manual: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes, and all four."""
     assert time_s(time) == seconds
+
+
+def test_two_commands_copy_the_code_at_once(tmp_path: Path) -> None:
+    """Whoever is faster: no process fails, the copy is whole, and nothing else is left."""
+    copy = tmp_path / "code" / digest_code()
+    together = multiprocessing.get_context("fork")
+    start = together.Barrier(4)
+
+    def copy_together() -> None:
+        start.wait()
+        copy_code(copy)
+
+    processes = [together.Process(target=copy_together) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert list(copy.parent.iterdir()) == [copy]
+    copied = {path.relative_to(copy) for path in copy.rglob("*") if path.is_file()}
+    assert copied == {Path(COMMIT_FILE), *(path.relative_to(ROOT) for path in code_files())}

@@ -54,6 +54,7 @@ class Network(nn.Module):
         super().__init__()
         self.base, self.down, self.up = nn.Linear(5, 16), nn.Linear(5, 3, bias=False), nn.Linear(3, 16, bias=False)
         self.head, self.token = nn.Linear(16, 2), nn.Parameter(torch.empty(1, 5))
+        self.unused = nn.Linear(3, 3, bias=False)  # trains, but no loss reaches it
         generator = torch.Generator().manual_seed(3)
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.4, generator=generator)

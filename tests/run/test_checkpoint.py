@@ -26,7 +26,7 @@ from toolkit.run.checkpoint import (
     refuse_misfit,
     save_checkpoint,
 )
-from toolkit.run.manifest import find_fault
+from toolkit.run.manifest import PACKAGES, find_fault
 from toolkit.run.writer import CheckpointWriter
 
 
@@ -48,7 +48,7 @@ def test_manifest_says_what_wrote_it(tmp_path: Path) -> None:
     manifest = json.loads((save(tmp_path / "mine", 7) / "manifest.json").read_text())
     assert (manifest["run"], manifest["step"]) == ("mine", 7) and manifest["created"].startswith("20")
     assert manifest["versions"]["torch"] == torch.__version__
-    assert manifest["versions"].keys() == {"python", "torch", "deepspeed", "peft", "numpy", "av"}
+    assert manifest["versions"].keys() == {"python", *PACKAGES} and {"torch", "diffusers", "av"} <= {*PACKAGES}
 
 
 def lose(file: Path) -> None:
@@ -298,7 +298,7 @@ def test_a_failed_write_costs_that_checkpoint_only(tmp_path: Path, capsys: pytes
         writer.submit(*submission(3))
         writer.wait()
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and "the newest whole one is step_000001" in said and writer.failed == 1
+        assert said.count("\n") == 1 and "the newest whole one is step_000001" in said
         writer.submit(4, broken, UNET, STATE, ABOUT)
         with pytest.raises(
             UserError, match=r"saving the checkpoint of step 4 failed: .* holds NaN .* one is step_000003"

@@ -63,7 +63,7 @@ class Fsdp2Engine:
     def step(self, lr: float, skip: bool = False) -> float:
         for name, master in self.masters.items():
             gradient = self.sharded[name].grad
-            master.grad = None if gradient is None else _local(gradient)
+            master.grad = torch.zeros_like(master) if gradient is None else _local(gradient)
             self.sharded[name].grad = None
         self._micro_steps = 0
         norm = math.nan if skip else self._clip()

@@ -52,6 +52,9 @@ class PlainEngine:
         (loss / self.accumulation).backward()
 
     def step(self, lr: float, skip: bool = False) -> float:
+        for parameter in self.parameters.values():
+            if parameter.grad is None:  # one that the loss does not reach decays all the same, as in other engines
+                parameter.grad = torch.zeros_like(parameter)
         norm = math.nan if skip else float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:

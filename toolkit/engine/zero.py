@@ -150,9 +150,11 @@ def _complete(
     """Join what DeepSpeed owns with what the recipe owns."""
     even = trainable + trainable % 2  # DeepSpeed asserts that
     zero = {key: even if value == "auto" else value for key, value in settings["zero_optimization"].items()}
+    if zero["stage"] == 3:
+        # DeepSpeed's rounds before it adds the bias, and replaces torch's for the whole process, for good
+        zero["memory_efficient_linear"] = False
     return {
         "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # torch's AdamW
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would compile at the first start
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,

@@ -1,6 +1,7 @@
 """Counts what an optimizer step sends between ranks, with each engine and with DeepSpeed's own defaults, and times it.
 
 Test: pytest tests/run/test_bench_ranks.py. Real ranks, the published adapter without its network; docs/SCALING.md uses it.
+What zero3 gathers of the frozen network in a run, for every micro-batch, is therefore not counted.
 """
 
 from __future__ import annotations

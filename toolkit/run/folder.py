@@ -5,11 +5,13 @@ Test: pytest tests/run. The same command again resumes; a folder made by another
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -38,16 +40,18 @@ from toolkit.run.checkpoint import (
 )
 from toolkit.run.ledger import cut_ledger
 from toolkit.run.manifest import MANIFEST
-from toolkit.run.signals import REQUEUE_FILE, SAVE_FILE, STOP_FILE
+from toolkit.run.signals import drop_old_requests
 from toolkit.run.skips import cut_skips
 
 # Fields that may change between the start of a run and its resumption: they do not change what is computed.
 # The same data may lie elsewhere: its fingerprint is compared, not its place.
-FREE_FIELDS = ("runs_dir", "log_every_steps", "checkpoint.", "validation.", "data.shards", "data.mix", "data.remote",
-               "data.cache_", "data.debug", "data.workers", "data.max_bad_fraction", "engine.kind", "engine.deepspeed",
-               "engine.shard_ranks", "engine.hang_timeout_s", "optimizer.max_skipped_steps", "model.attention",
-               "model.gradient_checkpointing")  # fmt: skip
-_OWN_FIRST_FILES = ("lock", "config.yaml.tmp")  # what a kill at the very start can leave
+FREE_FIELDS = ("runs_dir", "log_every_steps", "lora.init_from", "checkpoint.", "validation.", "data.shards", "data.mix",
+               "data.remote", "data.cache_", "data.debug", "data.workers", "data.max_bad_fraction", "engine.kind",
+               "engine.deepspeed", "engine.shard_ranks", "engine.hang_timeout_s", "optimizer.max_skipped_steps",
+               "model.attention", "model.gradient_checkpointing")  # fmt: skip
+_SHARED_DISK_S = 60  # for which a network disk may go on saying that a file is not there
+# what a kill at the very start can leave, and what is there of a job that was submitted
+_OWN_FIRST_FILES = ("lock", "config.yaml.tmp", "slurm", "code")
 COMMIT_FILE = "COMMIT"  # beside the copy of the code that a batch job runs: what the original was
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "webdataset", "av", "numpy")
 
@@ -89,13 +93,36 @@ def prepare_folder(config: RunConfig, fresh: bool) -> IO[str]:
         print(f"the old run is kept in {aside}")
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
+    if (folder / "stacks").exists():  # of an earlier start that hung
+        shutil.rmtree(folder / "stacks.before", ignore_errors=True)
+        os.replace(folder / "stacks", folder / "stacks.before")
+    return lock
+
+
+def record_start(config: RunConfig) -> None:
+    """Write down the recipe and the machine of a run that is about to go on. For the main rank, once nothing is refused."""
+    folder = config.folder
     replace_text(folder / "config.yaml", dump_config(config))
     for part in ("checkpoints", "samples", "tb"):
         (folder / part).mkdir(exist_ok=True)
-    for asked in (REQUEUE_FILE, SAVE_FILE, STOP_FILE):  # of an earlier start
-        (folder / asked).unlink(missing_ok=True)
+    drop_old_requests(folder)
     replace_text(folder / "env.json", json.dumps(describe_host(), indent=2) + "\n")
-    return lock
+
+
+def await_folder(config: RunConfig, world: World) -> None:
+    """Wait until this rank's machine sees the run folder, which a network disk may show late. All ranks call it.
+
+    raises  UserError where it does not appear: the machines of a run need one disk
+    """
+    world.barrier()
+    until_s = time.monotonic() + _SHARED_DISK_S
+    while not (config.folder / "env.json").exists():
+        if time.monotonic() > until_s:
+            raise UserError(
+                f"rank {world.rank} on {platform.node()} does not see {config.folder.absolute()}, which rank 0 made; all "
+                "machines of a run need one shared disk: choose a --runs_dir on it"
+            )
+        time.sleep(0.5)
 
 
 def find_resume(
@@ -119,9 +146,7 @@ def find_resume(
     step = world.broadcast_int(checkpoint_step(newest) if newest else 0)
     resume = Resume()
     if step:
-        resume = _load(checkpoint_folder(folder, step), identity, parameters, allow_change)
-        if world.is_main:
-            _warn_of_versions(checkpoint_folder(folder, step))
+        resume = _load(checkpoint_folder(folder, step), identity, parameters, world, allow_change)
     best = 0.0  # of ranks that leave it to the main one
     if world.is_main:
         cut_ledger(folder, resume.k_next)
@@ -132,7 +157,9 @@ def find_resume(
     return replace(resume, best=best)
 
 
-def _load(folder: Path, identity: dict[str, Any], parameters: Mapping[str, Tensor], allow_change: bool) -> Resume:
+def _load(
+    folder: Path, identity: dict[str, Any], parameters: Mapping[str, Tensor], world: World, allow_change: bool
+) -> Resume:
     state, tensors = load_checkpoint(folder)
     changed = [f"{key.replace('_', ' ')} was {state.get(key)}, is {value}"
                for key, value in identity.items() if state.get(key) != value]  # fmt: skip
@@ -142,6 +169,10 @@ def _load(folder: Path, identity: dict[str, Any], parameters: Mapping[str, Tenso
             "back, go on all the same with --allow_change, or start anew with --fresh or another --name"
         )
     refuse_misfit(folder, tensors, parameters)
+    if world.is_main:
+        if changed:
+            print(f"going on with something else than {folder} was made with: {'; '.join(changed)}")
+        _warn_of_versions(folder)
     return Resume(state["step"], tensors, state["updates"], state["skipped_in_a_row"], state["k_next"])
 
 
@@ -218,6 +249,10 @@ def _lock(folder: Path) -> IO[str]:
         raise UserError(
             f"another job ({lock.read().strip()}) is writing to {folder}; wait for it, or choose another --name"
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print(f"the disk of {folder} knows no locks, so nothing keeps a second job out of it", file=sys.stderr)
     lock.truncate(0)
     print(f"process {os.getpid()} on {platform.node()}", file=lock, flush=True)
     return lock

@@ -33,8 +33,16 @@ from toolkit.model.lora import choose_kind, inject_lora, match_targets, start_fr
 from toolkit.model.sources import find_weights, fingerprint_files
 from toolkit.rng import RNG_VERSION
 from toolkit.run.cache import check_cache
-from toolkit.run.checkpoint import check_space
-from toolkit.run.folder import Resume, check_folder, find_adapter, find_resume, prepare_folder
+from toolkit.run.checkpoint import check_space, list_checkpoints
+from toolkit.run.folder import (
+    Resume,
+    await_folder,
+    check_folder,
+    find_adapter,
+    find_resume,
+    prepare_folder,
+    record_start,
+)
 from toolkit.run.framer import Framer, check_objective
 from toolkit.run.inference import load_control
 from toolkit.run.ledger import bad_limit
@@ -80,7 +88,8 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     check_clips(config, index)
     held_out = open_sources(config.data, "val") if config.validation.every_steps is not None else None
     changed = "" if fresh else check_folder(config, allow_change)
-    start = find_adapter(Path(config.lora.init_from)) if config.lora.init_from is not None else None
+    begun = not fresh and list_checkpoints(config.folder)  # its own adapter is further than the one it started from
+    start = find_adapter(Path(config.lora.init_from)) if config.lora.init_from is not None and not begun else None
     model = find_base(config.model, world)
     if index.cached:
         check_cache(config, model)
@@ -97,10 +106,13 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     parameters = prepare_unet(base, config, attention, start)
     trainable = sum(p.numel() for p in parameters.values())
     check_space(config.folder, trainable, checkpoints=2)
-    if changed and world.is_main:
-        print(f"going on with another recipe, so not as the run was begun: {changed}")
     lock = prepare_folder(config, fresh) if world.is_main else None  # last: nothing is moved aside for a faulty recipe
     resume = find_resume(config, identity, parameters, world, allow_change)
+    if world.is_main:
+        if changed:
+            print(f"going on with another recipe, so not as the run was begun: {changed}")
+        record_start(config)
+    await_folder(config, world)
     total = total_steps(config, len(index), resume.step, resume.k_next)
     engine = make_engine(config, base.unet, parameters, per_rank)
     if resume.tensors is not None:

@@ -6,6 +6,7 @@ function of its content, and the content holds the sha256 of the rest of it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import platform
@@ -18,16 +19,17 @@ from typing import Any
 from toolkit.data.format import file_sha256
 from toolkit.errors import UserError, in_one_line
 
+_OF_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)  # other errors pass, such as a server that is away
 FORMAT_VERSION = 2  # of the checkpoint folder
 MANIFEST = "manifest.json"
-_PACKAGES = ("torch", "deepspeed", "peft", "numpy", "av")
+PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "numpy", "av")  # on which a run's numbers depend
 
 
 def write_manifest(folder: Path, run: str, step: int) -> None:
     """Describe the files that lie in a folder; whoever adds or changes one afterwards makes it a damaged one."""
     content = {
         "format_version": FORMAT_VERSION, "run": run, "step": step, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "files": {p.name: {"sha256": file_sha256(p), "size_bytes": p.stat().st_size} for p in folder.iterdir()},
     }  # fmt: skip
     (folder / MANIFEST).write_bytes(_dump(content | {"sha256": _hash(content)}))
@@ -61,7 +63,14 @@ def find_fault(folder: Path) -> str | None:
         return next((f"{name} differs from what was written" for name in changed), None)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        if error.errno not in _OF_DAMAGE:
+            raise UserError(
+                f"{folder} cannot be read now ({error.strerror}); nothing was changed, so look at the disk and start the "
+                "same command again"
+            ) from None
+        return f"{MANIFEST} or a file cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} or a file cannot be read ({in_one_line(error)})"
 
 

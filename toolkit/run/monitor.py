@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -19,15 +18,19 @@ from typing import Any, TypeVar
 
 import torch
 
+from toolkit.run.checkpoint import replace_text
+
 Item = TypeVar("Item")
 
 
 class Monitor:
-    """Measures and reports one run; on ranks other than the main one it only measures."""
+    """Measures and reports one run from a step and position on; on ranks other than the main one it only measures."""
 
-    def __init__(self, run: Path, start: int, total: int, every: int, clips_per_step: int, is_main: bool) -> None:
+    def __init__(
+        self, run: Path, start: int, position: int, total: int, every: int, clips_per_step: int, is_main: bool
+    ) -> None:
         self.every, self.clips_per_step, self.total = every, clips_per_step, total
-        self.start = start
+        self.start, self.position = start, position
         self.wait_s = 0.0
         self.began_s = self.step_began_s = time.monotonic()
         self.is_main = is_main
@@ -89,9 +92,9 @@ class Monitor:
         if not self.is_main:
             return
         row: dict[str, Any] = {
-            "step": step, "clips": step * self.clips_per_step, "loss": loss, "zero_baseline": zero,
-            "grad_norm": grad_norm, "lr": lr, "clips_per_s": self.clips_per_step / step_s,
-            "data_wait_share": wait_share, "memory_gib": peak_memory_gib(), "skipped_steps": skipped,
+            "step": step, "clips": self.position + (step - self.start) * self.clips_per_step,
+            "loss": loss, "zero_baseline": zero, "grad_norm": grad_norm, "lr": lr, "skipped_steps": skipped,
+            "clips_per_s": self.clips_per_step / step_s, "data_wait_share": wait_share, "memory_gib": peak_memory_gib(),
         } | ({"validation_loss": validation} if validation < math.inf else {})  # fmt: skip
         # JSON has no word for what is not finite
         row = {key: value if math.isfinite(value) else None for key, value in row.items()}
@@ -129,18 +132,20 @@ def peak_memory_gib() -> float:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read log.jsonl; a half-written last line, left by a kill, is not a row."""
+    """Read a file of rows; what a kill or a power cut left half written is none."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def cut_log(path: Path, step: int) -> None:
     """Drop the rows beyond a step."""
     rows = [row for row in read_log(path) if row["step"] <= step]
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(aside, path)
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 _BOARD_TAGS = {

@@ -1,22 +1,29 @@
 """What a running job is asked from outside: a signal to end, or a file named `save` or `stop` dropped into its folder.
 
-Test: pytest tests/faults/test_signals.py. A handler only notes the signal. The run looks at the notes once a step and sums
-them over the ranks, beside the loss: so all ranks save and end at the same step, whichever of them was asked.
+Test: pytest tests/faults/test_ranks.py. A handler only notes the signal. The run looks at the notes once a step and sums
+them over the ranks, beside the loss: so all ranks save and end at the same step, whichever of them was asked. While all is
+still loaded there is nothing to save, and a rank that cannot get to its first step ends by itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
+import time
 from pathlib import Path
-from types import FrameType
-from typing import NamedTuple
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple
 
 REQUEUE = 75  # EX_TEMPFAIL, the exit code that says: saved in time, start the same command again
 REQUEUE_FILE = "requeue"  # in the run folder: the same for batch scripts, since launchers can lose an exit code
 SAVE_FILE, STOP_FILE = "save", "stop"
-# SLURM and clouds announce the end of a job by TERM or USR2 (NCCL once took USR1 for itself), a person by Ctrl-C
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+# SLURM and clouds announce the end of a job by TERM or USR2 (NCCL once took USR1 for itself), a person by Ctrl-C, and a
+# terminal that is closed by HUP
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+_BEGAN_S = time.time()
+_LOADING_S = 20  # less than launchers wait before they kill
 
 
 class Wishes(NamedTuple):
@@ -31,29 +38,84 @@ class Requests:
     """Notes the signals that reach this process from now on; a second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
-        self._signalled = False
+        self._signalled, self._loading = False, True
         self._pid = os.getpid()
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # nohup and the like have some ignored, and so it stays
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
+        # a rank that waits for one that is gone may stand in C++ for half an hour, where no handler of Python's runs
+        reader, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        threading.Thread(target=self._end_loading, args=(reader,), daemon=True).start()
 
-    def close(self) -> None:
-        """Leave the signals to whoever had them before."""
+    def __enter__(self) -> Requests:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Leave the signals to whoever had them; but not on the way out with REQUEUE, lest a launcher's spoil that code."""
+        if kind is SystemExit:
+            return
+        signal.set_wakeup_fd(-1)
+        os.close(self._pipe)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
+        first, self._signalled = not self._signalled, True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if os.getpid() == self._pid:  # not in a child that has just been forked
-            os.write(2, f"{signal.Signals(number).name}: saving at the end of this step, then ending\n".encode())
+        if first and os.getpid() == self._pid:  # not in a child that has just been forked
+            with contextlib.suppress(OSError):  # it would be raised wherever the program stands, in a read for one
+                name = signal.Signals(number).name
+                os.write(2, f"{name}: the run will save at the end of a step, and end\n".encode())
+
+    def _end_loading(self, reader: int) -> None:
+        with open(reader, "rb", buffering=0) as pipe:
+            while (heard := pipe.read(1)) and heard[0] not in self._before:
+                pass
+        if heard:
+            time.sleep(_LOADING_S)
+        if heard and self._loading:
+            with contextlib.suppress(OSError):
+                os.write(2, b"asked to end while still loading: nothing to save, the same command starts again\n")
+            os._exit(REQUEUE)
 
     def read(self, run: Path | None) -> Wishes:
-        """What was asked since the last call; a file that asks is removed.
+        """What was asked since the last call, at the end of a step; a file that asks is removed.
 
         run  the run folder, for the rank that looks after it
         """
+        self._loading = False
         save, stop = (run is not None and _take(run / name) for name in (SAVE_FILE, STOP_FILE))
         return Wishes(float(save), float(stop), float(self._signalled))
+
+
+def drop_old_requests(run: Path) -> None:
+    """Remove what was asked of an earlier start of a run; a wish of today, made while all is loaded, stays."""
+    for name in (REQUEUE_FILE, SAVE_FILE, STOP_FILE):
+        with contextlib.suppress(FileNotFoundError):
+            if (run / name).stat().st_mtime < _BEGAN_S:
+                (run / name).unlink()
+
+
+class Console:
+    """A stream that may go away, as a pipe into tee does on Ctrl-C, without ending the run that writes to it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 def _take(path: Path) -> bool:

@@ -14,13 +14,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from toolkit.cli import refuse_unknown_flags
-from toolkit.config import RunConfig
+from toolkit.config import RunConfig, dump_config
 from toolkit.errors import UserError
+from toolkit.run.checkpoint import replace_text
 from toolkit.run.doctor import examine
 from toolkit.run.folder import COMMIT_FILE, check_folder, describe_code, prepare_folder
 
@@ -36,21 +38,22 @@ SNAPSHOT = (
 ARRAY_PROGRAMS = ("shards/pack.py", "shards/cache.py")
 # All that a job inherits from the shell it was submitted in; tokens and the like stay behind.
 EXPORTED = (
-    r"HOME|PATH|LD_LIBRARY_PATH|LANG|CUDA_HOME|HF_HOME|XDG_CACHE_HOME|TORCH_EXTENSIONS_DIR|(NCCL|GLOO)_[A-Z0-9_]+"
+    r"HOME|PATH|LD_LIBRARY_PATH|LANG|CUDA_HOME|HF_HOME|HF_HUB_OFFLINE|XDG_CACHE_HOME|TORCH_EXTENSIONS_DIR"
+    r"|(NCCL|TORCH_NCCL|GLOO|UCX|FI)_[A-Z0-9_]+|(https?|no)_proxy|(HTTPS?|NO)_PROXY"
 )
 
 _NAME = (r"[A-Za-z0-9_][A-Za-z0-9_.,@+-]{0,127}", "letters, digits and _ . , @ + - such as gpu_long")
 _PATH = (r"/[\w./+=@,:~-]*", "a path of letters, digits and . _ - + = @ , : ~ without spaces")
 _WORD = (r"[\w./+=@,:~%-]+", "letters, digits and . _ - + = @ , : ~ % without spaces")
 _ALLOWED = {
-    "time": (r"\d{1,7}(:\d\d?){0,2}|\d{1,4}-\d\d?(:\d\d?){0,2}", "90 (minutes), 12:00:00 or 2-00:00:00"),
+    "time": (r"\d{1,7}(:\d\d?){0,2}|\d{1,4}-\d\d?(:\d\d?){0,2}", "90 (minutes), 12:00:00 or 2-00:00:00; 0 is no limit"),
     "mem": (r"\d{1,7}[KMGT]?", "64G; 0 is all that a node has"),
     "partition": _NAME,
     "account": _NAME,
     "qos": _NAME,
 }
 # sbatch obeys these rather than the line of the script where their names differ from the option's
-_ENVIRONMENT_NAMES = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "requeue": "NO_REQUEUE"}
+_ENVIRONMENT_NAMES = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "requeue": "NO_REQUEUE", "array": "ARRAY_INX"}
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,8 @@ def submit_run(
     """
     check_time(resources.time, signal_s)
     folder, code = config.folder.absolute(), config.folder.absolute() / "code" / digest_code()
-    script = folder / "slurm/job.sh"
     options = resources.options() | {
-        "job-name": config.name, "output": f"{folder}/slurm/%j.log", "signal": f"USR2@{signal_s}",
+        "job-name": config.name, "output": f"{folder}/slurm/%j.log", "signal": f"USR2@{signal_s}", "comment": str(folder),
     }  # fmt: skip
     values = {"PYTHON": sys.executable, "CODE": str(code), "RUN": str(folder)}
     text = render(options, values, "train.sh", ["--allow_change"] if allow_change else [])
@@ -107,14 +109,19 @@ def submit_run(
     if dry_run:
         return text
     require_sbatch()
-    live = find_live(script)
+    live = find_live(folder)
     if live:
         raise UserError(
             f"a job of {config.folder} is in the queue already: {live}; wait for it, or end it with scancel"
         )
-    prepare_folder(config, fresh).close()
-    copy_code(code)
-    job = submit(script, text)
+
+    def prepare() -> None:
+        prepare_folder(config, fresh).close()
+        (folder / "slurm").mkdir(exist_ok=True)
+        replace_text(folder / "slurm/config.yaml", dump_config(config))  # the run's own is written by the run
+        copy_code(code)
+
+    job = submit(folder / "slurm/job.sh", text, prepare)
     return "\n".join(
         [
             *notes,
@@ -153,8 +160,7 @@ def submit_array(command: Sequence[str], parts: int, resources: Resources, folde
     if dry_run:
         return text
     require_sbatch()
-    copy_code(code)
-    job = submit(folder.absolute() / f"{name}.sh", text)
+    job = submit(folder.absolute() / f"{name}.sh", text, partial(copy_code, code))
     return (
         f"submitted array {job}: {parts} parts of {' '.join(command)}\nlogs    {folder}/{name}_{job}_*.log\n"
         f"watch   squeue --jobs {job}\nend     scancel {job} (the same command goes on later)"
@@ -170,14 +176,14 @@ def check(what: str, value: str, pattern: str, allowed: str) -> str:
 
 def check_time(time: str | None, signal_s: int) -> None:
     """Refuse a job that would be told to save before it did anything."""
-    if time is not None and time_s(check("--time", time, *_ALLOWED["time"])) <= signal_s:
+    if time is not None and 0 < time_s(check("--time", time, *_ALLOWED["time"])) <= signal_s:
         raise UserError(
             f"--time {time} ends before --signal_s {signal_s} seconds are left to save; raise --time or lower --signal_s"
         )
 
 
 def time_s(time: str) -> int:
-    """Seconds of SLURM's way to write a time: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    """Seconds of SLURM's way to write a time: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; 0 is no limit."""
     days, dash, rest = time.rpartition("-")
     numbers = [int(number) for number in rest.split(":")]
     if dash or len(numbers) == 3:
@@ -209,29 +215,40 @@ def require_sbatch() -> None:
         )
 
 
-def find_live(script: Path) -> str | None:
-    """Name the job of a script that is queued or running, and its state."""
-    for row in ask_slurm(["squeue", "--me", "--noheader", "--format=%i|%T|%o"]).splitlines():
-        job, state, command = row.split("|", 2)
-        if command == str(script):
+def find_live(folder: Path) -> str | None:
+    """Name the job of a run folder that is queued or running, and its state."""
+    for row in ask_slurm(["squeue", "--me", "--noheader", "--format=%i|%T|%k"]).splitlines():
+        job, state, comment = row.split("|", 2)
+        if comment == str(folder):
             return f"job {job}, {state.lower()}"
     return None
 
 
-def submit(script: Path, text: str) -> str:
-    """Write a script and submit it; returns the job's number. What the script says goes before SBATCH_* variables."""
-    script.parent.mkdir(parents=True, exist_ok=True)
-    script.write_text(text)
+def submit(script: Path, text: str, prepare: Callable[[], None]) -> str:
+    """Submit a job, write its script and `prepare` what it needs, and only then let it start; returns its number.
+
+    So what sbatch refuses has changed nothing. What the script says goes before SBATCH_* variables.
+    """
     options = re.findall(r"^#SBATCH --([a-z-]+)", text, re.MULTILINE)
-    overruled = {"SBATCH_" + _ENVIRONMENT_NAMES.get(o, o.upper().replace("-", "_")) for o in options}
+    overruled = {"SBATCH_" + _ENVIRONMENT_NAMES.get(o, o.upper().replace("-", "_")) for o in [*options, "wait"]}
     environment = {name: value for name, value in os.environ.items() if name not in overruled}
-    job = ask_slurm(["sbatch", "--parsable", str(script)], environment).strip().split(";")[0]
-    return check("the answer of sbatch", job, r"\d+", "a cluster whose sbatch prints a number")
+    # not asked by --test-only, which also refuses what would have to wait for a node that is down
+    answer = ask_slurm(["sbatch", "--parsable", "--hold"], environment, text)
+    job = check("the answer of sbatch", answer.strip().split(";")[0], r"\d+", "a cluster whose sbatch prints a number")
+    try:
+        prepare()
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.write_text(text)
+        ask_slurm(["scontrol", "release", job])
+    except BaseException:
+        ask_slurm(["scancel", job])
+        raise
+    return job
 
 
-def ask_slurm(command: list[str], environment: dict[str, str] | None = None) -> str:
+def ask_slurm(command: list[str], environment: dict[str, str] | None = None, stdin: str = "") -> str:
     """What a command of SLURM prints. Raises UserError with its own words."""
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{command[0]} refused: {' '.join(done.stderr.split())}")
     return done.stdout
@@ -253,11 +270,15 @@ def copy_code(to: Path) -> None:
     """Copy the code as it stands, and note its commit; a folder that exists holds it already, as its name is the digest."""
     if to.exists():
         return
-    aside = to.with_suffix(".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = to.with_name(f"{to.name}.{os.getpid()}.tmp")
     for path in code_files():
         copied = aside / path.relative_to(ROOT)
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copied)
     (aside / COMMIT_FILE).write_text(describe_code() + "\n")
-    os.replace(aside, to)
+    try:
+        os.replace(aside, to)
+    except OSError:  # another command was faster
+        if not to.exists():
+            raise
+        shutil.rmtree(aside)

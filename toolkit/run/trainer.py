@@ -38,33 +38,32 @@ def train(config: RunConfig, fresh: bool = False, allow_change: bool = False, re
     returns       the run folder
     raises        SystemExit(REQUEUE) where a signal asked for the end: all is saved, to be started again
     """
-    requests = requests or Requests()  # first: a signal that comes while all is loaded is obeyed too
-    world = init_world()
-    with naming_lost_ranks(world):
-        job = build_job(config, world, fresh, allow_change)
-        if config.data.debug and world.is_main:
-            picture = draw_batches(config.folder / DEBUG_PICTURE, job.framer, make_batches(config, job, world))
-            print(f"the first clips as the network is fed them: {picture}")
-        yields = run_steps(config, job, world, requests)
-        if yields and world.is_main:
-            (config.folder / REQUEUE_FILE).touch()
-        world.barrier()  # a launcher ends the others as soon as one has gone
-    job.engine.close()
-    world.close()
-    if yields:
-        raise SystemExit(REQUEUE)  # deaf to signals, lest a launcher's, who ends what is left, spoil the code
-    requests.close()
-    return config.folder
+    with requests or Requests() as requests:  # first: a signal that comes while all is loaded is obeyed too
+        world = init_world(hang_timeout_s=config.engine.hang_timeout_s)
+        with naming_lost_ranks(world):
+            job = build_job(config, world, fresh, allow_change)
+            with Watchdog(config.folder, world.rank, world.size, config.engine.hang_timeout_s) as watchdog:
+                if config.data.debug and world.is_main:
+                    picture = draw_batches(config.folder / DEBUG_PICTURE, job.framer, make_batches(config, job, world))
+                    print(f"the first clips as the network is fed them: {picture}")
+                yields = run_steps(config, job, world, requests, watchdog)
+                if yields and world.is_main:
+                    (config.folder / REQUEUE_FILE).touch()
+                world.barrier()  # a launcher ends the others as soon as one has gone
+        job.engine.close()
+        world.close()
+        if yields:
+            raise SystemExit(REQUEUE)
+        return config.folder
 
 
-def run_steps(config: RunConfig, job: Job, world: World, requests: Requests) -> bool:
+def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, watchdog: Watchdog) -> bool:
     """Take the optimizer steps to the end, or until asked to stop; returns whether the run is to be started again."""
     ledger = Ledger(config.folder, len(job.index), config.data.max_bad_fraction)
     skips = Skips(config.folder, config.optimizer.max_skipped_steps, job.resume.skipped_in_a_row)
     best, wishes = job.resume.best, Wishes(0, 0, 0)
     with (
         closing(make_monitor(config, job, world)) as monitor,
-        Watchdog(config.folder, world.rank, world.size, config.engine.hang_timeout_s) as watchdog,
         closing(job.writer) if job.writer is not None else nullcontext(),
         naming_dead_workers(),
     ):
@@ -91,7 +90,7 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests) -> 
             score = math.inf
             if job.validator is not None and is_due(config.validation.every_steps, step + 1, job.total):
                 with monitor.paused():
-                    score = job.validator.loss()
+                    score = job.validator.loss(watchdog.beat)
             monitor.report(step + 1, loss, zero, grad_norm, lr, step + 1 - job.engine.updates, score)
             ends = wishes.stop or wishes.yields or step + 1 == job.total
             if ends or wishes.save or score < best or is_due(config.checkpoint.every_steps, step + 1, job.total):
@@ -99,19 +98,20 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests) -> 
                 save(config, job, world, step + 1, skips.in_a_row, score if score < math.inf else None)
             if ends:
                 break
+        watchdog.beat()
         if job.writer is not None:
             job.writer.wait()
     if wishes == Wishes(0, 0, 0) or step + 1 == job.total:
         return False
     if world.is_main:
         print(f"ended after step {step + 1} as asked, saved; the same command again goes on")
-    return bool(wishes.yields)
+    return bool(wishes.yields) and not wishes.stop
 
 
 def make_monitor(config: RunConfig, job: Job, world: World) -> Monitor:
     """What reports the steps from the job's start to its end."""
-    every, clips = config.log_every_steps, config.engine.global_batch
-    return Monitor(config.folder, job.resume.step, job.total, every, clips, world.is_main)
+    every, clips, at = config.log_every_steps, config.engine.global_batch, job.resume
+    return Monitor(config.folder, at.step, at.k_next, job.total, every, clips, world.is_main)
 
 
 def is_due(every: int | None, step: int, total: int) -> bool:

@@ -7,6 +7,7 @@ training drew: a run computes the same with and without it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -42,12 +43,13 @@ class Validator:
         self.batches = MicroBatches(held_out, order, centred, world.size, 1, world.rank, world.size)
 
     @torch.no_grad()
-    def loss(self) -> float:
-        """The mean loss over the clips, the same on every rank."""
+    def loss(self, beat: Callable[[], None]) -> float:
+        """The mean loss over the clips, the same on every rank; beat is called before each, to say that the run goes on."""
         total = torch.zeros(1, dtype=torch.float64, device=self.world.device)
         for ordinal in range(
             math.ceil(self.clips / self.world.size)
         ):  # equally often on each rank: an engine may gather weights
+            beat()
             batch = self.batches[ordinal]
             if isinstance(batch, UserError):
                 raise batch

@@ -76,14 +76,27 @@ class Watchdog:
                 self._give_up(woken_s - self._beat_s)
 
     def _give_up(self, silent_s: float) -> None:
-        """Write the report, wait for those of the others, sum up, exit."""
+        """Write the report, wait for those of the others, sum up, exit; not even a disk that hangs keeps it from that."""
         place = f"{self._where()} for {silent_s:.0f} s"
+        end = threading.Timer(_BACKSTOP_S, os._exit, (HANG,))
+        end.daemon = True
+        end.start()
+        try:
+            self._report_and_sum_up(place)
+        except OSError as error:
+            print(f"rank {self.rank} waits {place}; its stacks cannot be written: {error}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(HANG)
+
+    def _report_and_sum_up(self, place: str) -> None:
         print(place, file=self._file, flush=True)
+        os.fsync(self._file.fileno())  # else other machines would not see it on a network disk
         faulthandler.dump_traceback(self._file)
         for worker in multiprocessing.active_children():
             if worker.pid is not None:
                 print(f"\nloader worker {worker.pid}", file=self._file, flush=True)
-                os.kill(worker.pid, signal.SIGUSR1)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.pid, signal.SIGUSR1)
                 time.sleep(0.1)
         self._wait_for_others()
         for other in set(range(self.size)) - set(self._others()) - {self.rank}:
@@ -93,7 +106,6 @@ class Watchdog:
         if self.rank == min(places):
             silent = sorted(set(range(self.size)) - set(places))
             print(summarize(places, silent, self.timeout_s, self.folder), file=sys.stderr, flush=True)
-        os._exit(HANG)
 
     def _wait_for_others(self) -> None:
         until_s = time.monotonic() + _PATIENCE_S

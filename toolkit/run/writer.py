@@ -1,4 +1,4 @@
-"""Checkpoints written by a thread while training goes on; a failed write is told and counted, and costs no older one.
+"""Checkpoints written by a thread while training goes on; a failed write is told, and costs no older one.
 
 Test: pytest tests/run/test_checkpoint.py, tests/faults/test_checkpoints.py
 """
@@ -26,7 +26,6 @@ class CheckpointWriter:
         """Also clears what a kill left half written."""
         clear_leftovers(run)
         self.run, self.settings = run, settings
-        self.failed = 0  # writes, in this process
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._last: Future[None] | None = None
 
@@ -57,7 +56,6 @@ class CheckpointWriter:
             tensors, unet, state, about, score = parts
             save_checkpoint(self.run, step, tensors, unet, state, about, self.settings, score)
         except (OSError, MemoryError, SafetensorError, UserError) as error:
-            self.failed += 1
             whole = [folder.name for folder in list_checkpoints(self.run)]
             rest = f"the newest whole one is {whole[-1]}" if whole else "there is none before it"
             message = f"saving the checkpoint of step {step} failed: {in_one_line(error)}; {rest}"
