@@ -40,7 +40,6 @@ from toolkit.run.checkpoint import (
 )
 from toolkit.run.ledger import cut_ledger
 from toolkit.run.manifest import MANIFEST
-from toolkit.run.signals import drop_old_requests
 from toolkit.run.skips import cut_skips
 
 # Fields that may change between the start of a run and its resumption: they do not change what is computed.
@@ -105,7 +104,6 @@ def record_start(config: RunConfig) -> None:
     replace_text(folder / "config.yaml", dump_config(config))
     for part in ("checkpoints", "samples", "tb"):
         (folder / part).mkdir(exist_ok=True)
-    drop_old_requests(folder)
     replace_text(folder / "env.json", json.dumps(describe_host(), indent=2) + "\n")
 
 

@@ -22,8 +22,8 @@ SAVE_FILE, STOP_FILE = "save", "stop"
 # SLURM and clouds announce the end of a job by TERM or USR2 (NCCL once took USR1 for itself), a person by Ctrl-C, and a
 # terminal that is closed by HUP
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
-_BEGAN_S = time.time()
 _LOADING_S = 20  # less than launchers wait before they kill
+_NOTHING_TO_SAVE = b"asked to end while still loading: nothing to save, the same command starts again\n"
 
 
 class Wishes(NamedTuple):
@@ -38,7 +38,7 @@ class Requests:
     """Notes the signals that reach this process from now on; a second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
-        self._signalled, self._loading = False, True
+        self._signalled, self._loading, self._began_s = False, True, time.time()
         self._pid = os.getpid()
         # nohup and the like have some ignored, and so it stays
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
@@ -61,6 +61,13 @@ class Requests:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def drop_old(self, run: Path) -> None:
+        """Remove what was asked of an earlier start of a run; a wish of today, made while all is loaded, stays."""
+        for name in (REQUEUE_FILE, SAVE_FILE, STOP_FILE):
+            with contextlib.suppress(FileNotFoundError):
+                if (run / name).stat().st_mtime < self._began_s:
+                    (run / name).unlink()
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         first, self._signalled = not self._signalled, True
         if number == signal.SIGINT:
@@ -72,14 +79,13 @@ class Requests:
 
     def _end_loading(self, reader: int) -> None:
         with open(reader, "rb", buffering=0) as pipe:
-            while (heard := pipe.read(1)) and heard[0] not in self._before:
-                pass
-        if heard:
-            time.sleep(_LOADING_S)
-        if heard and self._loading:
-            with contextlib.suppress(OSError):
-                os.write(2, b"asked to end while still loading: nothing to save, the same command starts again\n")
-            os._exit(REQUEUE)
+            while heard := pipe.read(1):
+                if heard[0] in self._before and self._loading:
+                    time.sleep(_LOADING_S)
+                    if self._loading:
+                        with contextlib.suppress(OSError):
+                            os.write(2, _NOTHING_TO_SAVE)
+                        os._exit(REQUEUE)
 
     def read(self, run: Path | None) -> Wishes:
         """What was asked since the last call, at the end of a step; a file that asks is removed.
@@ -89,14 +95,6 @@ class Requests:
         self._loading = False
         save, stop = (run is not None and _take(run / name) for name in (SAVE_FILE, STOP_FILE))
         return Wishes(float(save), float(stop), float(self._signalled))
-
-
-def drop_old_requests(run: Path) -> None:
-    """Remove what was asked of an earlier start of a run; a wish of today, made while all is loaded, stays."""
-    for name in (REQUEUE_FILE, SAVE_FILE, STOP_FILE):
-        with contextlib.suppress(FileNotFoundError):
-            if (run / name).stat().st_mtime < _BEGAN_S:
-                (run / name).unlink()
 
 
 class Console:

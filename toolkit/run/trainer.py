@@ -42,6 +42,8 @@ def train(config: RunConfig, fresh: bool = False, allow_change: bool = False, re
         world = init_world(hang_timeout_s=config.engine.hang_timeout_s)
         with naming_lost_ranks(world):
             job = build_job(config, world, fresh, allow_change)
+            if world.is_main:
+                requests.drop_old(config.folder)
             with Watchdog(config.folder, world.rank, world.size, config.engine.hang_timeout_s) as watchdog:
                 if config.data.debug and world.is_main:
                     picture = draw_batches(config.folder / DEBUG_PICTURE, job.framer, make_batches(config, job, world))
