@@ -44,8 +44,8 @@ WRITING = ("run.checkpoint:_publish", 1, 4)  # by a thread of the main rank, one
 def test_t3_kill_of_one(faults: Any, forked: Warm, small_run: dict[str, Any], undisturbed: Path) -> None:
     """SIGKILL to one rank, in a step, a save or while loading: all end within 30 s, the folder is free, nothing is lost.
 
-    Launchers send TERM to the other ranks, and kill them after 30 s; here the other ends before, and says in one sentence that
-    a rank is gone, or that there was nothing to save yet.
+    Launchers send TERM to the other ranks, and kill them after 30 s; here the other ends before, and says in one sentence
+    that a rank is gone, or that there was nothing to save yet.
     """
     cases = [(rank, place, call) for place, call, _ in PLACES.values() for rank in (1, 0)] + [(0, *WRITING[:2])]
     cases = cases[: faults.choose(short=2, long=13)]
