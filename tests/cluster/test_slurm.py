@@ -80,6 +80,7 @@ from toolkit.engine.world import init_world
 world = init_world()
 (total,) = world.all_reduce_sum(torch.tensor([10.0**world.rank]))
 print(os.environ["SLURMD_NODENAME"], world.rank, os.environ["LOCAL_RANK"], total)
+world.close()
 """
 
 

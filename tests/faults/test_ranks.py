@@ -61,7 +61,10 @@ def test_t3_kill_of_one(faults: Any, forked: Warm, small_run: dict[str, Any], un
         if codes[1 - rank] == 75:
             good &= "asked to end while still loading" in said
         else:
-            good &= codes[1 - rank] == 2 and f"rank {1 - rank} of 2 waited for another rank, which is gone" in said
+            # on its way out with code 2 the launcher's TERM may meet it
+            good &= (
+                codes[1 - rank] in (2, -TERM) and f"rank {1 - rank} of 2 waited for another rank, which is gone" in said
+            )
         print(rank, place, codes, good, said)
         passed += good and goes_on(forked, overrides, undisturbed)
     faults.end(passed)

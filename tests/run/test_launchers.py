@@ -11,7 +11,7 @@ from toolkit.run.monitor import Monitor
 
 TAGS = {
     "loss/train": "loss", "loss/zero_baseline": "zero_baseline",
-    "optimizer/grad_norm": "grad_norm", "optimizer/lr": "lr",
+    "optimizer/grad_norm": "grad_norm", "optimizer/lr": "lr", "optimizer/skipped_steps": "skipped_steps",
     "speed/clips_per_s": "clips_per_s", "speed/data_wait_share": "data_wait_share", "memory/peak_gib": "memory_gib",
 }  # fmt: skip
 
