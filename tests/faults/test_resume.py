@@ -57,11 +57,13 @@ def test_t1_kill_of_a_launch(faults: Any, small_run: dict[str, Any], undisturbed
     faults.begin("T1 kill of a DeepSpeed launch", trials)
     for trial in range(trials):
         overrides = small_run | {"name": f"t1_launch_{trial}"}
-        run, steps = undisturbed.with_name(overrides["name"]), 3 + trial
+        run, steps = undisturbed.with_name(overrides["name"]), 4 + trial % 3
         kill_when(start(train_command("deepspeed", 2, overrides), 2), lambda: len(read_numbers(run)) >= steps)  # noqa: B023
         done = launch("deepspeed", 2, overrides)
         assert done.returncode == 0, done.stderr
-        passed += f"resuming after step {steps // 2 * 2}" in done.stdout and same_run(run, undisturbed)
+        # the newest checkpoint may not have been on disk yet: it is written beside the steps
+        resumed = any(f"resuming after step {step}" in done.stdout for step in (steps // 2 * 2, steps // 2 * 2 - 2))
+        passed += resumed and same_run(run, undisturbed)
     faults.end(passed)
 
 
