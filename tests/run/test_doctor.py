@@ -68,14 +68,6 @@ def test_doctor_refuses_what_the_run_would_refuse() -> None:
             examine(load_config(RECIPE, {"engine.kind": kind, "lora.extra_trainable": ["mask_token"]}), ranks=2)
 
 
-def test_doctor_needs_deepspeed_for_deepspeeds_engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where DeepSpeed is not installed its engines are refused, and the others named."""
-    monkeypatch.setattr("toolkit.run.job.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="zero2 needs DeepSpeed: pip install deepspeed, or take fsdp2"):
-        examine(load_config(RECIPE), ranks=2)
-    assert examine(load_config(RECIPE, {"engine.kind": "fsdp2"}), ranks=2)["engine"] == "fsdp2"
-
-
 def test_doctor_says_how_the_batch_is_cut() -> None:
     """Global batch, micro-batch, ranks, accumulation, and every other number of ranks that the run could have."""
     keys = ("engine", "global_batch", "micro_batch", "ranks", "accumulation", "possible_ranks")

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from toolkit.engine.pieces import Piece, cut, join
-from toolkit.engine.plain import STATE_KEYS, AdamSettings, State, make_adamw
+from toolkit.engine.plain import STATE_KEYS, AdamSettings, State, make_adamw, update
 
 
 class Fsdp2Engine:
@@ -67,12 +67,7 @@ class Fsdp2Engine:
             self.sharded[name].grad = None
         self._micro_steps = 0
         norm = math.nan if skip else self._clip()
-        if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            self.updates += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += update(self.optimizer, lr, norm)
         return norm
 
     def gather(self) -> State:

@@ -40,6 +40,17 @@ def make_adamw(parameters: list[nn.Parameter], adam: AdamSettings) -> torch.opti
     )
 
 
+def update(optimizer: torch.optim.Optimizer, lr: float, norm: float) -> bool:
+    """Step an optimizer where its gradients' norm is finite, and clear them; returns whether it was stepped."""
+    finite = math.isfinite(norm)
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return finite
+
+
 class PlainEngine:
     def __init__(self, parameters: Mapping[str, nn.Parameter], adam: AdamSettings, accumulation: int) -> None:
         self.parameters = dict(parameters)
@@ -56,12 +67,7 @@ class PlainEngine:
             if parameter.grad is None:  # one that the loss does not reach decays all the same, as in other engines
                 parameter.grad = torch.zeros_like(parameter)
         norm = math.nan if skip else float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
-        if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            self.updates += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += update(self.optimizer, lr, norm)
         return norm
 
     def gather(self) -> State:

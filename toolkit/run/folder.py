@@ -259,7 +259,7 @@ def _lock(folder: Path) -> IO[str]:
 def _check_same_recipe(folder: Path, config: RunConfig, allow_change: bool) -> str:
     saved = load_config(folder / "config.yaml")
     changed = {name: values for name, values in diff_configs(saved, config).items() if not name.startswith(FREE_FIELDS)}
-    trained = any(p.suffix != ".tmp" for p in (folder / "checkpoints").glob("step_*"))
+    trained = any(p.suffix not in (".tmp", ".old") for p in (folder / "checkpoints").glob("step_*"))
     if not changed or not trained:
         return ""
     rows = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())

@@ -9,7 +9,6 @@ import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -131,8 +130,6 @@ def check_engine(config: RunConfig, ranks: int) -> int:
     per_rank = accumulation(engine.global_batch, engine.micro_batch, ranks)
     if kind in ZERO_STAGES:
         load_deepspeed_json(engine)
-        if find_spec("deepspeed") is None:
-            raise UserError(f"engine.kind {kind} needs DeepSpeed: pip install deepspeed, or take fsdp2")
     elif engine.deepspeed is not None:
         raise UserError(f"engine.deepspeed is {engine.deepspeed}, but engine.kind {kind} is not DeepSpeed; take it out")
     if kind == "plain" and ranks > 1:
