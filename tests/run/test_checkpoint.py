@@ -1,5 +1,6 @@
 """What a checkpoint holds, which are kept, and what is refused. Run: pytest tests/run/test_checkpoint.py"""
 
+import errno
 import json
 import os
 import shutil
@@ -314,3 +315,14 @@ def test_a_mistake_in_the_code_is_no_failed_write(tmp_path: Path) -> None:
         with pytest.raises(TypeError, match="not JSON serializable"):
             writer.submit(*submission(2))
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_disk_that_cannot_be_read_now_condemns_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that may pass, as a network disk has, is told, and no checkpoint is set aside for it."""
+    folder = save(tmp_path, 7)
+    for method in ("is_file", "read_bytes"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, method, lambda path: (_ for _ in ()).throw(OSError(errno.ESTALE, "Stale file handle")))
+            with pytest.raises(UserError, match="step_000007 cannot be read now .*nothing was changed"):
+                newest_good(tmp_path, set_aside=True)
+    assert newest_good(tmp_path, set_aside=True) == folder

@@ -40,9 +40,9 @@ def find_fault(folder: Path) -> str | None:
 
     raises  UserError for a whole one in a format that this version does not read
     """
-    if not (folder / MANIFEST).is_file():
-        return f"it has no {MANIFEST}"
     try:
+        if not (folder / MANIFEST).is_file():
+            return f"it has no {MANIFEST}"
         text = (folder / MANIFEST).read_bytes()
         manifest = json.loads(text)
         if manifest["format_version"] == 1 and "sha256" not in manifest:
