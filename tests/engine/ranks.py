@@ -43,6 +43,7 @@ class Case:
     ranks: int
     micro_batch: int
     shard_ranks: int | None = None
+    zero: dict[str, int] | None = None  # what goes before the kind's own DeepSpeed JSON
     resume: str | None = None  # the case whose half-way state it starts from
     poisons: str | None = None  # in step 1: this value in one gradient element of the last rank; step 2 is skipped
 
@@ -58,6 +59,7 @@ class Network(nn.Module):
         generator = torch.Generator().manual_seed(3)
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.4, generator=generator)
+        self.unused.weight.data[1] = -0.0  # decays to -0.0, whose sign is all there is to lose
         self.base.requires_grad_(False)
         self.token.requires_grad_(False)
 
@@ -107,6 +109,7 @@ def make_engine(case: Case, network: Network) -> Engine:
     if case.kind == "fsdp2":
         return Fsdp2Engine(network, adapter, ADAM, accumulation, case.shard_ranks)
     settings = json.loads((ROOT / f"ds_configs/{case.kind}.json").read_text())
+    settings["zero_optimization"] |= case.zero or {}
     return ZeroEngine(network, adapter, ADAM, accumulation, case.micro_batch, settings)
 
 
