@@ -83,7 +83,6 @@ class ZeroEngine:
         if self.stage == 3:
             for group in range(len(self._flats)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            self.optimizer._partition_all_parameters()  # else small ones stay whole, and as they were
         else:
             for name, parameter in self.parameters.items():
                 parameter.data.copy_(state[name]["master"])
