@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is compared bit by bit here is the CPU; benchmarks are for the GPU
 
+from tests.faults.forked import Warm  # noqa: E402
 from tests.launching import TINY, launch  # noqa: E402
 
 
@@ -73,3 +75,11 @@ def reference_run(tiny_run: dict[str, Any]) -> Path:
     done = launch("deepspeed", 2, tiny_run | {"name": "reference"})
     assert done.returncode == 0, done.stderr
     return Path(tiny_run["runs_dir"]) / "reference"
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Starts trainings on forked ranks."""
+    warm = Warm(tmp_path_factory.mktemp("forked"))
+    yield warm
+    warm.close()

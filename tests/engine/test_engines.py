@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.faults.forked import Warm
 from tests.launching import ROOT, launch, read_numbers, run, train_command, train_here
 from toolkit.engine.plain import STATE_KEYS, AdamSettings, PlainEngine
 
@@ -111,6 +112,7 @@ WINDOW = {
     "engine.precision": "fp32", "schedule.steps": 2, "checkpoint.every_steps": 100, "diffusion.layout": "framer_clip",
     "lora.extra_trainable": "[conv_in]",
 }  # fmt: skip
+BF16 = {"engine.precision": "bf16", "schedule.steps": 2}
 EIGHT = {"engine.global_batch": 8, "engine.precision": "fp32", "schedule.steps": 3, "checkpoint.every_steps": 100}
 
 
@@ -203,10 +205,22 @@ def test_every_engine_trains_the_network(tiny_run: dict[str, Any], plain_window:
     assert loss < 1e-6 and norm < 1e-5 and weight < 1e-3
 
 
+@pytest.fixture(scope="module")
+def plain_bf16(tiny_run: dict[str, Any]) -> Finished:
+    """Two steps in bf16 on one process."""
+    return read_finished(train_here(tiny_run | BF16 | {"name": "plain_bf16", "engine.kind": "plain"}), 2)
+
+
 @pytest.mark.launch
-def test_bf16_zero2_stays_near_plain(tiny_run: dict[str, Any], reference_run: Path) -> None:
-    """Ten steps in bf16, two DeepSpeed ranks against one plain process: what rounding the gradients' sum may do."""
-    plain = read_finished(train_here(tiny_run | {"name": "plain_bf16", "engine.kind": "plain"}), 10)
-    loss, norm, weight = differences(read_finished(reference_run, 10), plain)
-    print(f"bf16, 2 ranks against plain: {loss:.1e} {norm:.1e} {weight:.1e}")
-    assert loss < 1e-2 and norm < 5e-2
+@pytest.mark.parametrize("kind", ["zero1", "zero2", "zero2_offload", "zero3", "fsdp2"])
+def test_every_engine_rounds_as_plain_does(
+    forked: Warm, tiny_run: dict[str, Any], plain_bf16: Finished, kind: str
+) -> None:
+    """Two ranks of every engine against one plain process, two steps in bf16: each rounds what plain rounds, and no more."""
+    name = f"{kind}_bf16"
+    forked.run(tiny_run | BF16 | {"name": name, "engine.kind": kind})
+    loss, norm, weight = differences(read_finished(Path(tiny_run["runs_dir"]) / name, 2), plain_bf16)
+    print(f"2 ranks of {kind} against plain: {loss:.1e} {norm:.1e} {weight:.1e}")
+    # measured: the losses are plain's bits; norm and weights 7e-8 and 0, under ZeRO-3 1e-6 and 7e-4: its hooks change in
+    # which order autograd adds up an activation's gradients. Gradients rounded to bf16 give 2e-5, 5e-4 and 5e-3.
+    assert loss < 1e-5 and norm < 1e-4 and weight < 2e-3

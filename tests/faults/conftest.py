@@ -69,14 +69,6 @@ def faults(request: pytest.FixtureRequest) -> Iterator[Faults]:
 
 
 @pytest.fixture(scope="session")
-def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    """Starts trainings on forked ranks."""
-    warm = Warm(tmp_path_factory.mktemp("forked"))
-    yield warm
-    warm.close()
-
-
-@pytest.fixture(scope="session")
 def small_run(tiny_run: dict[str, Any]) -> dict[str, Any]:
     """Overrides of eight steps of two clips, a micro-batch for each of two ranks; an epoch is five steps."""
     return tiny_run | {
