@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.faults.forked import Warm
-from tests.launching import ROOT, launch, read_numbers, run, train_command, train_here
+from tests.launching import ROOT, read_numbers, run, train_command, train_here
 from toolkit.engine.plain import STATE_KEYS, AdamSettings, PlainEngine
 
 ADAM = AdamSettings(weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, max_grad_norm=0.5)
@@ -196,10 +196,11 @@ def plain_window(tiny_run: dict[str, Any]) -> Finished:
 
 @pytest.mark.launch
 @pytest.mark.parametrize("kind", ["zero1", "zero2_offload", "zero3", "fsdp2"])
-def test_every_engine_trains_the_network(tiny_run: dict[str, Any], plain_window: Finished, kind: str) -> None:
+def test_every_engine_trains_the_network(
+    forked: Warm, tiny_run: dict[str, Any], plain_window: Finished, kind: str
+) -> None:
     """Two ranks of every other engine against one plain process: a whole training, conv_in beside LoRA, fp32."""
-    done = launch("torchrun", 2, tiny_run | WINDOW | {"name": kind, "engine.kind": kind})
-    assert done.returncode == 0, done.stderr
+    forked.run(tiny_run | WINDOW | {"name": kind, "engine.kind": kind})
     loss, norm, weight = differences(read_finished(Path(tiny_run["runs_dir"]) / kind, 2), plain_window)
     print(f"2 ranks of {kind} against plain: {loss:.1e} {norm:.1e} {weight:.1e}")
     assert loss < 1e-6 and norm < 1e-5 and weight < 1e-3
