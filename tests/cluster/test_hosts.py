@@ -54,11 +54,6 @@ class Host:
         return int(subprocess.run(self.command("cat", counter), capture_output=True, check=True).stdout)
 
 
-def write_hostfile(folder: Path, hosts: Sequence[Host]) -> Path:
-    (folder / "hostfile").write_text("".join(f"{host.name} slots=1\n" for host in hosts))
-    return folder / "hostfile"
-
-
 def ip(*arguments: str) -> None:
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
     assert done.returncode == 0, f"ip {' '.join(arguments)}: {done.stderr}"
@@ -150,6 +145,14 @@ def documented(start: str, places: dict[str, str]) -> list[str]:
     return [str(Path(sys.executable).parent / program), *words]
 
 
+def with_hostfile(hosts: Sequence[Host], folder: Path, rest: str) -> list[str]:
+    """The launcher's part of a documented deepspeed command; writes its hostfile, one slot a host."""
+    hostfile = folder / "hostfile"
+    hostfile.write_text("".join(f"{host.name} slots=1\n" for host in hosts))
+    places = {"node1": hosts[0].name, "hosts": str(hostfile)}
+    return documented(f"deepspeed --hostfile hosts --master_addr node1 {rest}", places)
+
+
 @pytest.mark.launch
 def test_torchrun_on_two_hosts_is_two_ranks_on_one(
     hosts: tuple[Host, Host], tiny_run: dict[str, Any], reference_run: Path
@@ -170,8 +173,7 @@ def test_deepspeed_hostfile_on_two_hosts_is_two_ranks_on_one(
     hosts: tuple[Host, Host], tiny_run: dict[str, Any], reference_run: Path, tmp_path: Path
 ) -> None:
     """The documented command without ssh, one slot a host, started on each: the losses of one host, to the bit."""
-    places = {"node1": hosts[0].name, "hosts": str(write_hostfile(tmp_path, hosts))}
-    first = documented("deepspeed --hostfile hosts --master_addr node1 --no_ssh", places)
+    first = with_hostfile(hosts, tmp_path, "--no_ssh")
     assert first[-2:] == ["--node_rank", "0"]
     run_on(hosts, [[*first[:-1], str(rank), *training("hostfile", tiny_run)] for rank in (0, 1)])
     assert read_numbers(Path(tiny_run["runs_dir"]) / "hostfile") == read_numbers(reference_run)[:3]
@@ -182,9 +184,7 @@ def test_deepspeed_starts_other_hosts_over_ssh(
     ssh_hosts: tuple[Host, Host], tiny_run: dict[str, Any], reference_run: Path, tmp_path: Path
 ) -> None:
     """The documented command on one host: pdsh and ssh start both, and the losses are those again, to the bit."""
-    places = {"node1": ssh_hosts[0].name, "hosts": str(write_hostfile(tmp_path, ssh_hosts))}
-    launcher = documented("deepspeed --hostfile hosts --master_addr node1 launch", places)
-    run_on(ssh_hosts[:1], [[*launcher, *training("by_ssh", tiny_run)]])
+    run_on(ssh_hosts[:1], [[*with_hostfile(ssh_hosts, tmp_path, "launch"), *training("by_ssh", tiny_run)]])
     assert read_numbers(Path(tiny_run["runs_dir"]) / "by_ssh") == read_numbers(reference_run)[:3]
 
 

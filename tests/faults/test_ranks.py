@@ -7,6 +7,8 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -79,17 +81,31 @@ def test_t3_kill_of_one_in_a_launch(faults: Any, small_run: dict[str, Any], undi
     faults.begin("T3 kill of one rank of a DeepSpeed launch", trials)
     for rank in range(trials):
         overrides = small_run | {"name": f"t3_launch_{rank}"}
-        run = undisturbed.with_name(overrides["name"])
-        process = start(train_command("deepspeed", 2, overrides), 2)
-        wait_for_steps(run, 3)
-        os.kill(find_rank(process.pid, rank), KILL)
-        _, stderr = process.communicate(timeout=30)
-        done = launch("deepspeed", 2, overrides)
-        passed += process.returncode != 0 and done.returncode == 0 and same_run(run, undisturbed)
+        code, _ = strike_launch(overrides, partial(find_rank, rank), KILL, within_s=30)
+        passed += code != 0 and launch_goes_on(overrides, undisturbed)
     faults.end(passed)
 
 
-def find_rank(launcher: int, rank: int) -> int:
+def strike_launch(
+    overrides: dict[str, Any], find: Callable[[int], int], number: int, within_s: float
+) -> tuple[int, str]:
+    """Send a signal to a process of a DeepSpeed launch after some steps; returns what the launch ends with and says.
+
+    find  the process, from the launcher's
+    """
+    process = start(train_command("deepspeed", 2, overrides), 2)
+    wait_for_steps(run_folder(overrides), 2)
+    os.kill(find(process.pid), number)
+    _, stderr = process.communicate(timeout=within_s)
+    return process.returncode, stderr
+
+
+def launch_goes_on(overrides: dict[str, Any], undisturbed: Path) -> bool:
+    """Whether the same launch again ends as if nothing had happened."""
+    return launch("deepspeed", 2, overrides).returncode == 0 and same_run(run_folder(overrides), undisturbed)
+
+
+def find_rank(rank: int, launcher: int) -> int:
     """The process of one rank under a launcher."""
     for process in psutil.Process(launcher).children(recursive=True):
         if (
@@ -163,17 +179,13 @@ def test_t7_signal_in_a_launch(faults: Any, small_run: dict[str, Any], undisturb
     for number in range(trials):
         overrides = small_run | {"name": f"t7_launch_{number}"}
         run = undisturbed.with_name(overrides["name"])
-        process = start(train_command("deepspeed", 2, overrides), 2)
-        wait_for_steps(run, 2)
-        victim = [find_rank(process.pid, 1), find_rank(process.pid, 0), find_starter(process.pid)][number]
-        os.kill(victim, (USR2, TERM, TERM)[number])
-        _, stderr = process.communicate(timeout=60)
+        find = (partial(find_rank, 1), partial(find_rank, 0), find_starter)[number]
+        code, stderr = strike_launch(overrides, find, (USR2, TERM, TERM)[number], within_s=60)
         steps = len(read_numbers(run))
         good = newest(run) == steps < 8 and (run / "requeue").exists() and "Traceback" not in stderr
-        good &= process.returncode == 75 or number == 2  # a launcher that is ended itself has a code of its own
-        print(process.returncode, steps, stderr[-2000:])
-        done = launch("deepspeed", 2, overrides)
-        passed += good and done.returncode == 0 and same_run(run, undisturbed)
+        good &= code == 75 or number == 2  # a launcher that is ended itself has a code of its own
+        print(code, steps, stderr[-2000:])
+        passed += good and launch_goes_on(overrides, undisturbed)
     faults.end(passed)
 
 
