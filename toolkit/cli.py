@@ -57,14 +57,24 @@ def main(function: Callable[..., Any]) -> None:
         _end(f"{_FULL_DISK}: {in_one_line(error)}")
     except KeyboardInterrupt:
         print(f"{sys.argv[0]}: stopped; what was published so far is whole", file=sys.stderr)
-        sys.exit(130)
+        _leave(130)
 
 
 def _end(message: str) -> NoReturn:
     rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
     text = "\n".join(map(printable, message.splitlines()))
     print(f"{sys.argv[0]}{f' (rank {rank})' if rank else ''}: {text}", file=sys.stderr)
-    sys.exit(2)
+    _leave(2)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit; where ranks are joined, at once: a thread of gloo that frees a tensor while Python ends would abort with 134."""
+    distributed = sys.modules.get("torch.distributed")  # not imported for this: it takes seconds
+    if distributed is not None and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def refuse_unknown_flags(function: Callable[..., Any], arguments: list[str]) -> None:

@@ -197,6 +197,18 @@ def test_second_ctrl_c_ends_at_once(forked: Warm, small_run: dict[str, Any]) -> 
     assert newest(run_folder(overrides)) == 4
 
 
+def test_busy_ranks_end_with_their_own_code(forked: Warm, small_run: dict[str, Any]) -> None:
+    """However much gloo's threads still have to do, a refusal is a sentence and code 2 on each rank, Ctrl-C twice is 130."""
+    check = "run.job:check_engine"
+    crowd, hurry = ("crowd", {"place": check}), strike([0, 1], check, 1, INT, INT)
+    refused = forked.start(small_run | {"engine.global_batch": 3}, wounds=[crowd])
+    stopped = forked.start(small_run, wounds=[hurry, crowd])
+    assert (refused.wait(), stopped.wait()) == ([2, 2], [130, 130]), refused.stderr() + stopped.stderr()
+    for rank in (0, 1):
+        assert "global batch of 3 cannot be cut" in refused.stderr(rank) and refused.stderr(rank).count("\n") == 1
+        assert "stopped; what was published so far is whole" in stopped.stderr(rank)
+
+
 def test_files_ask_for_a_save_and_for_the_end(forked: Warm, small_run: dict[str, Any], undisturbed: Path) -> None:
     """`save` gives a checkpoint at the next step, `stop` one and the end with code 0; both files are gone then."""
     overrides = small_run | {"name": "asked", "checkpoint.every_steps": 100}

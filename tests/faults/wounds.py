@@ -11,11 +11,14 @@ import importlib
 import json
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 LOSS = "run.framer:Framer.compute_loss"  # called once a micro-batch
@@ -65,6 +68,19 @@ def stick(rank: int, victims: list[int], place: str, call: int, seconds: float |
 
     if rank in victims:
         wrap(place, strike)
+
+
+def crowd(rank: int, place: str) -> None:
+    """At the first call of a function, leave gloo's threads with sums over the ranks that they will not be rid of."""
+
+    def strike(count: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if count == 1:
+            sys.setswitchinterval(1000)  # freeing a tensor, they wait for the interpreter, as on a crowded machine
+            for _ in range(100):
+                dist.all_reduce(torch.ones(1), async_op=True)
+        return function(*args, **kwargs)
+
+    wrap(place, strike)
 
 
 def trace(rank: int, path: str) -> None:
