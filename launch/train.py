@@ -12,7 +12,7 @@ def train(
     """Train a LoRA; the same command again resumes.
 
     config        a recipe, or config.yaml of a run folder
-    fresh         start anew; the old run folder is kept beside the new one
+    fresh         start anew, once in a job; the old run folder is kept beside the new one
     allow_change  go on although data, seed or another field are not those that the run was begun with
     local_rank    given by DeepSpeed's launcher; the environment says the same
     overrides     any field of the recipe by its dotted name: --lora.rank 32

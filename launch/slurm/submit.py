@@ -15,8 +15,9 @@ def submit(
 ) -> None:  # fmt: skip
     """Submit a run to SLURM; it saves before its time is up and queues itself again, until it is done.
 
-    The same command again goes on with a run that ended early. The code as it stands is copied into the run folder, so
-    you can go on editing. What has no flag here can be set by SLURM's own variables, such as SBATCH_CONSTRAINT.
+    The same command again, without --fresh, goes on with a run that ended early. The code as it stands is copied into the
+    run folder, so you can go on editing. What has no flag here can be set by SLURM's own variables, such as
+    SBATCH_CONSTRAINT.
 
     config     a recipe, or config.yaml of a run folder
     nodes      machines

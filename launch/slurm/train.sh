@@ -27,9 +27,9 @@ if [ "$code" -eq 0 ]; then
 elif [ "$code" -eq 75 ] || [ -e "$RUN/requeue" ]; then
     say "saved and stopped before its time was up; it goes into the queue again"
     scontrol requeue "$SLURM_JOB_ID" && exit 0
-    say "the cluster does not queue it again; the same submit command goes on"
+    say "the cluster does not queue it again; the same submit command, without --fresh, goes on"
     exit 75
 else
-    say "failed with exit code $code; what a rank said stands above, and the same submit command goes on from the last checkpoint"
+    say "failed with exit code $code; what a rank said stands above, and the same submit command, without --fresh, goes on from the last checkpoint"
     exit "$code"
 fi

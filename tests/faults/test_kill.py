@@ -1,6 +1,7 @@
 """What a killed run left is gone on from, or refused in words. Run: pytest tests/faults/test_kill.py"""
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,21 @@ def test_fresh_keeps_the_old_run_aside(
     assert {p.relative_to(old) for p in files(old)} == {p.relative_to(whole) for p in files(whole)}
     assert [step for (step,) in read_numbers(folder, "step")] == [1, 2]
     assert read_numbers(folder) != read_numbers(old)[:2] and read_numbers(old) == read_numbers(whole)
+
+
+@pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_fresh_holds_for_the_first_start_of_a_job(
+    copied: tuple[dict[str, Any], Path], count: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Started again by torchrun or SLURM, what the same command began goes on; what another did is still set aside."""
+    overrides, folder = copied
+    monkeypatch.setenv(count, "1")
+    train_here(overrides, fresh=True)
+    assert "the run is finished" in capfd.readouterr().out and not folder.with_name("finished.1").exists()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--fresh"])
+    train_here(overrides | {"schedule.steps": 1}, fresh=True)
+    assert "give the command without --fresh from now on" in capfd.readouterr().out
+    assert folder.with_name("finished.1").exists() and len(read_numbers(folder)) == 1
 
 
 def files(path: Path) -> list[Path]:

@@ -196,7 +196,7 @@ def naming_dead_workers() -> Iterator[None]:
             raise
         raise UserError(
             f"{in_one_line(error)}; most often memory ran out: lower data.workers, and start the same command again, "
-            "which goes on from the last checkpoint"
+            "which without --fresh goes on from the last checkpoint"
         ) from error
 
 

@@ -111,6 +111,11 @@ def check_address(size: int) -> None:
         ) from None
 
 
+def is_restart() -> bool:
+    """Whether torchrun or SLURM starts its job again, by the command that it was given at first."""
+    return any(int(os.environ.get(name, "0")) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
 @contextlib.contextmanager
 def naming_lost_ranks(world: World) -> Iterator[None]:
     """Turn what gloo and NCCL say of a rank that is gone, or does not come, into a UserError."""
@@ -130,8 +135,8 @@ def naming_lost_ranks(world: World) -> Iterator[None]:
             else "is gone or out of reach: it ended, and its own last message says why, or its machine or network failed"
         )
         raise UserError(
-            f"rank {world.rank} of {world.size} waited for another rank, which {cause}; the same command again goes on from "
-            f"the last checkpoint ({first})"
+            f"rank {world.rank} of {world.size} waited for another rank, which {cause}; the same command again, without "
+            f"--fresh, goes on from the last checkpoint ({first})"
         ) from error
 
 

@@ -5,8 +5,10 @@ Test: pytest tests/run
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,7 +23,7 @@ from toolkit.data.loader import Batch, make_loader
 from toolkit.data.order import ORDER_VERSION, accumulation
 from toolkit.engine.fsdp2 import Fsdp2Engine
 from toolkit.engine.plain import AdamSettings, PlainEngine
-from toolkit.engine.world import World
+from toolkit.engine.world import World, is_restart
 from toolkit.engine.zero import ZeroEngine
 from toolkit.errors import UserError
 from toolkit.model.attention import choose_attention, set_attention
@@ -81,6 +83,7 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
 
     Arguments as train has them.
     """
+    fresh = fresh and not goes_on_by_itself(config.folder, world)
     per_rank = check_engine(config, world.size)
     attention = choose_attention(config.model.attention, world.device, PRECISIONS[config.engine.precision])
     index = open_sources(config.data, "train")
@@ -108,6 +111,8 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     lock = prepare_folder(config, fresh) if world.is_main else None  # last: nothing is moved aside for a faulty recipe
     resume = find_resume(config, identity, parameters, world, allow_change)
     if world.is_main:
+        if fresh:
+            print("begun anew; give the command without --fresh from now on, or it begins anew once more")
         if changed:
             print(f"going on with another recipe, so not as the run was begun: {changed}")
         record_start(config)
@@ -122,6 +127,13 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
         announce(config, index, attention, trainable, resume.step, total, world.size)
     about = describe_adapter(config, base, index)
     return Job(framer, engine, index, validator, identity, about, per_rank, resume, total, writer, lock)
+
+
+def goes_on_by_itself(folder: Path, world: World) -> bool:
+    """Whether a launcher has started its job again after the same command began this run: --fresh is for the first start."""
+    started = folder / "env.json"
+    begun = world.is_main and is_restart() and started.exists()
+    return bool(world.broadcast_int(int(begun and json.loads(started.read_text())["command"] == sys.argv)))
 
 
 def check_engine(config: RunConfig, ranks: int) -> int:

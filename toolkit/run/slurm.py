@@ -128,7 +128,7 @@ def submit_run(
             f"submitted job {job}: {config.name} on {resources.nodes} nodes x {resources.tasks} = {ranks} ranks",
             f"log     {folder}/slurm/{job}.log",
             f"watch   squeue --jobs {job}; tensorboard --logdir {config.runs_dir}",
-            f"end     scancel {job} (the same command goes on later)",
+            f"end     scancel {job} (the same command{', without --fresh,' if fresh else ''} goes on later)",
         ]
     )
 

@@ -158,7 +158,9 @@ def summarize(places: dict[int, str], silent: list[int], timeout_s: float, folde
         lines.append(
             f"  rank {_list_ranks(silent)} does not answer: its process or machine is gone or stopped, look there first"
         )
-    lines.append("the same command again goes on from the last checkpoint; engine.hang_timeout_s sets the time")
+    lines.append(
+        "the same command again, without --fresh, goes on from the last checkpoint; engine.hang_timeout_s sets the time"
+    )
     return "\n".join(lines)
 
 
