@@ -106,7 +106,7 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
     if wishes == Wishes(0, 0, 0) or step + 1 == job.total:
         return False
     if world.is_main:
-        print(f"ended after step {step + 1} as asked, saved; the same command again goes on")
+        print(f"ended after step {step + 1} as asked, saved; the same command again, without --fresh, goes on")
     return bool(wishes.yields) and not wishes.stop
 
 
