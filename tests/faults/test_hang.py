@@ -5,11 +5,15 @@ T15; `make faults` runs the long form.
 
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from tests.faults.forked import Warm, Wound, goes_on, same_run, wait_for_steps
+import pytest
+
+from tests.faults.forked import ROOT, Warm, Wound, goes_on, same_run, wait_for, wait_for_steps
 from toolkit.run.watchdog import HANG
 
 TIMEOUT_S = 5.0
@@ -92,3 +96,48 @@ def test_t15_a_pause_is_no_hang(faults: Any, forked: Warm, small_run: dict[str, 
         print(codes, started.stderr())
         passed += codes == [0, 0] and same_run(run, undisturbed)
     faults.end(passed)
+
+
+def watch_alone(folder: Path, lines: str) -> subprocess.Popen[str]:
+    """Start a process of one rank on some lines of Python, watched with little patience; returns when the watch began."""
+    code = f"""
+import ctypes, os, sys, time
+from pathlib import Path
+from toolkit.run import watchdog
+watchdog._BACKSTOP_S = 0.5
+with watchdog.Watchdog(Path({str(folder)!r}), 0, 1, timeout_s=1.5):
+    print("watched", flush=True)
+    {lines}
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes)
+    assert process.stdout is not None and process.stdout.readline() == "watched\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("disk", "says"), [("time.sleep(60)", ""), ("os.open('/no/such/disk', 0)", "its stacks cannot be written")]
+)
+def test_no_disk_keeps_a_run_that_hangs_from_its_end(tmp_path: Path, disk: str, says: str) -> None:
+    """Whether writing the report hangs, too, or fails: the process ends with the code of a hang."""
+    process = watch_alone(tmp_path, f"os.fsync = lambda file: {disk}; time.sleep(60)")
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == HANG and says in said
+
+
+def test_stacks_where_python_cannot_run(tmp_path: Path) -> None:
+    """A call that neither returns nor lets another thread of Python run: its stacks are written all the same."""
+    process = watch_alone(tmp_path, "ctypes.PyDLL(None).sleep(60)")
+    wait_for(lambda: "in <module>" in (tmp_path / "stacks/rank_00000.txt").read_text(), 30)
+    process.kill()
+
+
+def test_a_lone_rank_may_pause(tmp_path: Path) -> None:
+    """Stopped within a step for longer than all its grace, and continued: the process goes on to its end."""
+    process = watch_alone(tmp_path, "sys.stdin.read()")
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.5)  # in which it would be taken for one that hangs
+    process.communicate(timeout=30)
+    assert process.returncode == 0
