@@ -28,7 +28,9 @@ from tests.faults.forked import (
     wait_for,
     wait_for_steps,
 )
-from tests.launching import launch, read_numbers, start, train_command
+from tests.launching import launch, read_numbers, start, train_command, train_here
+from toolkit.run.checkpoint import list_checkpoints
+from toolkit.run.job import make_engine
 
 TERM, USR2, INT, KILL = signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGKILL
 # where a signal meets a rank: a place, which call of it, the steps after which the run then may end
@@ -223,6 +225,31 @@ def test_files_ask_for_a_save_and_for_the_end(forked: Warm, small_run: dict[str,
     assert 2 <= saved <= newest(run) == len(read_numbers(run)) < 8
     assert not any((run / name).exists() for name in ("save", "stop", "requeue"))
     assert goes_on(forked, overrides, undisturbed)
+
+
+def test_what_was_asked_of_an_earlier_start(
+    small_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A `stop` made while the run is loaded is obeyed at its first step; files that an earlier start left are not."""
+    run = tmp_path / "again"
+    overrides = small_run | {"name": "again", "runs_dir": str(tmp_path), "engine.kind": "plain", "schedule.steps": 3}
+    with monkeypatch.context() as loading:
+        loading.setattr("toolkit.run.job.make_engine", lambda *them: (run / "stop").touch() or make_engine(*them))
+        train_here(overrides | {"checkpoint.every_steps": 100})
+    assert [folder.name for folder in list_checkpoints(run)] == ["step_000001"]
+    for name in ("save", "stop", "requeue"):
+        (run / name).touch()
+        os.utime(run / name, (0, 0))
+    train_here(overrides | {"checkpoint.every_steps": 100})
+    assert [folder.name for folder in list_checkpoints(run)] == ["step_000001", "step_000003"]
+    assert not any((run / name).exists() for name in ("save", "stop", "requeue"))
+
+
+def test_ctrl_c_that_ends_the_reader_too(forked: Warm, small_run: dict[str, Any]) -> None:
+    """With `| tee` gone, whatever the run says goes nowhere: it saves and ends with 75 as if it had been read."""
+    overrides = small_run | {"name": "unread"}
+    trial = forked.start(overrides, wounds=[("lose_reader", {}), strike([0, 1], BACKWARD, 4, INT)])
+    assert ends_to_be_started_again(trial, run_folder(overrides), 4)
 
 
 def test_unknown_main_machine_is_told_in_seconds(forked: Warm, small_run: dict[str, Any]) -> None:

@@ -83,6 +83,14 @@ def crowd(rank: int, place: str) -> None:
     wrap(place, strike)
 
 
+def lose_reader(rank: int) -> None:
+    """Let stdout and stderr be a pipe that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for stream in (1, 2):
+        os.dup2(writer, stream)
+
+
 def trace(rank: int, path: str) -> None:
     """Append positions and keys of every micro-batch to a file, as one row."""
 
