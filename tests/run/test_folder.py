@@ -1,17 +1,23 @@
 """One job per run folder, and no good run moved for a faulty recipe. Run: pytest tests/run/test_folder.py"""
 
+import errno
+import fcntl
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 from tests.launching import RECIPE, train_here
 from toolkit.config import load_config
 from toolkit.data.index import open_shards
+from toolkit.engine.world import World
 from toolkit.errors import UserError
-from toolkit.run.folder import check_folder, prepare_folder
+from toolkit.run.folder import await_folder, check_folder, prepare_folder
 from toolkit.run.job import check_clips
 
 
@@ -24,6 +30,36 @@ def test_a_second_job_is_refused_while_the_first_lives(tmp_path: Path, fresh: bo
         prepare_folder(config, fresh)
     lock.close()
     prepare_folder(config, fresh).close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
+def test_a_disk_without_locks_is_told_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    """Some network disks know none; any other error is no reason to go on without a lock."""
+    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(number, os.strerror(number))))
+    config = load_config(RECIPE, {"runs_dir": str(tmp_path)})
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            prepare_folder(config, fresh=False)
+    else:
+        prepare_folder(config, fresh=False).close()
+        assert "nothing keeps a second job out" in capsys.readouterr().err
+
+
+def test_a_machine_waits_for_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank goes on when its disk shows what rank 0 made, however late; where it never does, all need one disk."""
+    config = load_config(RECIPE, {"runs_dir": str(tmp_path)})
+    rank_3 = World(3, 1, torch.device("cpu"))
+    config.folder.mkdir()
+    late = threading.Timer(0.2, (config.folder / "env.json").touch)
+    late.start()
+    await_folder(config, rank_3)
+    assert (config.folder / "env.json").exists()
+    (config.folder / "env.json").unlink()
+    monkeypatch.setattr("toolkit.run.folder._SHARED_DISK_S", 0)
+    with pytest.raises(UserError, match=rf"rank 3 on .* does not see {config.folder}.*need one shared disk"):
+        await_folder(config, rank_3)
 
 
 def test_a_kill_at_the_very_start_leaves_a_usable_folder(tmp_path: Path) -> None:
@@ -57,7 +93,7 @@ def test_clips_too_short_for_the_window_are_refused_at_the_start(tiny_shards: Pa
 def test_the_same_data_may_lie_elsewhere(
     tiny_run: dict[str, Any], tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run goes on when its shards were moved, and is refused when others lie where they lay."""
+    """A run goes on when its shards were moved, and is refused, its folder as it was, when others lie where they lay."""
     moved = tmp_path / "elsewhere"
     shutil.copytree(tiny_shards, moved)
     overrides = tiny_run | {"name": "moved", "runs_dir": str(tmp_path), "engine.kind": "plain", "schedule.steps": 2}
@@ -66,5 +102,8 @@ def test_the_same_data_may_lie_elsewhere(
     assert "the run is finished" in capsys.readouterr().out
     index = moved / "train-000000.index.json"
     index.write_text(index.read_text().replace('"start_s": 0.0', '"start_s": 1.0'))
+    records = [tmp_path / "moved" / name for name in ("config.yaml", "env.json", "log.jsonl", "LATEST")]
+    before = [path.read_bytes() for path in records]
     with pytest.raises(UserError, match="data fingerprint"):
-        train_here(overrides | {"data.shards": str(moved)})
+        train_here(overrides | {"data.shards": str(moved), "log_every_steps": 2})
+    assert [path.read_bytes() for path in records] == before

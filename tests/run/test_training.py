@@ -96,6 +96,18 @@ def test_run_starts_from_an_adapter(plain: dict[str, Any]) -> None:
         assert torch.equal(tensor, saved[f"base_model.model.{name.replace('.default.', '.')}"])
 
 
+def test_a_run_outlives_the_adapter_it_started_from(plain: dict[str, Any]) -> None:
+    """Once a run has a checkpoint, lora.init_from is read no more: its source may be gone, and the run resumes exactly."""
+    first = train_here(plain | {"name": "first", "schedule.steps": 1})
+    overrides = plain | {"name": "second", "lora.init_from": str(first)}
+    second = train_here(overrides)
+    ended = adapter_bytes(second, 2)
+    shutil.rmtree(first)
+    shutil.rmtree(second / "checkpoints/step_000002")
+    train_here(overrides)
+    assert adapter_bytes(second, 2) == ended
+
+
 def test_controlnet_in_training_is_off_unless_asked_for(
     plain: dict[str, Any], trainable_base: Path, tmp_path: Path
 ) -> None:
