@@ -5,13 +5,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.launching import adapter_bytes, launch, read_numbers, train_here
+from tests.launching import RECIPE, adapter_bytes, launch, read_numbers, train_here
+from toolkit.config import load_config
 from toolkit.data.index import open_shards
+from toolkit.engine.world import init_world
 from toolkit.errors import UserError
 from toolkit.run.cache import cache_shards
 from toolkit.run.checkpoint import best_checkpoint, list_checkpoints
+from toolkit.run.evaluate import load_held_out
+from toolkit.run.job import build_job
 
 EVERY = {"validation.every_steps": 1, "validation.clips": 2}
 
@@ -45,13 +50,17 @@ def test_training_is_the_same_without_it(plain: dict[str, Any], validated: Path)
 
 
 def test_it_is_taken_when_due(plain: dict[str, Any], validated: Path) -> None:
-    """Every so many steps and at the end, with the value that a run which takes it at every step has there."""
-    run = train_here(plain | EVERY | {"name": "rarely", "validation.every_steps": 4})
+    """Every so many steps and at the end, with the value that a run which takes it at every step has there.
+
+    A step whose loss is the lowest so far is saved, though no checkpoint is due.
+    """
+    run = train_here(plain | EVERY | {"name": "rarely", "validation.every_steps": 4, "checkpoint.every_steps": 100})
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     wanted = dict(read_numbers(validated, "step", "validation_loss"))
     assert {row["step"]: row.get("validation_loss") for row in rows if "validation_loss" in row} == {
         step: wanted[step] for step in (4, 6)
     }
+    assert [folder.name for folder in list_checkpoints(run)] == ["step_000004", "step_000006"]
 
 
 def test_best_names_the_lowest_and_is_kept(validated: Path) -> None:
@@ -66,16 +75,26 @@ def test_best_names_the_lowest_and_is_kept(validated: Path) -> None:
 
 
 def test_a_resumed_run_keeps_its_best(plain: dict[str, Any], validated: Path, tmp_path: Path) -> None:
-    """Thrown back to the best checkpoint and resumed: the same losses, the same best, not the lowest since the resume."""
+    """Thrown back to the best checkpoint and resumed: the same losses, the same best, and none of the worse is saved."""
     run = Path(shutil.copytree(validated, tmp_path / "validated"))
     for folder in list_checkpoints(run)[1:]:
         shutil.rmtree(folder)
-    (run / "LATEST").write_text(list_checkpoints(run)[0].name + "\n")
-    train_here(plain | EVERY | {"name": "validated", "runs_dir": str(tmp_path)})
+    best = list_checkpoints(run)[0].name
+    (run / "LATEST").write_text(f"{best}\n")
+    train_here(plain | EVERY | {"name": "validated", "runs_dir": str(tmp_path), "checkpoint.every_steps": 100})
     assert read_numbers(run, "step", "loss", "validation_loss") == read_numbers(
         validated, "step", "loss", "validation_loss"
     )
-    assert read_best(run) == read_best(validated) and best_checkpoint(run).is_dir()
+    assert read_best(run) == read_best(validated)
+    assert [folder.name for folder in list_checkpoints(run)] == [best, "step_000006"]
+
+
+def test_clips_are_those_that_evaluate_scores(plain: dict[str, Any]) -> None:
+    """The centre windows of the first held-out clips, whole and never mirrored, whatever training does to its own."""
+    config = load_config(RECIPE, plain | EVERY | {"name": "centred", "data.flip": True, "data.random_crop": 0.5})
+    validator = build_job(config, init_world(join=False), fresh=False).validator
+    for ordinal, clip in enumerate(load_held_out(config, 2)):
+        assert np.array_equal(validator.batches[ordinal].frames_BTHWC[0], clip.frames_THWC)
 
 
 def test_cached_clips_give_the_same_figure(
