@@ -69,7 +69,8 @@ class Watchdog:
         pause_s = min(1.0, self.timeout_s / 10)
         woken_s = time.monotonic()
         while not self._over.wait(pause_s):
-            slept_s, woken_s = time.monotonic() - woken_s, time.monotonic()
+            now_s = time.monotonic()  # once, since a pause may come between any two calls
+            slept_s, woken_s = now_s - woken_s, now_s
             if slept_s > self.timeout_s / 2 and not self._others():
                 self.beat()  # the whole process was stopped, as by Ctrl-Z: no hang, unless another rank gave up meanwhile
             elif woken_s - self._beat_s > self.timeout_s:
