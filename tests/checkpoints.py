@@ -40,12 +40,12 @@ def make_tensors(step: int, unet: nn.Module = UNET) -> State:
 
 
 def save(run: Path, step: int, settings: CheckpointConfig = KEEP_ALL, score: float | None = None) -> Path:
-    return save_checkpoint(run, step, make_tensors(step), UNET, STATE, ABOUT, settings, score)
+    return save_checkpoint(run, *submission(step, score), settings)
 
 
-def submission(step: int) -> tuple[Any, ...]:
+def submission(step: int, score: float | None = None, clips: int = 8) -> tuple[Any, ...]:
     """What a trainer hands to a CheckpointWriter."""
-    return step, make_tensors(step), UNET, STATE, ABOUT
+    return step, make_tensors(step), UNET, STATE | {"validation_loss": score, "validation_clips": clips}, ABOUT
 
 
 def is_whole(folder: Path) -> bool:

@@ -231,7 +231,7 @@ def list_failures(folder: Path) -> list[tuple[int, int]]:
 
 def write_one(run: Path, step: int) -> None:
     with contextlib.closing(CheckpointWriter(run, KEEP_TWO)) as writer:
-        writer.submit(*submission(step), score=0.5)
+        writer.submit(*submission(step, 0.5))
         writer.wait()
 
 

@@ -36,7 +36,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     folder = save(tmp_path, 7)
     state, tensors = load_checkpoint(folder)
     wanted = make_tensors(7)
-    assert state == {"step": 7} | STATE and is_whole(folder)
+    assert state == {"step": 7} | STATE | {"validation_loss": None, "validation_clips": 8} and is_whole(folder)
     assert read_metadata(folder) == ABOUT | {"step": 7}
     adapter = load_file(folder / "adapter_model.safetensors")
     masters = [saved["master"] for saved in wanted.values()]
@@ -173,17 +173,17 @@ def test_a_reader_never_meets_one_that_is_being_pruned(tmp_path: Path, capsys: p
 def test_which_are_kept(tmp_path: Path) -> None:
     """The newest few, every Nth, and the best by validation, which a lower score alone replaces, also in a later process."""
     settings = CheckpointConfig(keep=2, keep_every_steps=8)
-    scores = {1: float("nan"), 3: 0.5, 5: 0.7, 11: 0.4, 13: 0.6, 14: None}
+    scores = {3: 0.5, 5: 0.7, 11: 0.4, 13: 0.6, 14: None}
     kept = {}
     for half in (range(1, 8), range(8, 15)):
         with closing(CheckpointWriter(tmp_path, settings)) as writer:
             for step in half:
-                writer.submit(*submission(step), scores.get(step))
+                writer.submit(*submission(step, scores.get(step)))
                 writer.wait()
                 kept[step] = [int(name[-6:]) for name in names(tmp_path)]
     assert (kept[4], kept[7], kept[10], kept[14]) == ([3, 4], [3, 6, 7], [3, 8, 9, 10], [8, 11, 13, 14])
     assert best_checkpoint(tmp_path).name == "step_000011"
-    assert json.loads((tmp_path / "BEST").read_text()) == {"step": 11, "score": 0.4, "what": "validation loss"}
+    assert json.loads((tmp_path / "BEST").read_text()) == {"step": 11, "validation_loss": 0.4, "validation_clips": 8}
     assert all(is_whole(folder) for folder in list_checkpoints(tmp_path))
 
 
@@ -192,13 +192,36 @@ def test_a_best_one_that_is_gone_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no best checkpoint"):
         best_checkpoint(tmp_path)
     save(tmp_path, 1)
-    cut(save(tmp_path, 2, score=0.1) / "state.json")
-    with pytest.raises(UserError, match=r"step_000002, the best by validation, is damaged: state.json differs"):
+    cut(save(tmp_path, 2, score=0.1) / "optimizer.safetensors")
+    with pytest.raises(
+        UserError, match=r"step_000002, the best by validation, is damaged: optimizer.safetensors differs"
+    ):
         best_checkpoint(tmp_path)
     newest_good(tmp_path, set_aside=True)
     with pytest.raises(UserError, match="has no best checkpoint"):
         best_checkpoint(tmp_path)
     save(tmp_path, 2, score=0.2)
+    assert best_checkpoint(tmp_path).name == "step_000002"
+
+
+def test_the_best_is_what_the_checkpoints_say(tmp_path: Path) -> None:
+    """A kill just before BEST is written, or the loss of it, costs no best one: the next save keeps and names it."""
+    settings = CheckpointConfig(keep=2)
+    save(tmp_path, 1, settings, score=0.5)
+    save(tmp_path, 2, settings, score=0.1)
+    (tmp_path / "BEST").write_text('{"step": 1, "validation_loss": 0.5, "validation_clips": 8}\n')
+    assert best_checkpoint(tmp_path).name == "step_000002"
+    for step in (3, 4, 5):
+        (tmp_path / "BEST").unlink(missing_ok=True)
+        save(tmp_path, step, settings, score=0.2)
+    assert names(tmp_path) == ["step_000002", "step_000004", "step_000005"]
+    assert json.loads((tmp_path / "BEST").read_text())["step"] == 2
+
+
+def test_losses_on_other_clips_are_not_compared(tmp_path: Path) -> None:
+    """After a change of how many held-out clips are scored, the best is the best since."""
+    for step, loss, clips in ((1, 0.1, 8), (2, 0.5, 16), (3, 0.6, 16)):
+        save_checkpoint(tmp_path, *submission(step, loss, clips), KEEP_ALL)
     assert best_checkpoint(tmp_path).name == "step_000002"
 
 

@@ -29,6 +29,7 @@ from toolkit.model.unet import FramerUNet
 from toolkit.run import export
 from toolkit.run.export import export_run
 from toolkit.run.inference import load_framer, read_source
+from toolkit.run.manifest import write_manifest
 
 CPU = torch.device("cpu")
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -215,8 +216,12 @@ def test_an_older_checkpoint_on_request(run: Path, tmp_path: Path) -> None:
 def test_any_checkpoint_can_be_named(run: Path, tmp_path: Path) -> None:
     """latest, best, or the path of one that lies elsewhere under any name, whose recipe is in its header."""
     copy = Path(shutil.copytree(run, tmp_path / "run"))
-    (copy / "BEST").write_text('{"step": 1, "score": 0.5, "what": "validation loss"}')
-    alone = shutil.copytree(copy / "checkpoints/step_000001", tmp_path / "handed over")
+    first = copy / "checkpoints/step_000001"
+    state = json.loads((first / "state.json").read_text())
+    (first / "state.json").write_text(json.dumps(state | {"validation_loss": 0.5}))
+    (first / "manifest.json").unlink()
+    write_manifest(first, copy.name, 1)
+    alone = shutil.copytree(first, tmp_path / "handed over")
     named = ((copy, "latest", 2), (copy, "best", 1), (None, alone, 1), (run, alone, 1))
     for i, (of, checkpoint, step) in enumerate(named):
         out = export_run(None if of is None else str(of), "kohya", str(tmp_path / f"out{i}"), str(checkpoint))

@@ -1,7 +1,6 @@
 """The ledger is the one state of a run's bad clips. Run: pytest tests/run/test_ledger.py"""
 
 import json
-import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,25 +29,37 @@ def read(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / NAME).read_text().splitlines()]
 
 
-def _note(run: Path, rank: int) -> None:
-    ledger = Ledger(run, 100, 1)
-    for i in range(200):
-        ledger.note([row(4 * i + rank, "k" * (1 + i % 50)), row(4 * i + rank, "second")])
+def _note_as_rank(rank: int, run: Path, ranks: int) -> None:
+    store = torch.distributed.FileStore(str(run / f"store{ranks}"), ranks)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    ledger = Ledger(run / str(ranks), 40, 0.2, World(rank, ranks, torch.device("cpu")))
+    for step in range(3):
+        own = [row(4 * step + k, f"{step}é{k}") for k in range(4) if k % ranks == rank and (step, k) != (1, 0)]
+        try:
+            ledger.note(own)
+        except UserError as error:
+            (run / f"{ranks}.{rank}.txt").write_text(f"step {step}: {error}".replace(f"/{ranks}/", "/"))
+    torch.distributed.destroy_process_group()
 
 
-def test_rows_of_several_ranks_do_not_mix(tmp_path: Path) -> None:
-    """Four processes that append at once: every row is whole, and there once."""
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        pool.starmap(_note, [(tmp_path, rank) for rank in range(4)])
-    rows = [(entry["position"], entry["key"]) for entry in read(tmp_path)]
-    assert len(rows) == len(set(rows)) == 1600
+def test_any_number_of_ranks_keeps_one_ledger(tmp_path: Path) -> None:
+    """One, two and three ranks: the same file, byte by byte, by position, and on all ranks the same end at the same step."""
+    for ranks in (1, 2, 3):
+        (tmp_path / str(ranks)).mkdir()
+        torch.multiprocessing.start_processes(_note_as_rank, (tmp_path, ranks), nprocs=ranks, start_method="fork")
+    files = {(tmp_path / str(ranks) / NAME).read_bytes() for ranks in (1, 2, 3)}
+    assert len(files) == 1 and [entry["position"] for entry in read(tmp_path / "2")] == [0, 1, 2, 3, *range(5, 12)]
+    said = [path.read_text() for path in sorted(tmp_path.glob("*.txt"))]
+    assert (
+        len(said) == 6 and len(set(said)) == 1 and said[0].startswith("step 2: 11 of 40 clips are bad, allowed are 8")
+    )
 
 
 def test_resume_cuts_to_where_it_starts(tmp_path: Path) -> None:
     """Rows before the position stay, as bytes; those after it go, and so does one that a kill tore."""
     cut_ledger(tmp_path, 8)
     assert not (tmp_path / NAME).exists()
-    Ledger(tmp_path, 100, 1).note([row(9, "a"), row(3, "b"), row(8, "c"), row(7, "é")])
+    Ledger(tmp_path, 100, 1, ALONE).note([row(9, "a"), row(3, "b"), row(8, "c"), row(7, "é")])
     kept = [line for line in (tmp_path / NAME).read_bytes().splitlines() if b'"b"' in line or b"00e9" in line]
     with (tmp_path / NAME).open("a") as file:
         file.write('{"position": 1, "ke')
@@ -61,33 +72,30 @@ def test_resume_cuts_to_where_it_starts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("torn", ['{"position": 1, "ke{"position": 2}', '{"position": 2}', "", "[]", "\udcff"])
 def test_a_torn_row_is_named(tmp_path: Path, torn: str) -> None:
     """In the midst of the file no kill of ours leaves one: file and line are told, and nothing is dropped in silence."""
-    ledger = Ledger(tmp_path, 100, 1)
+    ledger = Ledger(tmp_path, 100, 1, ALONE)
     ledger.note([row(1, "a")])
     with (tmp_path / NAME).open("ab") as file:
         file.write(f"{torn}\n".encode("utf-8", "surrogateescape"))
     ledger.note([row(3, "b")])
     before = (tmp_path / NAME).read_bytes()
-    for read_ledger in (lambda: cut_ledger(tmp_path, 8), lambda: ledger.refuse_too_many(ALONE)):
+    for read_ledger in (lambda: cut_ledger(tmp_path, 8), lambda: Ledger(tmp_path, 100, 1, ALONE)):
         with pytest.raises(UserError, match="substituted.jsonl holds a torn line, b.*; remove that line"):
             read_ledger()
     assert (tmp_path / NAME).read_bytes() == before
 
 
 def test_bound_is_on_the_different_clips_of_the_whole_file(tmp_path: Path) -> None:
-    """The same clip again is one; clips of other ranks and of before the resume count; one bad clip is always allowed."""
-    before, ledger, other = (Ledger(tmp_path, 40, 0.05) for _ in range(3))
-    assert ledger.allowed == 2 == bad_limit(0.05, 59) and bad_limit(0, 1000) == 1
-    before.note([row(0, "a"), row(0, "a")])
+    """The same clip again is one; clips of before the resume count; one bad clip is always allowed."""
+    assert bad_limit(0.05, 40) == 2 == bad_limit(0.05, 59) and bad_limit(0, 1000) == 1
+    Ledger(tmp_path, 40, 0.05, ALONE).note([row(0, "a"), row(0, "a")])
+    ledger = Ledger(tmp_path, 40, 0.05, ALONE)
     for position in range(1, 30):
         ledger.note([row(position, "a")])
-        ledger.refuse_too_many(ALONE)
-    other.note([row(30, "a", "train-1.tar")])  # the same name in another shard is another clip
-    ledger.refuse_too_many(ALONE)
-    other.note([row(31, "b")])
+    ledger.note([row(30, "a", "train-1.tar")])  # the same name in another shard is another clip
     with pytest.raises(
         UserError, match=r"^3 of 40 clips are bad, allowed are 2 \(a in train-0.tar: .*\), see .* or raise"
     ) as caught:
-        ledger.refuse_too_many(ALONE)
+        ledger.note([row(31, "b")])
     assert str(tmp_path / NAME) in str(caught.value)
 
 

@@ -39,7 +39,7 @@ def validated(plain: dict[str, Any]) -> Path:
 
 def read_best(run: Path) -> tuple[int, float]:
     best = json.loads((run / "BEST").read_text())
-    return best["step"], best["score"]
+    return best["step"], best["validation_loss"]
 
 
 def test_training_is_the_same_without_it(plain: dict[str, Any], validated: Path) -> None:

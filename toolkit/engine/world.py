@@ -40,6 +40,19 @@ class World:
             dist.broadcast(tensor, 0)
         return int(tensor.item())
 
+    def gather_texts(self, text: str) -> list[str]:
+        """Give every rank the texts of all ranks, in their order; as bytes, since torch's gathering of objects unpickles."""
+        if self.size == 1:
+            return [text]
+        own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(own)], device=self.device))
+        padded = own.new_zeros(max(int(length) for length in lengths))
+        padded[: len(own)] = own
+        parts = [torch.zeros_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return [bytes(part[: int(length)].tolist()).decode() for part, length in zip(parts, lengths, strict=True)]
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

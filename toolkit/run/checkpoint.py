@@ -5,21 +5,22 @@ Test: pytest tests/run/test_checkpoint.py, tests/faults/test_checkpoints.py. A f
     optimizer.safetensors                            fp32 masters and moments by parameter name, whole tensors
     state.json                                       optimizer step, what the run was then, its fingerprints
     manifest.json                                    sha256 and size of each of these (manifest.py)
-Beside the folder checkpoints/ stand LATEST, the newest one's name, and BEST, the one with the lowest validation loss.
+Beside the folder checkpoints/ stand LATEST, the newest one's name, and BEST, the one with the lowest validation loss: for
+people, since a run itself asks the checkpoints.
 What is not whole has another name: .tmp while it is written, .old while it is deleted, .bad when it was found damaged.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import os
 import re
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,14 @@ _STEP_NAME = re.compile(r"step_\d{6,}")
 _OTHER_BYTES = 1 << 20  # of a checkpoint: headers, the JSON files, and what a file system adds
 
 
+class Best(NamedTuple):
+    """The checkpoint of a run that scored best on its held-out clips."""
+
+    step: int
+    validation_loss: float
+    validation_clips: int
+
+
 def save_checkpoint(
     run: Path,
     step: int,
@@ -42,14 +51,12 @@ def save_checkpoint(
     state: dict[str, Any],
     about: dict[str, Any],
     settings: CheckpointConfig,
-    score: float | None = None,
 ) -> Path:
     """Publish checkpoints/step_NNNNNN and point LATEST to it; a crash at any moment leaves the older ones whole.
 
     tensors  what the engine gathered: {parameter name: {master, exp_avg, exp_avg_sq}}
-    state    what goes into state.json beside the step
+    state    what goes into state.json beside the step; by its validation_loss, if there is one, the best is not pruned
     about    what goes into the adapter's header beside the step
-    score    the validation loss at this step, if taken: the checkpoint with the lowest is not pruned
     raises   UserError for a number that is not finite, or too little space; OSError or SafetensorError for a failing disk
     """
     _refuse_non_finite(tensors)
@@ -59,9 +66,10 @@ def save_checkpoint(
         check_space(run, sum(saved["master"].numel() for saved in tensors.values()))
         _publish(folder, tensors, unet, {"step": step, **state}, about | {"step": step})
     replace_text(run / "LATEST", folder.name + "\n")
-    if score is not None:
-        _note_best(run, step, score)
-    _prune(run, settings)
+    best = find_best(run)
+    if best is not None:
+        replace_text(run / "BEST", json.dumps(best._asdict()) + "\n")
+    _prune(run, settings, best)
     return folder
 
 
@@ -130,9 +138,9 @@ def newest_good(run: Path, set_aside: bool) -> Path | None:
 
 def best_checkpoint(run: Path) -> Path:
     """Find the checkpoint with the lowest validation loss. Raises UserError where there is none, or it is damaged."""
-    if (best := read_best(run)) is None:
+    if (best := find_best(run)) is None:
         raise UserError(f"{run} has no best checkpoint: none that is kept was validated; take the newest")
-    folder = checkpoint_folder(run, best[0])
+    folder = checkpoint_folder(run, best.step)
     if fault := find_fault(folder):
         raise UserError(f"{folder}, the best by validation, is damaged: {fault}; take the newest")
     return folder
@@ -203,25 +211,22 @@ def _refuse_non_finite(tensors: State) -> None:
                 raise UserError(f"{name}/{key} holds NaN or infinity, which is not saved")
 
 
-def _note_best(run: Path, step: int, score: float) -> None:
-    best = read_best(run)
-    if math.isfinite(score) and (best is None or score < best[1]):
-        replace_text(run / "BEST", json.dumps({"step": step, "score": score, "what": "validation loss"}) + "\n")
+def find_best(run: Path) -> Best | None:
+    """Find the checkpoint with the lowest validation loss, of those scored on as many clips as the newest of them."""
+    scored = []
+    for folder in list_checkpoints(run):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what verifying is for
+            state = json.loads((folder / "state.json").read_text())
+            if state["validation_loss"] is not None:
+                best = Best(checkpoint_step(folder), float(state["validation_loss"]), int(state["validation_clips"]))
+                scored.append(best)
+    comparable = (best for best in scored if best.validation_clips == scored[-1].validation_clips)
+    return min(comparable, key=lambda best: best.validation_loss, default=None)
 
 
-def read_best(run: Path) -> tuple[int, float] | None:
-    """Step and score that BEST names; None where the checkpoint is gone, as after a resume from before it."""
-    try:
-        best = json.loads((run / "BEST").read_text())
-        step, score = int(best["step"]), float(best["score"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return (step, score) if checkpoint_folder(run, step).is_dir() else None
-
-
-def _prune(run: Path, settings: CheckpointConfig) -> None:
-    found, best, every = list_checkpoints(run), read_best(run), settings.keep_every_steps
-    stays = {*found[-settings.keep :], *([checkpoint_folder(run, best[0])] if best else [])}
+def _prune(run: Path, settings: CheckpointConfig, best: Best | None) -> None:
+    found, every = list_checkpoints(run), settings.keep_every_steps
+    stays = {*found[-settings.keep :], *([checkpoint_folder(run, best.step)] if best else [])}
     stays |= {folder for folder in found if every and checkpoint_step(folder) % every == 0}
     _remove([folder for folder in found if folder not in stays])
 

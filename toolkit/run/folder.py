@@ -32,9 +32,9 @@ from toolkit.model.formats import find_file
 from toolkit.run.checkpoint import (
     checkpoint_folder,
     checkpoint_step,
+    find_best,
     load_checkpoint,
     newest_good,
-    read_best,
     refuse_misfit,
     replace_text,
 )
@@ -149,8 +149,9 @@ def find_resume(
     if world.is_main:
         cut_ledger(folder, resume.k_next)
         cut_skips(folder, resume.step)
-        _, best = read_best(folder) or (0, math.inf)
-    # no rank passes here, and appends to these lists, before they are cut
+        known = find_best(folder)
+        best = known.validation_loss if known and known.validation_clips == config.validation.clips else math.inf
+    # the same on every rank
     (best,) = world.all_reduce_sum(torch.tensor([best], dtype=torch.float64, device=world.device))
     return replace(resume, best=best)
 

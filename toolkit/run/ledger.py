@@ -2,13 +2,14 @@
 
 Test: pytest tests/run/test_ledger.py
 
-The file is all there is to know: every rank appends to it, a resumed run cuts it back to where it starts, and the bound is
-on the different bad clips in it. So a run stops at the same step whatever its ranks, and however often it was resumed.
+The main rank alone writes it, since appends from several machines overwrite each other on a network disk. The file is all
+there is to know: a resumed run cuts it back to where it starts, and the bound is on the different bad clips in it. So a run
+stops at the same step whatever its ranks, and however often it was resumed.
 """
 
 import json
-import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from toolkit.data.loader import Substitution, list_some
@@ -25,7 +26,7 @@ def bad_limit(max_bad_fraction: float, clips: int) -> int:
 
 
 def cut_ledger(run: Path, position: int) -> None:
-    """Keep the rows before a position; for the main rank, before any other appends."""
+    """Keep the rows before a position; for the main rank, before the run's Ledger is made."""
     path = run / NAME
     if path.exists():
         lines = path.read_bytes().splitlines(keepends=True)
@@ -44,47 +45,44 @@ def _parse(path: Path, line: bytes) -> Substitution:
 
 
 class Ledger:
-    """The ledger of a run over so many clips, as one rank sees it."""
+    """The ledger of a run over so many clips."""
 
-    def __init__(self, run: Path, clips: int, max_bad_fraction: float) -> None:
+    def __init__(self, run: Path, clips: int, max_bad_fraction: float, world: World) -> None:
         self.path = run / NAME
         self.clips = clips
         self.allowed = bad_limit(max_bad_fraction, clips)
-        self._bad: dict[tuple[str, str], str] = {}  # (shard, key) -> reason
-        self._read_bytes = 0
+        self.world = world
+        self._bad: dict[tuple[str, str], str] = {}  # (shard, key) -> reason; the main rank's
+        if world.is_main and self.path.exists():
+            self._count(_parse(self.path, line) for line in self.path.read_bytes().splitlines())
 
     def note(self, substitutes: list[Substitution]) -> None:
-        """Append a batch's bad clips, each by one write, so that the rows of several ranks do not mix."""
-        if not substitutes:
-            return
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            for row in substitutes:
-                os.write(descriptor, (json.dumps(row._asdict()) + "\n").encode())
-        finally:
-            os.close(descriptor)
-        print(f"{len(substitutes)} bad clips replaced, see {self.path}", file=sys.stderr)
+        """List the bad clips of a step, of all ranks by position. All ranks call it, each with its own.
 
-    def refuse_too_many(self, world: World) -> None:
-        """Stop every rank where the ledger lists too many clips. All ranks call it, when all have noted a step's clips.
-
-        raises  UserError naming some of them
+        raises  UserError on every rank where too many are listed, naming some of them
         """
-        found = world.broadcast_int(len(self._read()) if world.is_main else 0)
-        if found > self.allowed:
-            faults = [f"{key} in {shard}: {reason}" for (shard, key), reason in sorted(self._read().items())]
-            raise UserError(
-                f"{found} of {self.clips} clips are bad, allowed are {self.allowed} ({list_some(faults)}), see {self.path}; "
-                "run python shards/check.py on the folder, ask for fewer frames or a smaller stride, or raise "
-                "data.max_bad_fraction"
-            )
+        texts = self.world.gather_texts(json.dumps([row._asdict() for row in substitutes]))
+        fault = ""
+        if self.world.is_main:
+            rows = sorted(Substitution(**row) for text in texts for row in json.loads(text))
+            with self.path.open("a") as file:
+                file.writelines(json.dumps(row._asdict()) + "\n" for row in rows)
+            print(f"{len(rows)} bad clips replaced, see {self.path}", file=sys.stderr)
+            self._count(rows)
+            fault = self._describe_too_many()
+        fault, *_ = self.world.gather_texts(fault)
+        if fault:
+            raise UserError(fault)
 
-    def _read(self) -> dict[tuple[str, str], str]:
-        """Read on from where the last call ended."""
-        with self.path.open("rb") as file:
-            file.seek(self._read_bytes)
-            for line in file:
-                row = _parse(self.path, line)
-                self._bad[row.shard, row.key] = row.reason
-                self._read_bytes += len(line)
-        return self._bad
+    def _count(self, rows: Iterable[Substitution]) -> None:
+        self._bad |= {(row.shard, row.key): row.reason for row in rows}
+
+    def _describe_too_many(self) -> str:
+        if len(self._bad) <= self.allowed:
+            return ""
+        faults = [f"{key} in {shard}: {reason}" for (shard, key), reason in sorted(self._bad.items())]
+        return (
+            f"{len(self._bad)} of {self.clips} clips are bad, allowed are {self.allowed} ({list_some(faults)}), see "
+            f"{self.path}; run python shards/check.py on the folder, ask for fewer frames or a smaller stride, or raise "
+            "data.max_bad_fraction"
+        )

@@ -1,14 +1,14 @@
 """Steps skipped because a loss or gradient was not finite: listed in skipped.jsonl; too many in a row end the run.
 
 Test: pytest tests/faults/test_nonfinite.py. A broken number on one rank is one on all of them, since the sums of losses and
-gradients are shared: so all ranks skip the same steps, and their weights stay as they were, bit by bit.
+gradients are shared: so all ranks skip the same steps, and their weights stay as they were, bit by bit. The main rank alone
+writes the list.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,19 @@ NAME = "skipped.jsonl"
 
 
 class Skips:
-    """The skipped steps of a run, as one rank sees them.
+    """The skipped steps of a run.
 
     allowed   skipped steps in a row that the run puts up with
     in_a_row  of them, those just before the step that the run starts at
     """
 
-    def __init__(self, run: Path, allowed: int, in_a_row: int) -> None:
+    def __init__(self, run: Path, allowed: int, in_a_row: int, world: World) -> None:
         self.path = run / NAME
         self.allowed = allowed
         self.in_a_row = in_a_row
+        self.world = world
 
-    def note(self, step: int, loss: float, grad_norm: float, own: list[tuple[list[str], Tensor]], world: World) -> None:
+    def note(self, step: int, loss: float, grad_norm: float, own: list[tuple[list[str], Tensor]]) -> None:
         """Count step `step`, from 1, and list the clips that may be at fault. All ranks call it after every step.
 
         own     keys of this rank's clips and their loss_B, by micro-batch
@@ -48,29 +49,29 @@ class Skips:
         # a clip of a finite loss is not to blame for another's; of a gradient alone nobody knows whose it was
         losses = {key: value for keys, loss_B in own for key, value in zip(keys, loss_B.tolist(), strict=True)}
         clips = [key for key, value in losses.items() if what == "gradient" or not math.isfinite(value)]
-        if clips:
-            self._append({"step": step, "rank": world.rank, "not_finite": what, "clips": clips})
-        world.barrier()  # until all have written
-        if world.is_main:
+        fault = ""
+        texts = self.world.gather_texts(json.dumps(clips))
+        if self.world.is_main:
+            found = [(rank, clips) for rank, text in enumerate(texts) if (clips := json.loads(text))]
+            rows = [{"step": step, "rank": rank, "not_finite": what, "clips": clips} for rank, clips in found]
+            with self.path.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
             print(f"step {step} skipped: its {what} is not finite; the weights stay as they were; clips in {self.path}")
-        if self.in_a_row >= self.allowed:
-            keys = sorted(
-                {key for row in read_skips(self.path) for key in row["clips"] if row["step"] > step - self.in_a_row}
-            )
-            raise UserError(
-                f"step {step}: {self.in_a_row} steps in a row were skipped, since their losses or gradients were not finite "
-                f"(clips {list_some(keys)}, all in {self.path}); the weights are as they were before these steps; look at "
-                "the clips, lower optimizer.lr, or set engine.precision fp32"
-            )
+            fault = self._describe_too_many(step)
+        fault, *_ = self.world.gather_texts(fault)
+        if fault:
+            raise UserError(fault)
 
-    def _append(self, row: dict[str, Any]) -> None:
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(
-                descriptor, (json.dumps(row) + "\n").encode()
-            )  # one write, so that rows of several ranks do not mix
-        finally:
-            os.close(descriptor)
+    def _describe_too_many(self, step: int) -> str:
+        if self.in_a_row < self.allowed:
+            return ""
+        rows = (row for row in read_skips(self.path) if row["step"] > step - self.in_a_row)
+        keys = sorted({key for row in rows for key in row["clips"]})
+        return (
+            f"step {step}: {self.in_a_row} steps in a row were skipped, since their losses or gradients were not finite "
+            f"(clips {list_some(keys)}, all in {self.path}); the weights are as they were before these steps; look at "
+            "the clips, lower optimizer.lr, or set engine.precision fp32"
+        )
 
 
 def read_skips(path: Path) -> list[dict[str, Any]]:
@@ -81,7 +82,7 @@ def read_skips(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_skips(run: Path, step: int) -> None:
-    """Drop the rows beyond a step, which a resumed run computes again; for the main rank, before any other appends."""
+    """Drop the rows beyond a step, which a resumed run computes again; for the main rank, before the first step."""
     path = run / NAME
     if path.exists():
         replace_text(path, "".join(json.dumps(row) + "\n" for row in read_skips(path) if row["step"] <= step))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from toolkit.config import RunConfig, ScheduleConfig
-from toolkit.data.loader import naming_dead_workers
+from toolkit.data.loader import Substitution, naming_dead_workers
 from toolkit.engine.world import World, init_world, naming_lost_ranks
 from toolkit.model.dropout import adapter_dropout
 from toolkit.run.debug import draw_batches
@@ -61,8 +61,8 @@ def train(config: RunConfig, fresh: bool = False, allow_change: bool = False, re
 
 def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, watchdog: Watchdog) -> bool:
     """Take the optimizer steps to the end, or until asked to stop; returns whether the run is to be started again."""
-    ledger = Ledger(config.folder, len(job.index), config.data.max_bad_fraction)
-    skips = Skips(config.folder, config.optimizer.max_skipped_steps, job.resume.skipped_in_a_row)
+    ledger = Ledger(config.folder, len(job.index), config.data.max_bad_fraction, world)
+    skips = Skips(config.folder, config.optimizer.max_skipped_steps, job.resume.skipped_in_a_row, world)
     best, wishes = job.resume.best, Wishes(0, 0, 0)
     with (
         closing(make_monitor(config, job, world)) as monitor,
@@ -74,21 +74,22 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
             watchdog.beat()
             sums = torch.zeros(3, dtype=torch.float64, device=world.device)
             own: list[tuple[list[str], Tensor]] = []
+            substitutes: list[Substitution] = []
             for batch in itertools.islice(batches, job.accumulation):
                 with adapter_dropout(job.framer.base.unet, config.seed, batch.positions):
                     loss_B, zero_B = job.framer.compute_loss(batch)
                     job.engine.backward(loss_B.mean())
                 own.append((batch.keys, loss_B.detach()))
+                substitutes += batch.substitutes
                 sums += torch.stack([loss_B.detach().sum(), zero_B.sum(), loss_B.new_tensor(len(batch.substitutes))])
-                ledger.note(batch.substitutes)
             asked = sums.new_tensor(requests.read(config.folder if world.is_main else None))
             loss, zero, replaced, *wished = world.all_reduce_sum(torch.cat([sums / config.engine.global_batch, asked]))
             wishes = Wishes(*wished)
             if replaced:
-                ledger.refuse_too_many(world)
+                ledger.note(substitutes)
             lr = learning_rate(config.schedule, config.optimizer.lr, step, job.total)
             grad_norm = job.engine.step(lr, skip=not math.isfinite(loss))
-            skips.note(step + 1, loss, grad_norm, own, world)
+            skips.note(step + 1, loss, grad_norm, own)
             score = math.inf
             if job.validator is not None and is_due(config.validation.every_steps, step + 1, job.total):
                 with monitor.paused():
@@ -97,7 +98,7 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
             ends = wishes.stop or wishes.yields or step + 1 == job.total
             if ends or wishes.save or score < best or is_due(config.checkpoint.every_steps, step + 1, job.total):
                 best = min(best, score)
-                save(config, job, world, step + 1, skips.in_a_row, score if score < math.inf else None)
+                save(config, job, world, step + 1, skips.in_a_row, score)
             if ends:
                 break
         watchdog.beat()
@@ -131,13 +132,14 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, total: int) 
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def save(config: RunConfig, job: Job, world: World, step: int, skipped_in_a_row: int, score: float | None) -> None:
-    """Gather on every rank, and hand over to the main rank's writer; score: on held-out clips, where this step took it."""
+def save(config: RunConfig, job: Job, world: World, step: int, skipped_in_a_row: int, score: float) -> None:
+    """Gather on every rank, and hand over to the main rank's writer; score: inf where this step took none."""
     tensors = job.engine.gather()
     if job.writer is not None:
         state = job.identity | {
             "updates": job.engine.updates, "skipped_in_a_row": skipped_in_a_row,
             "k_next": job.resume.k_next + (step - job.resume.step) * config.engine.global_batch, "seed": config.seed,
+            "validation_loss": score if score < math.inf else None, "validation_clips": config.validation.clips,
             "ranks": world.size, "global_batch": config.engine.global_batch, "micro_batch": config.engine.micro_batch,
         }  # fmt: skip
-        job.writer.submit(step, tensors, job.framer.base.unet, state, job.about, score)
+        job.writer.submit(step, tensors, job.framer.base.unet, state, job.about)

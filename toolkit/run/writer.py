@@ -29,10 +29,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._last: Future[None] | None = None
 
-    def submit(
-        self, step: int, tensors: State, unet: nn.Module, state: dict[str, Any], about: dict[str, Any],
-        score: float | None = None,
-    ) -> None:  # fmt: skip
+    def submit(self, step: int, tensors: State, unet: nn.Module, state: dict[str, Any], about: dict[str, Any]) -> None:
         """Hand a checkpoint over once the one before it is done, whether written or failed.
 
         Arguments as save_checkpoint has them; the tensors are the thread's from now on.
@@ -40,7 +37,7 @@ class CheckpointWriter:
         error = self._last.exception() if self._last else None
         if error and not isinstance(error, UserError):
             raise error
-        self._last = self._thread.submit(self._save, step, tensors, unet, state, about, score)
+        self._last = self._thread.submit(self._save, step, tensors, unet, state, about)
 
     def wait(self) -> None:
         """Return when the last one is on disk. Raises UserError where it failed: no run may end as if it stood there."""
@@ -51,10 +48,9 @@ class CheckpointWriter:
         """Let a write under way end."""
         self._thread.shutdown()
 
-    def _save(self, step: int, *parts: Any) -> None:
+    def _save(self, step: int, tensors: State, unet: nn.Module, state: dict[str, Any], about: dict[str, Any]) -> None:
         try:
-            tensors, unet, state, about, score = parts
-            save_checkpoint(self.run, step, tensors, unet, state, about, self.settings, score)
+            save_checkpoint(self.run, step, tensors, unet, state, about, self.settings)
         except (OSError, MemoryError, SafetensorError, UserError) as error:
             whole = [folder.name for folder in list_checkpoints(self.run)]
             rest = f"the newest whole one is {whole[-1]}" if whole else "there is none before it"
