@@ -90,8 +90,7 @@ def test_bound_is_on_the_different_clips_of_the_whole_file(tmp_path: Path) -> No
     Ledger(tmp_path, 40, 0.05, ALONE).note([row(0, "a"), row(0, "a")])
     ledger = Ledger(tmp_path, 40, 0.05, ALONE)
     for position in range(1, 30):
-        ledger.note([row(position, "a")])
-    ledger.note([row(30, "a", "train-1.tar")])  # the same name in another shard is another clip
+        ledger.note([row(position, "a", "train-1.tar")])  # the same name in another shard is another clip
     with pytest.raises(
         UserError, match=r"^3 of 40 clips are bad, allowed are 2 \(a in train-0.tar: .*\), see .* or raise"
     ) as caught:
