@@ -26,7 +26,8 @@ _PLACES = ("at ", "outside ")  # how the line of a report begins that says where
 _ROOT = Path(__file__).resolve().parents[2]
 _PATIENCE_S = 3.0  # for the reports of the other ranks
 # After the timeout: the stacks of a process in which no Python thread can run. They do not end it, since after a pause by
-# Ctrl-Z this clock, too, has run out; its launcher does, when the other ranks have gone.
+# Ctrl-Z this clock, too, has run out; its launcher does, when the other ranks have gone. A lone one stays until somebody
+# looks, or its time limit comes.
 _BACKSTOP_S = 9.0
 
 
