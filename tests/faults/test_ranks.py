@@ -31,6 +31,7 @@ from tests.faults.forked import (
 from tests.launching import launch, read_numbers, start, train_command, train_here
 from toolkit.run.checkpoint import list_checkpoints
 from toolkit.run.job import make_engine
+from toolkit.run.signals import Requests, Wishes
 
 TERM, USR2, INT, KILL = signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGKILL
 # where a signal meets a rank: a place, which call of it, the steps after which the run then may end
@@ -225,6 +226,13 @@ def test_files_ask_for_a_save_and_for_the_end(forked: Warm, small_run: dict[str,
     assert 2 <= saved <= newest(run) == len(read_numbers(run)) < 8
     assert not any((run / name).exists() for name in ("save", "stop", "requeue"))
     assert goes_on(forked, overrides, undisturbed)
+
+
+def test_what_cannot_be_taken_is_not_asked(tmp_path: Path) -> None:
+    """A folder named `save`, or a disk that answers with an error, ends no run."""
+    (tmp_path / "save").mkdir()
+    with Requests() as requests:
+        assert requests.read(tmp_path) == requests.read(tmp_path / "save/gone") == Wishes(0, 0, 0)
 
 
 def test_what_was_asked_of_an_earlier_start(

@@ -119,6 +119,8 @@ class Console:
 def _take(path: Path) -> bool:
     try:
         path.unlink()
-    except FileNotFoundError:
+    except (
+        OSError
+    ):  # it is not there; or a network disk is away for a moment, or it is a folder: no reason to end a run
         return False
     return True
