@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -152,8 +153,17 @@ def test_another_format_is_refused_and_stays(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_000002"]
 
 
-def test_a_reader_never_meets_one_that_is_being_pruned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_reader_never_meets_one_that_is_being_pruned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While a run saves and prunes without pause, the newest good one is found each time, and without a warning."""
+    is_dir = Path.is_dir
+
+    def look_late(path: Path) -> bool:
+        time.sleep(0 if threading.current_thread() is threading.main_thread() else 0.05)  # on a busy machine
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", look_late)
     keep_two, done, found = CheckpointConfig(keep=2), threading.Event(), set()
     save(tmp_path, 1)
 

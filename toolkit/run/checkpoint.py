@@ -107,8 +107,11 @@ def checkpoint_step(folder: Path) -> int:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """List published checkpoints, oldest first."""
-    published = (p for p in (run / "checkpoints").glob("step_*") if _STEP_NAME.fullmatch(p.name) and p.is_dir())
-    return sorted(published, key=checkpoint_step)  # by number: as text, step_1000000 comes before step_999999
+    with contextlib.suppress(FileNotFoundError), os.scandir(run / "checkpoints") as entries:
+        # in one look: asked one by one, all could be gone meanwhile, pruned by a run that saves on
+        published = [Path(e.path) for e in entries if _STEP_NAME.fullmatch(e.name) and e.is_dir()]
+        return sorted(published, key=checkpoint_step)  # by number: as text, step_1000000 comes before step_999999
+    return []
 
 
 def newest_good(run: Path, set_aside: bool) -> Path | None:
