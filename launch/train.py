@@ -19,7 +19,8 @@ def train(
     """
     from toolkit.run.signals import Console, Requests
 
-    requests = Requests()  # before the imports, which take seconds
+    # before the imports, which take seconds, and to the very end: a launcher's TERM would end a rank before it says its word
+    requests = Requests()
     sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
     from toolkit.config import load_config
 

@@ -66,10 +66,7 @@ def test_t3_kill_of_one(faults: Any, forked: Warm, small_run: dict[str, Any], un
         if codes[1 - rank] == 75:
             good &= "asked to end while still loading" in said
         else:
-            # on its way out with code 2 the launcher's TERM may meet it
-            good &= (
-                codes[1 - rank] in (2, -TERM) and f"rank {1 - rank} of 2 waited for another rank, which is gone" in said
-            )
+            good &= codes[1 - rank] == 2 and f"rank {1 - rank} of 2 waited for another rank, which is gone" in said
         print(rank, place, codes, good, said)
         passed += good and goes_on(forked, overrides, undisturbed)
     faults.end(passed)
@@ -210,6 +207,13 @@ def test_busy_ranks_end_with_their_own_code(forked: Warm, small_run: dict[str, A
     for rank in (0, 1):
         assert "global batch of 3 cannot be cut" in refused.stderr(rank) and refused.stderr(rank).count("\n") == 1
         assert "stopped; what was published so far is whole" in stopped.stderr(rank)
+
+
+def test_a_refusal_is_said_whatever_comes(forked: Warm, small_run: dict[str, Any]) -> None:
+    """A launcher's TERM to a rank that is about to say why it ends: the sentence comes out, and the code is 2."""
+    refused = forked.start(small_run | {"engine.global_batch": 3}, wounds=[strike([0, 1], "cli:_end", 1, TERM)])
+    assert refused.wait() == [2, 2]
+    assert all("global batch of 3 cannot be cut" in refused.stderr(rank) for rank in (0, 1))
 
 
 def test_files_ask_for_a_save_and_for_the_end(forked: Warm, small_run: dict[str, Any], undisturbed: Path) -> None:

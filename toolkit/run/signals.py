@@ -53,9 +53,7 @@ class Requests:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Leave the signals to whoever had them; but not on the way out with REQUEUE, lest a launcher's spoil that code."""
-        if kind is SystemExit:
-            return
+        """Leave the signals to whoever had them."""
         signal.set_wakeup_fd(-1)
         os.close(self._pipe)
         for number, handler in self._before.items():

@@ -34,11 +34,12 @@ def train(config: RunConfig, fresh: bool = False, allow_change: bool = False, re
 
     fresh         start anew, and keep the old run folder aside
     allow_change  go on although the data or the recipe are not those that the run was begun with
-    requests      what has noted signals since before this call
+    requests      what has noted signals since before this call, and goes on after it
     returns       the run folder
     raises        SystemExit(REQUEUE) where a signal asked for the end: all is saved, to be started again
     """
-    with requests or Requests() as requests:  # first: a signal that comes while all is loaded is obeyed too
+    # first: a signal that comes while all is loaded is obeyed too
+    with nullcontext(requests) if requests is not None else Requests() as requests:
         world = init_world(hang_timeout_s=config.engine.hang_timeout_s)
         with naming_lost_ranks(world):
             job = build_job(config, world, fresh, allow_change)
