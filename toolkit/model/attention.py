@@ -32,6 +32,9 @@ def attend_xformers(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
     return memory_efficient_attention(q_BNHD, k_BLHD, v_BLHD)
 
 
+KERNELS: dict[str, Kernel] = {"xformers": attend_xformers, "sdpa": attend_sdpa}
+
+
 class AttentionProcessor:
     """Runs a diffusers Attention layer of the SVD UNet: no mask, no norms on q and k, no dropout (checked at start)."""
 
@@ -52,10 +55,17 @@ class AttentionProcessor:
             layer(x).unflatten(2, (attn.heads, -1))
             for layer, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
         )
-        chunk = max(1, self.max_grid // attn.heads)
-        parts = [self.kernel(*rows) for rows in zip(q.split(chunk), k.split(chunk), v.split(chunk), strict=True)]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return attn.to_out[1](attn.to_out[0](out.flatten(2)))
+        return attn.to_out[1](attn.to_out[0](attend_in_chunks(self.kernel, q, k, v, self.max_grid).flatten(2)))
+
+
+def attend_in_chunks(
+    kernel: Kernel, q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, max_grid: int = MAX_GRID
+) -> Tensor:
+    """Run a kernel on no more rows at once than it can take."""
+    chunk = max(1, max_grid // q_BNHD.shape[2])
+    if len(q_BNHD) <= chunk:  # a split into one would be copied in the backward pass
+        return kernel(q_BNHD, k_BLHD, v_BLHD)
+    return torch.cat([kernel(*rows) for rows in zip(*(x.split(chunk) for x in (q_BNHD, k_BLHD, v_BLHD)), strict=True)])
 
 
 def choose_attention(choice: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -89,9 +99,12 @@ def set_attention(unet: nn.Module, kind: str) -> None:
     """Install the kernel "xformers" or "sdpa" in every attention layer."""
     from diffusers.models.attention_processor import Attention
 
-    kernel = {"xformers": attend_xformers, "sdpa": attend_sdpa}[kind]
+    kernel = KERNELS[kind]
     for name, layer in unet.named_modules():
         if isinstance(layer, Attention):
             plain = layer.norm_q is None and layer.norm_k is None and layer.group_norm is None
             assert plain and not layer.residual_connection and layer.rescale_output_factor == 1, name
-            layer.set_processor(AttentionProcessor(kernel))
+            if hasattr(layer.processor, "kernel"):
+                layer.processor.kernel = kernel
+            else:  # diffusers' own
+                layer.set_processor(AttentionProcessor(kernel))

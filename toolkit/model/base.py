@@ -50,6 +50,11 @@ class Base:
     sources: dict[str, str]  # part -> file it was read from; owner/name@commit/file for a hub snapshot
     files: tuple[Path, ...]  # everything that was read, for fingerprint_files
 
+    @property
+    def latent_px(self) -> int:
+        """Pixels to a latent, along a side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
 
 def load_base(model: ModelConfig, device: torch.device, precision: str) -> Base:
     """Load every part onto the device.

@@ -120,6 +120,15 @@ def lora_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in sorted(unet.named_parameters()) if _PARTS.search(name)}
 
 
+def compute_dtypes(unet: nn.Module, parameters: Iterable[str], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """In which precision a network of this dtype computes with each of inject_lora's parameters: its own.
+
+    But DoRA's all in fp32: a magnitude is divided by the norm of a row, and what that gives is near 1.
+    """
+    dora = {name for name, layer in adapted_layers(unet).items() if layer.lora_magnitude_vector}
+    return {name: torch.float32 if _PARTS.split(name)[0] in dora else dtype for name in parameters}
+
+
 def save_adapter(folder: Path, tensors: dict[str, Tensor], unet: nn.Module, metadata: dict[str, Any]) -> None:
     """Write the adapter in training as adapter_model.safetensors and adapter_config.json, as PEFT reads them.
 

@@ -1,0 +1,177 @@
+"""The network's blocks with fewer operations: other forward passes over diffusers' own modules and weights.
+
+Test: pytest tests/model/test_prepare.py (diffusers' forward passes, in float64). Sources: huggingface/diffusers, resnet.py,
+transformer_temporal.py, attention.py, activations.py. Left out is what does nothing in SVD's UNet: masks, divisions by 1,
+the context copied for each pixel. Constants of the frozen network are computed once; frames stay where they are in memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import TemporalBasicTransformerBlock
+from diffusers.models.resnet import AlphaBlender, SpatioTemporalResBlock
+from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
+from torch import Tensor
+
+from toolkit.model.attention import Kernel, attend_in_chunks
+from toolkit.model.projection import Names, Projection, Stacks, find_kind
+
+
+class ResBlock(SpatioTemporalResBlock):
+    """Convolutions in space, then along the frames, mixed."""
+
+    alpha: float  # of the mix, the share of the spatial part
+
+    def forward(self, hidden_states: Tensor, temb: Tensor, image_only_indicator: Tensor) -> Tensor:
+        """hidden_states  (B * T, C, H, W); temb  (B * T, E); image_only_indicator  (B, T)"""
+        clips, frames = image_only_indicator.shape
+        space, time = self.spatial_res_block, self.temporal_res_block
+        temb = F.silu(temb)
+        x = _residual(space, hidden_states, space.time_emb_proj(temb)[:, :, None, None])
+        x_BCTHW = x.unflatten(0, (clips, frames)).transpose(1, 2)
+        shift_BCT = time.time_emb_proj(temb).unflatten(0, (clips, frames)).transpose(1, 2)
+        y_BCTHW = _residual(time, x_BCTHW, shift_BCT[..., None, None])
+        return torch.lerp(y_BCTHW, x_BCTHW, self.alpha).transpose(1, 2).flatten(0, 1)
+
+
+def _residual(block: Any, x: Tensor, shift: Tensor) -> Tensor:
+    y = block.conv1(F.silu(block.norm1(x))) + shift
+    y = block.conv2(F.silu(block.norm2(y)))
+    return (x if block.conv_shortcut is None else block.conv_shortcut(x)) + y
+
+
+class Transformer(TransformerSpatioTemporalModel):
+    """Attention in space, then along the frames, mixed."""
+
+    alpha: float  # of the mix, the share of the spatial part
+    places: (
+        dict[int, Tensor] | None
+    )  # number of frames -> what is added to tell them apart, (T, 1, C), where that is frozen
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        image_only_indicator: Tensor,
+        return_dict: bool = True,
+    ) -> tuple[Tensor]:
+        """hidden_states  (B * T, C, H, W); encoder_hidden_states  (B * T, L, E); image_only_indicator  (B, T)"""
+        assert not return_dict
+        clips, frames = image_only_indicator.shape
+        height, width = hidden_states.shape[-2:]
+        x_FNC = self.proj_in(self.norm(hidden_states).flatten(2).transpose(1, 2).contiguous())
+        for space, time in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
+            x_FNC = space(x_FNC, encoder_hidden_states=encoder_hidden_states)
+            x_BTNC = x_FNC.unflatten(0, (clips, frames))
+            y_BTNC = time(x_BTNC + self._place(frames, x_FNC))
+            x_FNC = torch.lerp(y_BTNC, x_BTNC, self.alpha).flatten(0, 1)
+        y = self.proj_out(x_FNC).transpose(1, 2).unflatten(2, (height, width))
+        return (hidden_states + y,)  # in this order, for the sum is laid out in memory as its first part
+
+    def _place(self, frames: int, like: Tensor) -> Tensor:
+        if self.places is not None and frames in self.places:
+            return self.places[frames]
+        waves = self.time_proj(torch.arange(frames, device=like.device))
+        place = self.time_pos_embed(waves.to(like.dtype))[:, None]
+        if self.places is not None:
+            self.places[frames] = place
+        return place
+
+
+class TemporalBlock(TemporalBasicTransformerBlock):
+    """A transformer block along the frames, on frames that stay where they are."""
+
+    def forward(self, x_BTNC: Tensor) -> Tensor:
+        x = x_BTNC + self.ff_in(self.norm_in(x_BTNC))
+        x = x + self.attn1.processor.along_frames(self.norm1(x))
+        x = x + self.attn2(self.norm2(x))
+        return x + self.ff(self.norm3(x))
+
+
+class Gated(torch.autograd.Function):
+    """h gelu(gate) of h and gate side by side, (..., 2 C) to (..., C), which alone are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        h, gate = x.chunk(2, -1)
+        return h * F.gelu(gate)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,), (gradient,) = ctx.saved_tensors, gradients
+        h, gate = x.chunk(2, -1)
+        x_grad = torch.empty_like(x)
+        h_grad, gate_grad = x_grad.chunk(2, -1)
+        torch.mul(gradient, F.gelu(gate), out=h_grad)
+        torch.ops.aten.gelu_backward.grad_input(gradient * h, gate, grad_input=gate_grad)
+        return x_grad
+
+
+class Gate(GEGLU):
+    """The first half of a feed-forward layer."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return Gated.apply(self.proj(hidden_states))
+
+
+class SelfAttention:
+    """Processor of a self-attention layer, its queries, keys and values by one projection where they are adapted alike."""
+
+    def __init__(self, name: str, attn: Any, kernel: Kernel, stacks: Stacks) -> None:
+        """name  of the layer in the network; stacks  where its LoRA's matrices are found at each call"""
+        parts = {f"{name}.{part}": attn.get_submodule(part) for part in ("to_q", "to_k", "to_v")}
+        alike = len({find_kind(layer) for layer in parts.values()}) == 1
+        groups = [parts] if alike else [{part: layer} for part, layer in parts.items()]
+        self.qkv = [Projection(group, stacks) for group in groups]
+        self.out = Projection({f"{name}.to_out.0": attn.to_out[0]}, stacks)
+        self.heads, self.kernel = attn.heads, kernel
+
+    @property
+    def groups(self) -> list[Names]:
+        """Names of matrices that must lie side by side."""
+        return [names for projection in (*self.qkv, self.out) for names in projection.names or ()]
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: None = None, attention_mask: None = None
+    ) -> Tensor:
+        """hidden_states  (rows, N, C)"""
+        return self._attend(*self._project(hidden_states))
+
+    def along_frames(self, x_BTNC: Tensor) -> Tensor:
+        """Each position attends to itself in all frames."""
+        rows = (x.transpose(1, 2).flatten(0, 1) for x in self._project(x_BTNC))  # for one clip no copy
+        return self._attend(*rows).unflatten(0, (len(x_BTNC), -1)).transpose(1, 2)
+
+    def _project(self, x: Tensor) -> list[Tensor]:
+        return [y.unflatten(-1, (self.heads, -1)) for projection in self.qkv for y in projection(x).unbind(-2)]
+
+    def _attend(self, q_BNHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor) -> Tensor:
+        return self.out(attend_in_chunks(self.kernel, q_BNHD, k_BNHD, v_BNHD).flatten(-2)).squeeze(-2)
+
+
+def install_blocks(unet: Any) -> None:
+    """Give a frozen network these forward passes; its attention layers still need SelfAttention."""
+    for module in unet.modules():
+        if type(module) is SpatioTemporalResBlock:
+            module.__class__ = ResBlock
+            module.__dict__["alpha"] = read_mix(module.time_mixer)
+        elif type(module) is TransformerSpatioTemporalModel:
+            module.__class__ = Transformer
+            adapted = any(hasattr(layer, "lora_A") for layer in module.time_pos_embed.modules())
+            module.__dict__ |= {"alpha": read_mix(module.time_mixer), "places": None if adapted else {}}
+        elif type(module) is TemporalBasicTransformerBlock:
+            assert module.is_res
+            module.__class__ = TemporalBlock
+        elif type(module) is GEGLU:
+            module.__class__ = Gate
+
+
+def read_mix(mixer: AlphaBlender) -> float:
+    """The share of the spatial part in a mix of video frames, which is never trained."""
+    assert mixer.merge_strategy == "learned_with_images" and not mixer.switch_spatial_to_temporal_mix
+    return 0.5 if mixer.mix_factor.is_meta else mixer.mix_factor.double().sigmoid().item()

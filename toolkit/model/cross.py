@@ -1,0 +1,113 @@
+"""Cross-attention over a few tokens, exactly, without its projections: keys and values do not depend on x.
+
+Test: pytest tests/model/test_prepare.py (diffusers' attention with PEFT's LoRA, in float64). With K_h = c Wk_h and
+V_h = c Wv_h of head h, the scores are x M_h^T with M_h = K_h Wq_h / sqrt(D), and the output is the sum over h of
+softmax(scores) U_h, with U_h = V_h Wo_h, and the bias. So two products with L rows a head take the place of two with D and
+of the attention between them. The tables M and U are made once a micro-step, for all layers of one width at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.model.projection import Names, Stacks, find_kind, get_base, lora_names, stack_weights
+
+PARTS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class CrossTables:
+    """The tables of layers of one width, adapted alike."""
+
+    def __init__(self, layers: dict[str, Any], stacks: Stacks) -> None:
+        """layers  diffusers Attention modules by name; their weights become views of stacked ones"""
+        self.layers, self.stacks = layers, stacks
+        attention = list(layers.values())
+        self.heads = attention[0].heads
+        self.weights, self.names, self.scales = {}, {}, {}
+        for part in PARTS:
+            parts = {f"{name}.{part}": layer.get_submodule(part) for name, layer in layers.items()}
+            self.weights[part] = stack_weights(list(parts.values()))
+            kind = find_kind(next(iter(parts.values())))
+            self.scales[part] = kind[1] if kind else 0.0
+            self.names[part] = lora_names(parts) if kind else None
+
+    @property
+    def groups(self) -> list[Names]:
+        """Names of matrices that must lie side by side."""
+        return [names for pair in self.names.values() if pair for names in pair]
+
+    def build(self, tokens_BLE: Tensor) -> None:
+        """Make each layer's tables for the tokens of a micro-batch."""
+        clips, tokens = tokens_BLE.shape[:2]
+        k, v = (self._project(tokens_BLE.flatten(0, 1), part) for part in ("to_k", "to_v"))
+        depth = k.shape[-1] // self.heads
+        m, u = self._absorb(k * depth**-0.5, "to_q"), self._absorb(v, "to_out.0")
+        m, u = (self._by_clip(table, clips, tokens) for table in (m, u))
+        for layer, m_BSC, u_BSC in zip(self.layers.values(), m.unbind(0), u.unbind(0), strict=True):
+            layer.processor.tables = (m_BSC, u_BSC)
+
+    def _project(self, tokens_SE: Tensor, part: str) -> Tensor:
+        """Keys or values of all layers, (layers, S, C)."""
+        tokens = tokens_SE.expand(len(self.layers), -1, -1)
+        y = torch.bmm(tokens, self.weights[part].transpose(1, 2))
+        if (names := self.names[part]) is None:
+            return y
+        a, b = (self.stacks[n] for n in names)
+        return torch.baddbmm(y, torch.bmm(tokens, a.transpose(1, 2)), b.transpose(1, 2), alpha=self.scales[part])
+
+    def _absorb(self, x_NSC: Tensor, part: str) -> Tensor:
+        """Each head's keys through its part of Wq, or values through its part of Wo: (layers * heads, S, C)."""
+        layers, rows, width = x_NSC.shape
+        x = x_NSC.view(layers, rows, self.heads, -1).transpose(1, 2).flatten(0, 1)  # (layers * heads, S, D)
+        y = torch.bmm(x, self._by_head(self.weights[part], part))
+        if (names := self.names[part]) is None:
+            return y
+        a, b = (self.stacks[n] for n in names)
+        inner, outer = (b, a) if part == "to_q" else (a, b.transpose(1, 2))
+        low = torch.bmm(x, self._by_head(inner, part)).view(layers, self.heads * rows, -1)
+        return torch.baddbmm(y.view(layers, -1, width), low, outer, alpha=self.scales[part]).view_as(y)
+
+    def _by_head(self, matrix: Tensor, part: str) -> Tensor:
+        """(layers * heads, D, width): rows of Wq and its B by head, columns of Wo and its A by head."""
+        if part == "to_q":
+            return matrix.view(len(self.layers) * self.heads, -1, matrix.shape[-1])
+        return matrix.unflatten(2, (self.heads, -1)).permute(0, 2, 3, 1).flatten(0, 1)
+
+    def _by_clip(self, table: Tensor, clips: int, tokens: int) -> Tensor:
+        """(layers, B, heads * L, C)."""
+        table = table.view(len(self.layers), self.heads, clips, tokens, -1).transpose(1, 2)
+        return table.flatten(2, 3)
+
+
+class CollapsedAttention:
+    """Processor of a cross-attention layer that was given its tables; the context it is called with is not read."""
+
+    tables: tuple[Tensor, Tensor]  # each (B, heads * L, C)
+    kernel: Any = None  # none is needed
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: None = None
+    ) -> Tensor:
+        """hidden_states  (B * anything, anything, C), clip by clip"""
+        assert attention_mask is None, "the SVD UNet attends without a mask"
+        m_BSC, u_BSC = self.tables
+        x_BNC = hidden_states.reshape(len(m_BSC), -1, hidden_states.shape[-1])
+        scores = torch.bmm(x_BNC, m_BSC.transpose(1, 2)).unflatten(-1, (attn.heads, -1))
+        y_BNC = torch.baddbmm(get_base(attn.to_out[0]).bias, scores.softmax(-1).flatten(-2), u_BSC)
+        return y_BNC.view(hidden_states.shape)
+
+
+def group_layers(unet: nn.Module) -> list[dict[str, Any]]:
+    """The UNet's cross-attention layers, those of one width that are adapted alike together.
+
+    raises  ValueError where one is adapted otherwise than by plain LoRA
+    """
+    groups: dict[Any, dict[str, Any]] = {}
+    for name, layer in unet.named_modules():
+        if name.endswith(".attn2"):
+            kinds = tuple(find_kind(layer.get_submodule(part)) for part in PARTS)
+            groups.setdefault((layer.to_q.in_features, layer.heads, kinds), {})[name] = layer
+    return list(groups.values())

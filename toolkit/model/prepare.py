@@ -1,0 +1,87 @@
+"""A frozen UNet with an adapter in it, made ready to train: kernel, memory plan, one flat parameter.
+
+Test: pytest tests/model/test_prepare.py (against diffusers and PEFT as they come)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.model.attention import KERNELS, set_attention
+from toolkit.model.blocks import SelfAttention, install_blocks
+from toolkit.model.cross import CollapsedAttention, CrossTables, group_layers
+from toolkit.model.flat import FlatAdapter
+from toolkit.model.lora import compute_dtypes
+from toolkit.model.projection import Names, Stacks
+from toolkit.model.recompute import recompute_whole_modules
+
+# the fastest first
+#   fast   keeps every activation for the backward pass
+#   small  keeps the inputs of whole modules, and computes the others a second time
+Plan = Literal["fast", "small"]
+# whose forward passes: blocks.py, or those of diffusers and PEFT
+Blocks = Literal["lean", "stock"]
+
+
+class Trainable:
+    """What trains in a UNet, and what must be done before each of its forward passes."""
+
+    def __init__(self, adapter: FlatAdapter, tables: list[CrossTables]) -> None:
+        self.adapter, self.tables = adapter, tables
+
+    def begin(self, tokens_BLE: Tensor) -> None:
+        """Before each forward pass; tokens_BLE  what the UNet attends to, in its precision."""
+        self.adapter.spread()
+        for table in self.tables:
+            table.build(tokens_BLE)
+
+
+def prepare_unet(
+    unet: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    dtype: torch.dtype,
+    attention: str,
+    plan: Plan,
+    blocks: Blocks,
+) -> Trainable:
+    """Once for each UNet.
+
+    parameters  those of inject_lora
+    dtype       in which the UNet computes
+    blocks      ours or stock: whose forward passes
+    """
+    set_attention(unet, attention)
+    groups: list[Names] = []
+    tables: list[CrossTables] = []
+    stacks: Stacks = {}
+    if blocks == "lean":
+        groups, tables = install_lean(unet, attention, stacks)
+    if plan == "small":
+        recompute_whole_modules(unet)
+    adapter = FlatAdapter(unet, parameters, compute_dtypes(unet, parameters, dtype), groups, stacks)
+    return Trainable(adapter, tables)
+
+
+def install_lean(unet: Any, attention: str, stacks: Stacks) -> tuple[list[Names], list[CrossTables]]:
+    """Give a frozen network forward passes of fewer operations.
+
+    returns  names of matrices that must lie side by side in `stacks`, and the tables of its cross-attention
+    raises   ValueError where it is adapted by something else than plain LoRA
+    """
+    kernel, groups = KERNELS[attention], []
+    tables = [CrossTables(layers, stacks) for layers in group_layers(unet)]
+    layers = {name: module for name, module in unet.named_modules() if name.endswith(".attn1")}
+    install_blocks(unet)
+    for name, layer in layers.items():
+        processor = SelfAttention(name, layer, kernel, stacks)
+        groups += processor.groups
+        layer.set_processor(processor)
+    for table in tables:
+        groups += table.groups
+        for layer in table.layers.values():
+            layer.set_processor(CollapsedAttention())
+    return groups, tables
