@@ -6,13 +6,14 @@ from toolkit.cli import main
 
 
 def bench(
-    what: Literal["full", "loader", "reduction", "checkpoint", "scaling"], config: str | None = None, json: bool = False,
-    **options: Any,
+    what: Literal["full", "counts", "loader", "reduction", "checkpoint", "scaling"], config: str | None = None,
+    json: bool = False, **options: Any,
 ) -> None:  # fmt: skip
     """Time what a recipe does, without its weights and data: random ones of the published sizes.
 
     what     full: one training step and one interpolation step of the full-size network, with each attention kernel that
              runs here
+             counts: operations, bytes, FLOPs and peak memory of a training step, beside diffusers and PEFT; needs no GPU
              loader: clips read per second, beside webdataset, tarfile and others
              reduction: what an optimizer step sends between ranks, with each engine and with DeepSpeed's own defaults
              checkpoint: what a save and a resume cost on two ranks, beside DeepSpeed's own

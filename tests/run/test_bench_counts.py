@@ -1,0 +1,51 @@
+"""What a step of the full-size network costs. Run: pytest tests/run/test_bench_counts.py"""
+
+import re
+
+import pytest
+
+from tests.launching import ROOT
+from toolkit.run.bench_counts import CASES, bench_counts, count_stock
+from toolkit.run.memory import Shape
+
+# of ours to stock, in the case framer_5_576: what a change may not lose again
+MOST = {
+    "ours_fast": {"ops": 0.43, "tflop": 0.76, "gb_moved": 0.66},
+    "ours_small": {"ops": 0.60, "tflop": 1.07, "gb_moved": 0.88, "peak_gb": 0.25},
+}
+
+
+def test_stock_costs_what_was_counted_elsewhere() -> None:
+    """Five frames of 576x576, two tokens: an independent count of the same network, within one percent."""
+    shape = Shape(1, 5, 72, 72, 2)
+    plain, checkpointed = count_stock(shape, checkpointing=False), count_stock(shape)
+    forward, backward = plain["forward"], plain["backward"]
+    found = [forward.ops, backward.ops, forward.moved_bytes / 1e9, backward.moved_bytes / 1e9]
+    assert found == pytest.approx([3143, 2948, 55.5, 81.3], rel=0.01)
+    assert (forward.flop + backward.flop) / 1e12 == pytest.approx(18.60, rel=0.01)
+    assert backward.peak_bytes / 1e9 == pytest.approx(11.71, rel=0.01)
+    assert checkpointed["backward"].peak_bytes / 1e9 == pytest.approx(6.68, rel=0.01)
+
+
+def test_ours_against_stock() -> None:
+    """Every case is counted, and README says so; `small` takes the least memory, `fast` the fewest operations."""
+    report = bench_counts()
+    assert report.keys() == CASES.keys()
+    for rows in report.values():
+        stock, fast, small = rows["stock"], rows["ours_fast"], rows["ours_small"]
+        assert small["peak_gb"] < stock["peak_gb"] < fast["peak_gb"]
+        assert fast["ops"] < stock["ops"] and fast["tflop"] < stock["tflop"] and fast["gb_moved"] < stock["gb_moved"]
+    shown = re.findall(
+        r"^\| (\w+) \| (.+?) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
+        (ROOT / "README.md").read_text(),
+        re.M,
+    )
+    assert len(shown) == 12
+    for case, name, *figures in shown:
+        row = report[case]["stock" if "PEFT" in name else f"ours_{name.split()[1].strip('`')}"]
+        assert [float(figure.replace(",", "")) for figure in figures] == pytest.approx([*row.values()], rel=0.02), case
+    rows = report["framer_5_576"]
+    assert rows["ours_small"]["peak_gb"] <= 1.7 and rows["ours_fast"]["ops"] <= 3300
+    for plan, limits in MOST.items():
+        for name, most in limits.items():
+            assert rows[plan][name] <= most * rows["stock"][name], (plan, name, rows)

@@ -1,0 +1,42 @@
+"""A plan is chosen by what a step will need. Run: pytest tests/run/test_memory.py"""
+
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from tests.launching import RECIPE, TINY
+from toolkit.config import RunConfig, load_config
+from toolkit.model.tiny import build_unet
+from toolkit.run.memory import USABLE, choose_plan, predict_bytes
+
+CPU = torch.device("cpu")
+
+
+def make(**changes: Any) -> RunConfig:
+    return load_config(RECIPE, TINY | {"model.memory": "auto"} | {k.replace("__", "."): v for k, v in changes.items()})
+
+
+def test_more_is_more() -> None:
+    """More frames, pixels, clips, rank or digits need more; computing again needs less."""
+    unet = build_unet().config
+    base = predict_bytes(make(), unet, 2, "fast")
+    for changes in ({"data__frames": 5, "diffusion__layout": "framer_clip"}, {"data__height": 64},
+                    {"engine__micro_batch": 2}, {"lora__rank": 64}, {"engine__precision": "fp32"}):  # fmt: skip
+        assert predict_bytes(make(**changes), unet, 2, "fast") > base, changes
+    assert predict_bytes(make(), unet, 2, "small") < base
+
+
+def test_auto_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One byte decides; what the recipe names is taken whatever is free."""
+    unet = build_unet().config
+    needed = predict_bytes(make(), unet, 2, "fast")
+
+    def choose(free_bytes: float, **changes: Any) -> str:
+        free = psutil.virtual_memory()._replace(available=free_bytes)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+        return choose_plan(make(**changes), unet, 2, CPU)
+
+    assert choose(needed / USABLE + 1) == "fast" and choose(needed / USABLE - 1) == "small"
+    assert choose(0, model__memory="fast") == "fast" and choose(1e15, model__memory="small") == "small"

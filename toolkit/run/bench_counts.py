@@ -1,0 +1,77 @@
+"""What a training micro-step of the full-size network costs, ours beside diffusers and PEFT as they come; needs no GPU.
+
+Test: pytest tests/run/test_bench_counts.py. Counted on meta tensors (meter.py): the same on every machine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from toolkit.config import LoraConfig
+from toolkit.model.lora import inject_lora
+from toolkit.model.prepare import Plan, prepare_unet
+from toolkit.model.quiet import quiet_libraries
+from toolkit.model.unet import SVD_CONFIG, FramerUNet
+from toolkit.model.weights import build_on_meta
+from toolkit.run.memory import PLANS, Shape, count_step
+from toolkit.run.meter import Cost
+
+LORA = LoraConfig(rank=64, alpha=64, targets="all")
+CASES = {  # by layout, frames that enter the network, and pixels
+    "spec_1_576": Shape(1, 1, 72, 72, 1),
+    "framer_5_576": Shape(1, 5, 72, 72, 2),
+    "framer_5_512x320": Shape(1, 5, 40, 64, 2),
+    "framer_14_576": Shape(1, 14, 72, 72, 2),
+    "framer_14_512x320": Shape(1, 14, 40, 64, 2),
+}
+
+
+def bench_counts() -> dict[str, Any]:
+    """Count one micro-step of one clip, rank 64 on all attention layers, bf16.
+
+    returns  {case: {stock, ours_small, ours_fast: {ops, gb_moved, tflop, peak_gb}}}: operations that start a kernel,
+             gigabytes (1e9) that they read and write each on its own, floating-point operations, and the peak of
+             activations and gradients beside the weights; stock with diffusers' own gradient checkpointing
+    """
+    return {name: count_case(shape) for name, shape in CASES.items()}
+
+
+def count_case(shape: Shape) -> dict[str, dict[str, float]]:
+    """One row of bench_counts."""
+    return {"stock": describe(count_stock(shape))} | {f"ours_{p}": describe(count_ours(shape, p)) for p in PLANS}
+
+
+def count_ours(shape: Shape, plan: Plan) -> dict[str, Cost]:
+    """As a run prepares the network."""
+    unet = make_unet()
+    trainable = prepare_unet(unet, inject_lora(unet, LORA, 0), torch.bfloat16, "sdpa", plan, "lean")
+    return count_step(unet, shape, trainable)
+
+
+def count_stock(shape: Shape, checkpointing: bool = True) -> dict[str, Cost]:
+    """diffusers' network with bf16 adapters injected by PEFT."""
+    unet = make_unet()
+    for parameter in inject_lora(unet, LORA, 0).values():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+        unet.train()
+    return count_step(unet, shape)
+
+
+def make_unet() -> FramerUNet:
+    with quiet_libraries():
+        unet = build_on_meta(FramerUNet, {**SVD_CONFIG, "in_channels": 9}).to(torch.bfloat16)
+    return unet.requires_grad_(False).eval()
+
+
+def describe(costs: dict[str, Cost]) -> dict[str, float]:
+    """Both phases together."""
+    return {
+        "ops": sum(cost.ops for cost in costs.values()),
+        "gb_moved": round(sum(cost.moved_bytes for cost in costs.values()) / 1e9, 1),
+        "tflop": round(sum(cost.flop for cost in costs.values()) / 1e12, 2),
+        "peak_gb": round(max(cost.peak_bytes for cost in costs.values()) / 1e9, 2),
+    }

@@ -1,0 +1,112 @@
+"""How much memory a training step takes, counted before it is taken, and which plan of saving it fits.
+
+Test: pytest tests/run/test_memory.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import psutil
+import torch
+from torch import Tensor
+
+from toolkit.config import RunConfig
+from toolkit.diffusion.layout import make_layout
+from toolkit.model.base import PRECISIONS
+from toolkit.model.lora import inject_lora
+from toolkit.model.prepare import Blocks, Plan, Trainable, prepare_unet
+from toolkit.model.quiet import quiet_libraries
+from toolkit.model.unet import FramerUNet
+from toolkit.model.weights import build_on_meta
+from toolkit.run.meter import Cost, Meter
+
+USABLE = 0.85  # of what is free: an allocator rounds and fragments, and libraries take workspace
+PLANS: tuple[Plan, ...] = get_args(Plan)
+STATE_BYTES = 16  # per trainable parameter: master, gradient and two moments, fp32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a micro-step feeds the network."""
+
+    clips: int
+    frames: int
+    height: int  # of latents
+    width: int
+    tokens: int
+
+
+def find_shape(config: RunConfig, latent_px: int) -> Shape:
+    """The shape of a recipe's micro-batch; latent_px: pixels to a latent, along a side."""
+    frames = make_layout(config.diffusion.layout, config.data.frames).frames
+    tokens = 2 if config.diffusion.clip_tokens == "first_last" else 1
+    height, width = config.data.height // latent_px, config.data.width // latent_px
+    return Shape(config.engine.micro_batch, frames, height, width, tokens)
+
+
+def choose_plan(config: RunConfig, unet: dict[str, Any], latent_px: int, device: torch.device) -> Plan:
+    """The recipe's plan; where it says auto, the fastest that fits into what the device has free, else the smallest.
+
+    unet  its configuration; its weights are on the device already
+    """
+    if config.model.memory != "auto":
+        return config.model.memory
+    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    *plans, smallest = PLANS
+    if config.diffusion.control:  # what a ControlNet takes is not counted here
+        return smallest
+    fitting = (p for p in plans if predict_bytes(config, unet, latent_px, p) <= USABLE * free_bytes)
+    return next(fitting, smallest)
+
+
+def choose_blocks(config: RunConfig) -> Blocks:
+    """Whose forward passes a recipe trains with; PEFT computes DoRA and dropout, and ZeRO-3 shards diffusers' layers."""
+    if config.model.blocks == "stock" or config.lora.dora or config.lora.dropout or config.engine.kind == "zero3":
+        return "stock"
+    return "lean"
+
+
+def predict_bytes(config: RunConfig, unet: dict[str, Any], latent_px: int, plan: Plan) -> int:
+    """Peak bytes of a step beside the frozen weights: activations, gradients, and the state of what trains."""
+    dtype = PRECISIONS[config.engine.precision]
+    with quiet_libraries():
+        network = build_on_meta(FramerUNet, unet).to(dtype).requires_grad_(False).eval()
+    parameters = inject_lora(network, config.lora, config.seed)
+    trainable = prepare_unet(network, parameters, dtype, "sdpa", plan, choose_blocks(config))
+    costs = count_step(network, find_shape(config, latent_px), trainable)
+    return max(cost.peak_bytes for cost in costs.values()) + STATE_BYTES * trainable.adapter.flat.numel()
+
+
+def count_step(unet: Any, shape: Shape, trainable: Trainable | None = None) -> dict[str, Cost]:
+    """Count one micro-step, forward and backward, of a UNet on meta tensors; trainable: where prepare_unet made it ready."""
+    dtype = unet.conv_out.weight.dtype
+
+    def make(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    inputs = [
+        make(shape.clips, shape.frames, unet.conv_in.in_channels, shape.height, shape.width), make(shape.clips),
+        make(shape.clips, shape.tokens, unet.config.cross_attention_dim), make(shape.clips, 3),
+    ]  # fmt: skip
+    target = torch.empty(shape.clips, shape.frames, 4, shape.height, shape.width, device="meta")
+    given = [
+        *unet.parameters(),
+        *unet.buffers(),
+        *inputs,
+        target,
+        *(trainable.adapter.parameters() if trainable else ()),
+    ]
+    if trainable is not None:
+        with torch.no_grad():
+            trainable.begin(inputs[2])
+            unet(*inputs, return_dict=False)  # what is computed once is not a step's
+    with Meter(given) as meter:
+        if trainable is not None:
+            trainable.begin(inputs[2])
+        output = unet(*inputs, return_dict=False)[0]
+        loss = (output.float() - target).square().mean()
+        meter.phase = "backward"
+        loss.backward()
+    return meter.costs
