@@ -20,6 +20,7 @@ setup(
         "pydantic>=2",
         "pyyaml",
         "numpy",
+        "psutil",
         "pillow",
         "fire",
         "tqdm",

@@ -29,6 +29,7 @@ TINY: dict[str, Any] = {
     "lora.rank": 4, "lora.alpha": 4, "lora.targets": "all", "diffusion.layout": "spec_middle", "optimizer.lr": 1e-2,
     "data.frames": 3, "data.stride": 1, "data.height": 32, "data.width": 32,
     "schedule.shape": "constant", "schedule.warmup_steps": 0, "schedule.steps": 10,
+    "model.memory": "small",
     "engine.kind": "zero2", "engine.precision": "bf16", "engine.global_batch": 4, "engine.micro_batch": 1,
     "checkpoint.every_steps": 2, "checkpoint.keep": 10,
     "log_every_steps": 1,

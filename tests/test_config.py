@@ -74,9 +74,10 @@ lora.rslora
 lora.targets
 model.attention
 model.base
+model.blocks
 model.controlnet
 model.controlnet_revision
-model.gradient_checkpointing
+model.memory
 model.revision
 model.unet
 model.unet_revision

@@ -54,7 +54,10 @@ class ModelConfig(Section):
     controlnet: Place | None = None  # folder, hub id or .safetensors file of Framer's trajectory ControlNet; frozen
     controlnet_revision: str | None = None  # hub commit of controlnet
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
-    gradient_checkpointing: bool = True
+    # lean: the network in fewer operations; stock: as diffusers and PEFT compute it, and so DoRA, dropout and zero3 always
+    blocks: Literal["lean", "stock"] = "lean"
+    # fast keeps all activations, small computes most of them a second time, auto takes fast where it fits
+    memory: Literal["auto", "fast", "small"] = "auto"
 
 
 class LoraConfig(Section):

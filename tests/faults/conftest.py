@@ -72,7 +72,7 @@ def faults(request: pytest.FixtureRequest) -> Iterator[Faults]:
 def small_run(tiny_run: dict[str, Any]) -> dict[str, Any]:
     """Overrides of eight steps of two clips, a micro-batch for each of two ranks; an epoch is five steps."""
     return tiny_run | {
-        "engine.global_batch": 2, "model.gradient_checkpointing": False, "schedule.steps": 8, "checkpoint.every_steps": 2,
+        "engine.global_batch": 2, "model.memory": "fast", "schedule.steps": 8, "checkpoint.every_steps": 2,
     }  # fmt: skip
 
 

@@ -89,7 +89,7 @@ def test_run_starts_from_an_adapter(plain: dict[str, Any]) -> None:
     first = train_here(plain | {"name": "first"})
     config = load_config(RECIPE, plain | {"name": "second", "lora.init_from": str(first)})
     job = build_job(config, init_world(join=False), fresh=False)
-    taken = {name: state["master"] for name, state in job.engine.gather().items()}
+    taken = {name: state["master"] for name, state in job.adapter.split(job.engine.gather()).items()}
     saved = load_file(newest_adapter(first) / "adapter_model.safetensors")
     assert len(taken) == len(saved) and any(tensor.any() for name, tensor in taken.items() if ".lora_B." in name)
     for name, tensor in taken.items():

@@ -133,14 +133,15 @@ class ZeroEngine:
 
 
 def _keep_whole(model: nn.Module) -> None:
-    """Turn what the network itself holds into buffers, which ZeRO-3 leaves alone.
+    """Turn what a network holds beside its layers into buffers, which ZeRO-3 leaves alone.
 
-    It fetches parameters when their layer is called, and a mask token is read before. Only frozen ones can be given.
+    It fetches parameters when their layer is called, and a mask token is read before.
     """
-    for name, parameter in list(model.named_parameters(recurse=False)):
-        assert not parameter.requires_grad, name
-        delattr(model, name)
-        model.register_buffer(name, parameter.detach(), persistent=False)
+    for network in [module for module in model.modules() if any(module.children())]:
+        for name, parameter in list(network.named_parameters(recurse=False)):
+            assert not parameter.requires_grad, name
+            delattr(network, name)
+            network.register_buffer(name, parameter.detach(), persistent=False)
 
 
 def _complete(

@@ -20,13 +20,13 @@ from toolkit.engine.world import init_world
 from toolkit.errors import UserError
 from toolkit.model.attention import choose_attention, set_attention
 from toolkit.model.base import PRECISIONS, Base
-from toolkit.model.lora import enable_adapter
 from toolkit.model.quiet import quiet_libraries
 from toolkit.model.tiny import SCHEDULER
 from toolkit.model.unet import SVD_CONFIG, FramerUNet
 from toolkit.rng import rng
 from toolkit.run.framer import Framer, Sampling, to_signed
-from toolkit.run.job import adam_settings, prepare_unet
+from toolkit.run.job import adam_settings, make_framer
+from toolkit.run.memory import choose_plan
 from toolkit.run.monitor import peak_memory_gib
 
 # stabilityai/stable-video-diffusion-img2vid-xt, vae/config.json and image_encoder/config.json
@@ -39,7 +39,7 @@ CLIP_CONFIG = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layer
 def bench_full(config: RunConfig) -> dict[str, Any]:
     """Run one optimizer step of one clip, and one sampler step between two stills, at a recipe's size and precision.
 
-    returns  {device, threads, base_params, lora_params, frames, height, width, precision, kernels: {kernel: {
+    returns  {device, threads, base_params, lora_params, frames, height, width, precision, memory, kernels: {kernel: {
              forward_backward_s, optimizer_s, sample_s, loss, sample_mean_abs, peak_gib}}}; on a GPU of the second of two
              runs, since the first one compiles and warms up; on a CPU the peak is the process's
     """
@@ -50,32 +50,34 @@ def bench_full(config: RunConfig) -> dict[str, Any]:
     world = init_world(join=False)
     base = make_random_base(world.device, PRECISIONS[config.engine.precision])
     base_params = sum(p.numel() for p in base.unet.parameters())
-    framer = Framer(base, config.diffusion, config.data.frames, config.seed)
     kernels = list_kernels(config, world.device)
-    parameters = prepare_unet(base, config, kernels[0])
-    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    adam = adam_settings(config)
+    plan = choose_plan(config, base.unet.config, base.latent_px, world.device)
+    framer = make_framer(config, base, kernels[0], plan)
+    assert framer.trainable is not None
+    adapter = framer.trainable.adapter
+    start = adapter.flat.detach().clone()
     batch = make_random_batch(config)
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "base_params": base_params,
-        "lora_params": sum(p.numel() for p in parameters.values()),
+        "lora_params": start.numel(),
         "frames": framer.layout.frames,
         "height": config.data.height,
         "width": config.data.width,
         "precision": config.engine.precision,
+        "memory": plan,
         "kernels": {},
     }
     runs = 2 if world.device.type == "cuda" else 1
     for kernel in kernels:
         set_attention(base.unet, kernel)
         for _ in range(runs):
-            for name, parameter in parameters.items():
-                parameter.data.copy_(start[name])  # every kernel starts from the same adapter
+            adapter.flat.data.copy_(start)  # every kernel starts from the same adapter
             if world.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            row = measure_steps(framer, PlainEngine(parameters, adam, 1), batch, config.optimizer.lr, world.device)
+            engine = PlainEngine({"flat": adapter.flat}, adam_settings(config), 1)
+            row = measure_steps(framer, engine, batch, config.optimizer.lr, world.device)
         report["kernels"][kernel] = row | {"peak_gib": round(peak_memory_gib(), 2)}
     return report
 
@@ -83,7 +85,7 @@ def bench_full(config: RunConfig) -> dict[str, Any]:
 def measure_steps(
     framer: Framer, engine: PlainEngine, batch: Batch, lr: float, device: torch.device
 ) -> dict[str, float]:
-    """Time one training step, and one interpolation step of the untuned network."""
+    """Time one training step, and one interpolation step."""
 
     def train() -> Tensor:
         loss_B, _ = framer.compute_loss(batch)
@@ -94,11 +96,9 @@ def measure_steps(
     optimizer_s, _ = stopwatch(lambda: torch.tensor(engine.step(lr)), device)
     assert batch.frames_BTHWC is not None
     stills_B2CHW = to_signed(batch.frames_BTHWC)[:, [0, -1]]
-    enable_adapter(framer.base.unet, False)
     sample_s, frames = stopwatch(
         lambda: framer.generate(stills_B2CHW, batch.fps_B, batch.motion_B, Sampling(1), [0]), device
     )
-    enable_adapter(framer.base.unet, True)
     return {
         "forward_backward_s": round(forward_backward_s, 3),
         "optimizer_s": round(optimizer_s, 3),

@@ -19,6 +19,7 @@ from pydantic import PositiveInt
 from toolkit.config import CheckpointConfig, LoraConfig
 from toolkit.engine.plain import State
 from toolkit.engine.world import World
+from toolkit.model.flat import FlatAdapter
 from toolkit.model.lora import inject_lora
 from toolkit.run.bench_ranks import AdapterAlone, answer, build_unet_on_meta, make_engine_of, run_on_ranks, take_step
 from toolkit.run.checkpoint import checkpoint_folder, checkpoint_step, load_checkpoint, newest_good
@@ -58,9 +59,9 @@ def measure(world: World, folder: Path, lora_rank: int, rounds: int) -> dict[str
         times_s[name].append(time.perf_counter() - began_s)
 
     def save(step: int) -> None:
-        tensors = engine.gather()
+        gathered = engine.gather()
         if writer is not None:
-            writer.submit(step, tensors, unet, {}, {})
+            writer.submit(step, adapter.flat.split(gathered), unet, {}, {})
 
     def finish(step: int) -> None:
         clock("step beside", partial(take_step, adapter, engine, step, world))
@@ -81,8 +82,9 @@ def measure(world: World, folder: Path, lora_rank: int, rounds: int) -> dict[str
     exact = {}
     for name, resume, wanted in (("ours", resume_ours, saved), ("deepspeed", resume_deepspeed, saved_after)):
         for _ in range(rounds):
-            fresh = make_engine_of("zero2", AdapterAlone(lora_rank, world.device))
-            clock(f"resume {name}", partial(resume, fresh, folder, world))
+            other = AdapterAlone(lora_rank, world.device)
+            fresh = make_engine_of("zero2", other)
+            clock(f"resume {name}", partial(resume, fresh, other.flat, folder, world))
             exact[name] = same(fresh.gather(), wanted)
             fresh.close()
     engine.close()
@@ -90,7 +92,7 @@ def measure(world: World, folder: Path, lora_rank: int, rounds: int) -> dict[str
     medians_s = defaultdict(float, {name: statistics.median(values) for name, values in times_s.items()})
     step_s = medians_s["step"]
     return {
-        "trainable": sum(p.numel() for p in adapter.parameters()),
+        "trainable": adapter.flat.flat.numel(),
         "step_s": step_s,
         "interval": INTERVAL,
     } | {
@@ -112,15 +114,15 @@ def save_deepspeed(engine: Any, folder: Path) -> None:
     engine.engine.save_checkpoint(str(folder / "theirs"), tag="newest", exclude_frozen_parameters=True)
 
 
-def resume_ours(engine: Any, folder: Path, world: World) -> None:
+def resume_ours(engine: Any, flat: FlatAdapter, folder: Path, world: World) -> None:
     """The newest checkpoint whose hashes are right, chosen by the main rank, read by all."""
     newest = newest_good(folder / "ours", set_aside=True) if world.is_main else None
     step = world.broadcast_int(checkpoint_step(newest) if newest else 0)
     _, tensors = load_checkpoint(checkpoint_folder(folder / "ours", step))
-    engine.scatter(tensors, step)
+    engine.scatter(flat.join(tensors), step)
 
 
-def resume_deepspeed(engine: Any, folder: Path, world: World) -> None:
+def resume_deepspeed(engine: Any, flat: FlatAdapter, folder: Path, world: World) -> None:
     """What `latest` names, unverified."""
     engine.engine.load_checkpoint(str(folder / "theirs"), load_module_strict=False)
 

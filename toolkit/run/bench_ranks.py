@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from toolkit.config import DataConfig, EngineConfig, LoraConfig, RunConfig
 from toolkit.engine.world import World, init_world
 from toolkit.errors import UserError
+from toolkit.model.flat import FlatAdapter
 from toolkit.model.lora import inject_lora
 from toolkit.model.unet import SVD_CONFIG, FramerUNet
 from toolkit.rng import rng
@@ -51,9 +52,12 @@ class AdapterAlone(nn.Module):
             parent.add_module(last, layer)
         layers = [module for module in self.modules() if isinstance(module, nn.Linear)]
         self.pairs = tuple(zip(layers[::2], layers[1::2], strict=True))  # in a tuple, so not registered twice
+        self.flat: Any = None  # set where an engine of ours trains it
 
     def forward(self, k: int) -> Tensor:
         """Loss of micro-batch k: what the pairs make of a few tokens of noise, squared."""
+        if self.flat is not None:
+            self.flat.spread()
         dtype, device = self.pairs[0][0].weight.dtype, self.pairs[0][0].weight.device
         noise_NI = torch.randn(TOKENS, 2048, generator=rng(0, "bench_tokens", k)).to(device, dtype)
         outputs = [b(a(noise_NI[:, : a.in_features])) for a, b in self.pairs]
@@ -70,7 +74,10 @@ def build_unet_on_meta() -> FramerUNet:
 def make_engine_of(kind: str, adapter: AdapterAlone) -> Any:
     """The engine that a recipe of that engine.kind would give the adapter to."""
     config = RunConfig(name="bench", data=DataConfig(shards=""), engine=EngineConfig(kind=kind))
-    return make_engine(config, adapter, dict(adapter.named_parameters()), ACCUMULATION)
+    parameters = dict(adapter.named_parameters())
+    flat = FlatAdapter(adapter, parameters, dict.fromkeys(parameters, torch.float32))
+    object.__setattr__(adapter, "flat", flat)  # beside the network, not a part of it
+    return make_engine(config, adapter, flat, ACCUMULATION)
 
 
 def take_step(adapter: AdapterAlone, engine: Any, number: int, world: World) -> Tensor:

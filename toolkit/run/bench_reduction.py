@@ -150,7 +150,7 @@ def measure(world: World, folder: Path, lora_rank: int, rounds: int) -> dict[str
     return {
         "ranks": world.size,
         "accumulation": ACCUMULATION,
-        "trainable": sum(p.numel() for p in adapters["zero2"].parameters()),
+        "trainable": sum(p.numel() for p in adapters["deepspeed_default"].parameters()),
         "engines": rows,
     }
 

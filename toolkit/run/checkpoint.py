@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from toolkit.config import CheckpointConfig
 from toolkit.engine.plain import STATE_KEYS, State
@@ -160,9 +160,9 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], State]:
     return json.loads((folder / "state.json").read_text()), tensors
 
 
-def refuse_misfit(folder: Path, tensors: State, parameters: Mapping[str, Tensor]) -> None:
+def refuse_misfit(folder: Path, tensors: State, shapes: Mapping[str, torch.Size]) -> None:
     """Raise UserError unless a checkpoint holds master and moments of each parameter that trains, in its shape."""
-    wanted = {f"{name}/{key}": tuple(p.shape) for name, p in parameters.items() for key in STATE_KEYS}
+    wanted = {f"{name}/{key}": tuple(shape) for name, shape in shapes.items() for key in STATE_KEYS}
     found = {f"{name}/{key}": tuple(t.shape) for name, saved in tensors.items() for key, t in saved.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):

@@ -14,7 +14,7 @@ from toolkit.config import RunConfig
 from toolkit.data.index import open_sources
 from toolkit.data.remote import is_remote
 from toolkit.diffusion.layout import make_layout
-from toolkit.model.base import build_unet_on_meta, check_weights, describe_unet, read_parameterization
+from toolkit.model.base import PRECISIONS, build_unet_on_meta, check_weights, describe_unet, read_parameterization
 from toolkit.model.controlnet import find_controlnet
 from toolkit.model.lora import dead_targets, inject_lora, match_targets
 from toolkit.model.sources import is_hub_id
@@ -22,14 +22,16 @@ from toolkit.model.tiny import build_unet
 from toolkit.run.folder import find_adapter
 from toolkit.run.framer import check_objective
 from toolkit.run.job import check_clips, check_engine, total_steps
+from toolkit.run.memory import PLANS, predict_bytes
 
 
 def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
     """Count what a recipe trains, and how its batches fall on the ranks.
 
     returns  {name, base_params, lora_modules, lora_params, dead_modules, extra_params, adapter_mb_fp32, engine,
-             global_batch, micro_batch, ranks, accumulation, possible_ranks, clips, optimizer_steps, notes}; clips and
-             optimizer_steps are None where the shards are not on this machine
+             global_batch, micro_batch, ranks, accumulation, possible_ranks, clips, optimizer_steps, weights_gb, step_gb,
+             notes}; clips and optimizer_steps are None where the shards are not on this machine; weights_gb are the frozen
+             UNet's, step_gb what a step takes beside them under each plan of model.memory, in 1e9 bytes
     raises   UserError for what a run of so many ranks would refuse about its engine, batch, data, objective, and weights
              where they are on this machine
     """
@@ -74,6 +76,10 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
         "possible_ranks": list_ranks(config),
         "clips": None,
         "optimizer_steps": config.schedule.steps,
+        "weights_gb": round(base_params * PRECISIONS[config.engine.precision].itemsize / 1e9, 2),
+        "step_gb": {
+            plan: round(predict_bytes(config, unet.config, 2 if is_tiny else 8, plan) / 1e9, 2) for plan in PLANS
+        },
         "notes": [],
     }
     absent = [source for source in config.data.sources if not is_remote(source) and not Path(source).exists()]

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
 
 from toolkit.config import RunConfig, diff_configs, dump_config, load_config
 from toolkit.engine.plain import State
@@ -47,7 +46,7 @@ from toolkit.run.skips import cut_skips
 FREE_FIELDS = ("runs_dir", "log_every_steps", "lora.init_from", "checkpoint.", "validation.", "data.shards", "data.mix",
                "data.remote", "data.cache_", "data.debug", "data.workers", "data.max_bad_fraction", "engine.kind",
                "engine.deepspeed", "engine.shard_ranks", "engine.hang_timeout_s", "optimizer.max_skipped_steps",
-               "model.attention", "model.gradient_checkpointing")  # fmt: skip
+               "model.attention", "model.blocks", "model.memory")  # fmt: skip
 _SHARED_DISK_S = 60  # for which a network disk may go on saying that a file is not there
 # what a kill at the very start can leave, and what is there of a job that was submitted
 _OWN_FIRST_FILES = ("lock", "config.yaml.tmp", "slurm", "code")
@@ -126,7 +125,7 @@ def await_folder(config: RunConfig, world: World) -> None:
 def find_resume(
     config: RunConfig,
     identity: dict[str, Any],
-    parameters: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
     world: World,
     allow_change: bool = False,
 ) -> Resume:
@@ -135,7 +134,7 @@ def find_resume(
     The lists of bad clips and of skipped steps are cut back to it.
 
     identity      what must not have changed: the data set's, the base's and the code's fingerprints
-    parameters    what trains
+    shapes        of what trains, by name
     allow_change  go on all the same, where the adapter is still the same
     raises        UserError naming what changed
     """
@@ -144,7 +143,7 @@ def find_resume(
     step = world.broadcast_int(checkpoint_step(newest) if newest else 0)
     resume = Resume()
     if step:
-        resume = _load(checkpoint_folder(folder, step), identity, parameters, world, allow_change)
+        resume = _load(checkpoint_folder(folder, step), identity, shapes, world, allow_change)
     best = 0.0  # of ranks that leave it to the main one
     if world.is_main:
         cut_ledger(folder, resume.k_next)
@@ -157,7 +156,7 @@ def find_resume(
 
 
 def _load(
-    folder: Path, identity: dict[str, Any], parameters: Mapping[str, Tensor], world: World, allow_change: bool
+    folder: Path, identity: dict[str, Any], shapes: Mapping[str, torch.Size], world: World, allow_change: bool
 ) -> Resume:
     state, tensors = load_checkpoint(folder)
     changed = [f"{key.replace('_', ' ')} was {state.get(key)}, is {value}"
@@ -167,7 +166,7 @@ def _load(
             f"{folder} was made with something else ({'; '.join(changed)}), so the run could not go on exactly; put it "
             "back, go on all the same with --allow_change, or start anew with --fresh or another --name"
         )
-    refuse_misfit(folder, tensors, parameters)
+    refuse_misfit(folder, tensors, shapes)
     if world.is_main:
         if changed:
             print(f"going on with something else than {folder} was made with: {'; '.join(changed)}")

@@ -50,6 +50,7 @@ from toolkit.errors import UserError
 from toolkit.model.base import Base
 from toolkit.model.controlnet import steer
 from toolkit.model.encoders import decode_latents, embed_stills, encode_frames
+from toolkit.model.prepare import Trainable
 from toolkit.rng import normal_like, rng
 
 OnStep = Callable[[int, Tensor], Tensor]
@@ -101,6 +102,7 @@ class Framer:
     seed        of every draw that is keyed by positions
     controlnet  frozen; it steers wherever a condition holds heatmaps
     device      where the network computes; default where the UNet's weights are
+    trainable   what of the base is in training
     raises      UserError for settings that the base cannot follow
     """
 
@@ -112,8 +114,10 @@ class Framer:
         seed: int = 0,
         controlnet: Any = None,
         device: torch.device | None = None,
+        trainable: Trainable | None = None,
     ) -> None:
         self.base = base
+        self.trainable = trainable
         self.settings = settings
         self.seed = seed
         self.controlnet = controlnet
@@ -183,11 +187,13 @@ class Framer:
     def predict(self, x_BTCHW: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
         """Run the UNet on scaled noisy latents; returns its raw output, (B, T, 4, H, W)."""
         unet, dtype = self.base.unet, self.base.dtype
+        tokens_BND = condition.tokens_BND.to(dtype)
+        if self.trainable is not None:
+            self.trainable.begin(tokens_BND)
         input_BTCHW = self.join_channels(x_BTCHW, condition).to(dtype)
         time_B = time_input(sigma_B, self.parameterization, self.alpha_bar)
-        tokens_BND = condition.tokens_BND.to(dtype)
-        # the adapter's masters are fp32 beside a bf16 base
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+        # a loaded adapter's matrices are fp32 beside a bf16 base
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32 and self.trainable is None):
             steering: Any = nullcontext()
             if condition.heatmaps_BTCHW is not None:
                 residuals = self.controlnet(

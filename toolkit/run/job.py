@@ -26,11 +26,14 @@ from toolkit.engine.plain import AdamSettings, PlainEngine
 from toolkit.engine.world import World, is_restart
 from toolkit.engine.zero import ZeroEngine
 from toolkit.errors import UserError
-from toolkit.model.attention import choose_attention, set_attention
+from toolkit.model.attention import choose_attention
 from toolkit.model.base import PRECISIONS, Base, build_unet_on_meta, load_base, read_parameterization
 from toolkit.model.controlnet import find_controlnet
+from toolkit.model.flat import NAME as FLAT
+from toolkit.model.flat import FlatAdapter
 from toolkit.model.formats import EXTRA_TENSORS
 from toolkit.model.lora import choose_kind, inject_lora, match_targets, start_from
+from toolkit.model.prepare import Plan, prepare_unet
 from toolkit.model.sources import find_weights, fingerprint_files
 from toolkit.rng import RNG_VERSION
 from toolkit.run.cache import check_cache
@@ -47,6 +50,7 @@ from toolkit.run.folder import (
 from toolkit.run.framer import Framer, check_objective
 from toolkit.run.inference import load_control
 from toolkit.run.ledger import bad_limit
+from toolkit.run.memory import choose_blocks, choose_plan
 from toolkit.run.pretrain import find_base
 from toolkit.run.validate import Validator
 from toolkit.run.writer import CheckpointWriter
@@ -65,6 +69,7 @@ class Job:
     """All parts of a run, built and checked, standing where it goes on, of `total` steps."""
 
     framer: Framer
+    adapter: FlatAdapter
     engine: Engine
     index: DatasetIndex
     validator: Validator | None
@@ -100,16 +105,15 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     if config.diffusion.control:
         find_controlnet(str(config.model.controlnet), config.model.controlnet_revision)
     base = load_base(model, world.device, config.engine.precision)
-    controlnet = load_control(config.model, base, attention) if config.diffusion.control else None
-    if controlnet is not None and config.model.gradient_checkpointing:
-        controlnet.enable_gradient_checkpointing()  # a trained mask_token sends gradients through it
-    framer = Framer(base, config.diffusion, config.data.frames, config.seed, controlnet)
+    plan = choose_plan(config, base.unet.config, base.latent_px, world.device)
+    framer = make_framer(config, base, attention, plan, start)
+    assert framer.trainable is not None
+    adapter = framer.trainable.adapter
+    trainable = adapter.flat.numel()
     identity = identify(config, base, index)
-    parameters = prepare_unet(base, config, attention, start)
-    trainable = sum(p.numel() for p in parameters.values())
     check_space(config.folder, trainable, checkpoints=2)
     lock = prepare_folder(config, fresh) if world.is_main else None  # last: nothing is moved aside for a faulty recipe
-    resume = find_resume(config, identity, parameters, world, allow_change)
+    resume = find_resume(config, identity, adapter.shapes, world, allow_change)
     if world.is_main:
         if fresh:
             print("begun anew; give the command without --fresh from now on, or it begins anew once more")
@@ -118,15 +122,16 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
         record_start(config)
     await_folder(config, world)
     total = total_steps(config, len(index), resume.step, resume.k_next)
-    engine = make_engine(config, base.unet, parameters, per_rank)
+    engine = make_engine(config, base.unet, adapter, per_rank)
     if resume.tensors is not None:
-        engine.scatter(resume.tensors, resume.updates)
+        engine.scatter(adapter.join(resume.tensors), resume.updates)
     validator = Validator(config, held_out, clip_settings(config), framer, world) if held_out is not None else None
     writer = CheckpointWriter(config.folder, config.checkpoint) if world.is_main else None
     if world.is_main:
-        announce(config, index, attention, trainable, resume.step, total, world.size)
+        chosen = f"attention {attention}, blocks {choose_blocks(config)}, memory {plan}"
+        announce(config, index, chosen, trainable, resume.step, total, world.size)
     about = describe_adapter(config, base, index)
-    return Job(framer, engine, index, validator, identity, about, per_rank, resume, total, writer, lock)
+    return Job(framer, adapter, engine, index, validator, identity, about, per_rank, resume, total, writer, lock)
 
 
 def goes_on_by_itself(folder: Path, world: World) -> bool:
@@ -146,11 +151,6 @@ def check_engine(config: RunConfig, ranks: int) -> int:
         raise UserError(f"engine.deepspeed is {engine.deepspeed}, but engine.kind {kind} is not DeepSpeed; take it out")
     if kind == "plain" and ranks > 1:
         raise UserError(f"engine.kind plain runs one process, not {ranks}; use zero2, or start one process")
-    if kind in ("zero3", "fsdp2") and "mask_token" in config.lora.extra_trainable:
-        raise UserError(
-            f"lora.extra_trainable mask_token cannot be trained by engine.kind {kind}, which shards it, because it is read "
-            "before the network is called; take zero2, or leave it out"
-        )
     if engine.shard_ranks is not None and (kind != "fsdp2" or ranks % engine.shard_ranks):
         raise UserError(
             f"engine.shard_ranks is {engine.shard_ranks}, which is for engine.kind fsdp2 and must divide the ranks; here "
@@ -159,17 +159,16 @@ def check_engine(config: RunConfig, ranks: int) -> int:
     return per_rank
 
 
-def make_engine(
-    config: RunConfig, unet: torch.nn.Module, parameters: dict[str, torch.nn.Parameter], per_rank: int
-) -> Engine:
-    """Give the trainable parameters of a network to the recipe's engine; per_rank: micro-batches per optimizer step."""
-    engine = config.engine
-    adam = adam_settings(config)
+def make_engine(config: RunConfig, unet: torch.nn.Module, adapter: FlatAdapter, per_rank: int) -> Engine:
+    """Give what trains of a network to the recipe's engine; per_rank: micro-batches per optimizer step."""
+    engine, adam, parameters = config.engine, adam_settings(config), {FLAT: adapter.flat}
     if engine.kind == "plain":
         return PlainEngine(parameters, adam, per_rank)
     if engine.kind == "fsdp2":
-        return Fsdp2Engine(unet, parameters, adam, per_rank, engine.shard_ranks)
-    return ZeroEngine(unet, parameters, adam, per_rank, engine.micro_batch, load_deepspeed_json(engine))
+        return Fsdp2Engine(adapter, parameters, adam, per_rank, engine.shard_ranks)
+    # of the frozen network ZeRO-3 keeps a part on each rank; what other engines do not shard, they need not see
+    model = torch.nn.ModuleList([unet, adapter]) if engine.kind == "zero3" else adapter
+    return ZeroEngine(model, parameters, adam, per_rank, engine.micro_batch, load_deepspeed_json(engine))
 
 
 def adam_settings(config: RunConfig) -> AdamSettings:
@@ -195,20 +194,19 @@ def check_clips(config: RunConfig, index: DatasetIndex) -> None:
         )
 
 
-def prepare_unet(
-    base: Base, config: RunConfig, attention: str, start: Path | None = None
-) -> dict[str, torch.nn.Parameter]:
-    """Put the adapter, the attention kernel and checkpointing into the frozen UNet; returns what trains, by name.
+def make_framer(config: RunConfig, base: Base, attention: str, plan: Plan, start: Path | None = None) -> Framer:
+    """Put the adapter, the attention kernel and a memory plan into a frozen base.
 
     start  an adapter whose values the new one takes over
     """
+    controlnet = load_control(config.model, base, attention) if config.diffusion.control else None
+    if controlnet is not None and plan == "small":
+        controlnet.enable_gradient_checkpointing()  # a trained mask_token sends gradients through it
     parameters = inject_lora(base.unet, config.lora, config.seed)
     if start is not None:
         start_from(base.unet, parameters, start, base.signature)
-    set_attention(base.unet, attention)
-    if config.model.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-    return parameters
+    trainable = prepare_unet(base.unet, parameters, base.dtype, attention, plan, choose_blocks(config))
+    return Framer(base, config.diffusion, config.data.frames, config.seed, controlnet, trainable=trainable)
 
 
 def identify(config: RunConfig, base: Base, index: DatasetIndex) -> dict[str, Any]:
@@ -273,14 +271,14 @@ def total_steps(config: RunConfig, clips: int, done: int = 0, done_clips: int = 
 
 
 def announce(
-    config: RunConfig, index: DatasetIndex, attention: str, trainable: int, start: int, total: int, ranks: int
+    config: RunConfig, index: DatasetIndex, chosen: str, trainable: int, start: int, total: int, ranks: int
 ) -> None:
     """Say what starts, and where it writes."""
     engine = config.engine
     print(
         f"{config.name}: {len(index):,} clips, {total:,} steps of {engine.global_batch} clips "
         f"({engine.micro_batch} x {engine.global_batch // engine.micro_batch // ranks} x {ranks} ranks), "
-        f"{trainable:,} trainable parameters, {engine.precision}, attention {attention}, engine {engine.kind}"
+        f"{trainable:,} trainable parameters, {engine.precision}, {chosen}, engine {engine.kind}"
     )
     if start >= total:
         print(f"the run is finished ({total} steps); --fresh starts anew")

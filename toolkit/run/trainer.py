@@ -135,7 +135,7 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, total: int) 
 
 def save(config: RunConfig, job: Job, world: World, step: int, skipped_in_a_row: int, score: float) -> None:
     """Gather on every rank, and hand over to the main rank's writer; score: inf where this step took none."""
-    tensors = job.engine.gather()
+    gathered = job.engine.gather()
     if job.writer is not None:
         state = job.identity | {
             "updates": job.engine.updates, "skipped_in_a_row": skipped_in_a_row,
@@ -143,4 +143,4 @@ def save(config: RunConfig, job: Job, world: World, step: int, skipped_in_a_row:
             "validation_loss": score if score < math.inf else None, "validation_clips": config.validation.clips,
             "ranks": world.size, "global_batch": config.engine.global_batch, "micro_batch": config.engine.micro_batch,
         }  # fmt: skip
-        job.writer.submit(step, tensors, job.framer.base.unet, state, job.about)
+        job.writer.submit(step, job.adapter.split(gathered), job.framer.base.unet, state, job.about)

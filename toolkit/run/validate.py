@@ -37,7 +37,9 @@ class Validator:
         self.clips = min(config.validation.clips, len(held_out))
         seed = derive_seed(config.seed, "validation")
         settings = framer.settings.model_copy(update={"conditioning_dropout": 0.0})
-        self.framer = Framer(framer.base, settings, config.data.frames, seed, framer.controlnet, framer.device)
+        self.framer = Framer(
+            framer.base, settings, config.data.frames, seed, framer.controlnet, framer.device, framer.trainable
+        )
         order = InSequence(len(held_out), seed)
         centred = replace(windows, window="centre")
         self.batches = MicroBatches(held_out, order, centred, world.size, 1, world.rank, world.size)
