@@ -1,7 +1,7 @@
 """All that trains as one fp32 parameter; the network computes with views of it, cast once a micro-step.
 
 Test: pytest tests/model/test_flat.py. Hundreds of small parameters cost an engine a hook and a slice each in every backward
-pass (docs/LEDGER.md); and fp32 matrices beside a bf16 base make every activation that they touch an fp32 one. In files the
+pass; and fp32 matrices beside a bf16 base make every activation that they touch an fp32 one. In files the
 matrices keep their names.
 """
 

@@ -52,7 +52,7 @@ def prepare_unet(
 
     parameters  those of inject_lora
     dtype       in which the UNet computes
-    blocks      ours or stock: whose forward passes
+    blocks      whose forward passes
     """
     set_attention(unet, attention)
     groups: list[Names] = []
