@@ -216,6 +216,7 @@ def test_targets_are_a_name_an_expression_or_a_list(recipe: Path, given: Any, re
     [
         ({"lora.dora": True, "lora.dropout": 0.1}, "dora and dropout do not go together"),
         ({"diffusion.control": True}, "diffusion.control is on, but model.controlnet names none"),
+        ({"model.quantize": "int8", "engine.kind": "zero3"}, "model.quantize is int8, but engine.kind zero3"),
         ({"diffusion.conditioning_dropout": 0.4}, "conditioning_dropout is 0.4"),
         ({"lora.rank_pattern": {"mid_block.*": 0}}, "lora.rank_pattern.mid_block.* is 0"),
         ({"lora.extra_trainable": ["conv_out"]}, "lora.extra_trainable.0 is 'conv_out': .*'conv_in' or 'mask_token'"),

@@ -54,10 +54,13 @@ class ModelConfig(Section):
     controlnet: Place | None = None  # folder, hub id or .safetensors file of Framer's trajectory ControlNet; frozen
     controlnet_revision: str | None = None  # hub commit of controlnet
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
-    # lean: the network in fewer operations; stock: as diffusers and PEFT compute it, and so DoRA, dropout and zero3 always
+    # lean: the network in fewer operations; stock: as diffusers and PEFT compute it, and so DoRA, dropout, zero3 and
+    # quantized weights always
     blocks: Literal["lean", "stock"] = "lean"
     # fast keeps all activations, small computes most of them a second time, auto takes fast where it fits
     memory: Literal["auto", "fast", "small"] = "auto"
+    # int8 keeps the frozen weights in half the memory while training, made whole for each use; for use with memory: small
+    quantize: Literal["int8"] | None = None
 
 
 class LoraConfig(Section):
@@ -97,7 +100,7 @@ class DataConfig(Section):
     cache_dir: Place = Field("~/.cache/framer-toolkit", validate_default=True)  # keeps what was read from them
     cache_gb: float = Field(50, ge=0)
     # T: frames of one sample's window, both ends included; even in layout framer_clip only
-    frames: int = Field(5, ge=3, le=64)
+    frames: int = Field(5, ge=3, le=128)
     stride: int = Field(4, ge=1, le=64)  # source frames between two frames of the window
     height: int = Field(576, ge=16, le=2048)
     width: int = Field(576, ge=16, le=2048)
@@ -235,6 +238,10 @@ class RunConfig(Section):
             raise ValueError("schedule gives neither epochs nor steps; give one")
         if self.diffusion.control and self.model.controlnet is None:
             raise ValueError("diffusion.control is on, but model.controlnet names none; give one, or switch it off")
+        if self.model.quantize is not None and self.engine.kind == "zero3":
+            raise ValueError(
+                f"model.quantize is {self.model.quantize}, but engine.kind zero3 shards whole weights; take zero2"
+            )
         return self
 
 

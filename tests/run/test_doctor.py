@@ -103,6 +103,9 @@ def test_doctor_notes_what_is_probably_not_meant() -> None:
         assert any("reads eight channels" in note for note in eight) == said
     late = examine(load_config(RECIPE, {"schedule.steps": 10, "schedule.warmup_steps": 4}), ranks=2)
     assert any("4 of 10 steps" in note for note in late["notes"])
+    offload = examine(load_config(RECIPE, {"engine.kind": "zero2_offload", "lora.rank": 1024}), ranks=2)
+    moved_gb = 12 * (offload["lora_params"] + offload["extra_params"]) / 1e9
+    assert any(f"zero2_offload moves {moved_gb:.2f} GB" in note for note in offload["notes"]) and moved_gb > 0.02
     fine = examine(load_config(RECIPE, {"schedule.steps": 100, "diffusion.layout": "middle_in_clip"}), ranks=2)
     assert fine["dead_modules"] == 0
     for note in fine["notes"]:

@@ -9,6 +9,7 @@ import torch
 from tests.launching import RECIPE, TINY
 from toolkit.config import RunConfig, load_config
 from toolkit.model.tiny import build_unet
+from toolkit.model.unet import SVD_CONFIG
 from toolkit.run.memory import USABLE, choose_plan, predict_bytes
 
 CPU = torch.device("cpu")
@@ -23,9 +24,18 @@ def test_more_is_more() -> None:
     unet = build_unet().config
     base = predict_bytes(make(), unet, 2, "fast")
     for changes in ({"data__frames": 5, "diffusion__layout": "framer_clip"}, {"data__height": 64},
-                    {"engine__micro_batch": 2}, {"lora__rank": 64}, {"engine__precision": "fp32"}):  # fmt: skip
+                    {"engine__micro_batch": 2}, {"lora__rank": 64}, {"engine__precision": "fp32"},
+                    {"model__quantize": "int8"}):  # fmt: skip
         assert predict_bytes(make(**changes), unet, 2, "fast") > base, changes
     assert predict_bytes(make(), unet, 2, "small") < base
+
+
+def test_96_frames_fit_a_card_of_40_gb() -> None:
+    """At 576x576 the published network, rank 64 on all layers, with its weights, in what may be used of 40e9 bytes."""
+    changes = {"diffusion.layout": "framer_clip", "data.frames": 96, "data.height": 576, "data.width": 576}
+    config = load_config("launch/recipes/sign_framer.yaml", changes)
+    weights_bytes = 2 * 1_524_625_966
+    assert weights_bytes + predict_bytes(config, {**SVD_CONFIG, "in_channels": 9}, 8, "small") <= USABLE * 40e9
 
 
 def test_auto_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:

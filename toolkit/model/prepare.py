@@ -17,6 +17,7 @@ from toolkit.model.cross import CollapsedAttention, CrossTables, group_layers
 from toolkit.model.flat import FlatAdapter
 from toolkit.model.lora import compute_dtypes
 from toolkit.model.projection import Names, Stacks
+from toolkit.model.quantize import quantize_weights
 from toolkit.model.recompute import recompute_whole_modules
 
 # the fastest first
@@ -47,12 +48,14 @@ def prepare_unet(
     attention: str,
     plan: Plan,
     blocks: Blocks,
+    quantize: str | None = None,
 ) -> Trainable:
     """Once for each UNet.
 
     parameters  those of inject_lora
     dtype       in which the UNet computes
-    blocks      whose forward passes
+    blocks      whose forward passes; stock for quantized weights
+    quantize    int8 or None: how its frozen weights are kept
     """
     set_attention(unet, attention)
     groups: list[Names] = []
@@ -63,6 +66,8 @@ def prepare_unet(
     if plan == "small":
         recompute_whole_modules(unet)
     adapter = FlatAdapter(unet, parameters, compute_dtypes(unet, parameters, dtype), groups, stacks)
+    if quantize is not None:
+        quantize_weights(unet)  # now that what trains is no longer among its parameters
     return Trainable(adapter, tables)
 
 

@@ -24,6 +24,8 @@ from toolkit.run.framer import check_objective
 from toolkit.run.job import check_clips, check_engine, total_steps
 from toolkit.run.memory import PLANS, predict_bytes
 
+OFFLOADED_BYTES = 12  # per trainable parameter: master and two moments, fp32
+
 
 def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
     """Count what a recipe trains, and how its batches fall on the ranks.
@@ -60,6 +62,7 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
     parameters = inject_lora(unet, config.lora, config.seed)
     lora_params = sum(p.numel() for name, p in parameters.items() if ".lora_" in name)
     trainable = sum(p.numel() for p in parameters.values())
+    weight_bytes = 1 if config.model.quantize else PRECISIONS[config.engine.precision].itemsize
     report: dict[str, Any] = {
         "name": config.name,
         "base_params": base_params,
@@ -76,7 +79,7 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
         "possible_ranks": list_ranks(config),
         "clips": None,
         "optimizer_steps": config.schedule.steps,
-        "weights_gb": round(base_params * PRECISIONS[config.engine.precision].itemsize / 1e9, 2),
+        "weights_gb": round(base_params * weight_bytes / 1e9, 2),
         "step_gb": {
             plan: round(predict_bytes(config, unet.config, 2 if is_tiny else 8, plan) / 1e9, 2) for plan in PLANS
         },
@@ -93,6 +96,12 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
     if away:
         report["notes"].append(f"not on this machine, so their weights are not checked: {', '.join(away)}")
     report["notes"] += list_dead(dead, config) + list_doubts(config, report["optimizer_steps"])
+    if config.engine.kind == "zero2_offload":
+        report["notes"].append(
+            f"engine.kind zero2_offload moves {OFFLOADED_BYTES * trainable / 1e9:.2f} GB to the host's memory, beside "
+            f"{report['weights_gb']} GB of frozen weights that stay, and updates them there: slower, for next to nothing; "
+            "take zero2"
+        )
     if channels == 8 and "conv_in" not in config.lora.extra_trainable:
         report["notes"].append(
             "the base reads eight channels, as plain SVD does, so the mask enters it through zeros and it never saw the "

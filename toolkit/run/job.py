@@ -205,7 +205,9 @@ def make_framer(config: RunConfig, base: Base, attention: str, plan: Plan, start
     parameters = inject_lora(base.unet, config.lora, config.seed)
     if start is not None:
         start_from(base.unet, parameters, start, base.signature)
-    trainable = prepare_unet(base.unet, parameters, base.dtype, attention, plan, choose_blocks(config))
+    trainable = prepare_unet(
+        base.unet, parameters, base.dtype, attention, plan, choose_blocks(config), config.model.quantize
+    )
     return Framer(base, config.diffusion, config.data.frames, config.seed, controlnet, trainable=trainable)
 
 

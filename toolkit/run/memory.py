@@ -62,10 +62,10 @@ def choose_plan(config: RunConfig, unet: dict[str, Any], latent_px: int, device:
 
 
 def choose_blocks(config: RunConfig) -> Blocks:
-    """Whose forward passes a recipe trains with; PEFT computes DoRA and dropout, and ZeRO-3 shards diffusers' layers."""
-    if config.model.blocks == "stock" or config.lora.dora or config.lora.dropout or config.engine.kind == "zero3":
-        return "stock"
-    return "lean"
+    """Whose forward passes a recipe trains with; ZeRO-3 and int8 know layers alone, and PEFT computes DoRA and dropout."""
+    model, lora = config.model, config.lora
+    layered = lora.dora or lora.dropout or config.engine.kind == "zero3" or model.quantize
+    return "stock" if model.blocks == "stock" or layered else "lean"
 
 
 def predict_bytes(config: RunConfig, unet: dict[str, Any], latent_px: int, plan: Plan) -> int:
@@ -74,7 +74,7 @@ def predict_bytes(config: RunConfig, unet: dict[str, Any], latent_px: int, plan:
     with quiet_libraries():
         network = build_on_meta(FramerUNet, unet).to(dtype).requires_grad_(False).eval()
     parameters = inject_lora(network, config.lora, config.seed)
-    trainable = prepare_unet(network, parameters, dtype, "sdpa", plan, choose_blocks(config))
+    trainable = prepare_unet(network, parameters, dtype, "sdpa", plan, choose_blocks(config), config.model.quantize)
     costs = count_step(network, find_shape(config, latent_px), trainable)
     return max(cost.peak_bytes for cost in costs.values()) + STATE_BYTES * trainable.adapter.flat.numel()
 
