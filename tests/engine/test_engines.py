@@ -50,7 +50,7 @@ def test_plain_is_a_hand_written_adamw_loop() -> None:
     """Four accumulated, clipped steps: the same bits as torch.optim.AdamW written out."""
     network, hand = make_network(), make_network()
     norms = run_steps(network, make_engine(network), range(4))
-    optimizer = torch.optim.AdamW(hand.parameters(), lr=0.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(hand.parameters(), 0.0, (0.9, 0.95), 1e-8, 0.1, fused=True)
     for step, rate in enumerate(RATES):
         optimizer.zero_grad()
         for micro in range(ACCUMULATION):

@@ -96,7 +96,7 @@ class Fsdp2Engine:
         self.updates = updates
         for master in self.masters.values():
             self.optimizer.state[master] = {
-                "step": torch.tensor(float(updates)),
+                "step": torch.tensor(float(updates), device=master.device),
                 "exp_avg": torch.zeros_like(master),
                 "exp_avg_sq": torch.zeros_like(master),
             }

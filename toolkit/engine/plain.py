@@ -36,7 +36,12 @@ class AdamSettings:
 def make_adamw(parameters: list[nn.Parameter], adam: AdamSettings) -> torch.optim.AdamW:
     # lr 0: the run's schedule gives it at each step
     return torch.optim.AdamW(
-        parameters, lr=0.0, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay
+        parameters,
+        lr=0.0,
+        betas=(adam.beta1, adam.beta2),
+        eps=adam.eps,
+        weight_decay=adam.weight_decay,
+        fused=True,
     )
 
 
@@ -85,7 +90,7 @@ class PlainEngine:
             saved = {key: tensor.to(parameter.device) for key, tensor in state[name].items()}
             parameter.data.copy_(saved["master"])
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(updates)),
+                "step": torch.tensor(float(updates), device=parameter.device),
                 "exp_avg": saved["exp_avg"].clone(),
                 "exp_avg_sq": saved["exp_avg_sq"].clone(),
             }

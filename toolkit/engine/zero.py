@@ -49,6 +49,14 @@ class ZeroEngine:
             optimizer=make_adamw(list(self.parameters.values()), adam),
             config=_complete(settings, sum(p.numel() for p in parameters.values()), adam, accumulation, micro_batch),
         )
+        if self.stage == 3:
+            # Whole on every rank from the first use on, as DeepSpeed keeps small ones: dropped after each micro-batch, it
+            # would be fetched for the next.
+            trained: list[Any] = list(self.parameters.values())
+            dropped = [parameter for parameter in trained if not parameter.ds_persist]
+            self.optimizer.persistent_parameters += dropped
+            for parameter in dropped:
+                parameter.ds_persist = True
         self._set_updates(0)
 
     def backward(self, loss: Tensor) -> None:
@@ -108,7 +116,7 @@ class ZeroEngine:
         self.updates = updates
         for flat in self._flats:
             self._adam[flat] = {
-                "step": torch.tensor(float(updates)),
+                "step": torch.tensor(float(updates), device=flat.device),
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
             }

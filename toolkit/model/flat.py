@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,38 +36,38 @@ class FlatAdapter(nn.Module):
         stacks      where these are put at each spread as well, (n, ...) by their names
         """
         super().__init__()
-        grouped = dict.fromkeys(name for names in groups for name in names)
-        parameters = {name: parameters[name] for name in grouped} | dict(parameters)
-        self.groups, self.stacks = groups, {} if stacks is None else stacks
-        self.shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        self._dtypes = [dtypes[name] for name in parameters]
-        self.dtype = self._dtypes[0] if len({*self._dtypes}) == 1 else torch.float32
-        self.flat = nn.Parameter(torch.cat([p.detach().float().flatten() for p in parameters.values()]))
-        # a list, whose modules are not this one's own
-        self._places = [
-            (network.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in parameters
-        ]
-        for module, attribute in self._places:
-            delattr(module, attribute)
+        self.stacks = {} if stacks is None else stacks
+        grouped = {name for names in groups for name in names}
+        self._groups = [*groups, *((name,) for name in parameters if name not in grouped)]
+        self.shapes = {name: parameters[name].shape for names in self._groups for name in names}
+        self.dtype = dtypes[next(iter(self.shapes))] if len({*dtypes.values()}) == 1 else torch.float32
+        self.flat = nn.Parameter(torch.cat([parameters[name].detach().float().flatten() for name in self.shapes]))
+        self._stacked = [torch.Size((len(names), *self.shapes[names[0]])) for names in self._groups]
+        self._places: list[list[tuple[dict[str, Any], str, torch.dtype]]] = []
+        for names in self._groups:
+            paths = [name.rpartition(".") for name in names]
+            modules = [network.get_submodule(path) for path, _, _ in paths]
+            for module, (_, _, attribute) in zip(modules, paths, strict=True):
+                delattr(module, attribute)
+            # written to directly: a module's own way to set an attribute looks into five dictionaries first
+            self._places.append(
+                [(m.__dict__, path[2], dtypes[n]) for m, path, n in zip(modules, paths, names, strict=True)]
+            )
         self.spread()
 
     def spread(self) -> None:
         """Give the network its weights as they are now; before each forward pass."""
-        sizes = {names: math.prod(self.shapes[names[0]]) for names in self.groups}
-        grouped = {name for names in self.groups for name in names}
-        single = {name: math.prod(shape) for name, shape in self.shapes.items() if name not in grouped}
-        parts = iter(self().split([*(size * len(names) for names, size in sizes.items()), *single.values()]))
-        values: dict[str, Tensor] = {}
-        for names in self.groups:
-            self.stacks[names] = next(parts).view(len(names), *self.shapes[names[0]])
-            values |= dict(zip(names, self.stacks[names].unbind(0), strict=True))
-        values |= {name: part.view(self.shapes[name]) for name, part in zip(single, parts, strict=True)}
-        for name, (module, attribute), dtype in zip(self.shapes, self._places, self._dtypes, strict=True):
-            setattr(module, attribute, values[name].to(dtype))
+        parts = self().split([shape.numel() for shape in self._stacked])
+        for names, shape, part, places in zip(self._groups, self._stacked, parts, self._places, strict=True):
+            self.stacks[names] = part.view(shape)
+            # one alone not by unbind, whose gradient is a copy
+            values = self.stacks[names].unbind() if len(names) > 1 else (part.view(shape[1:]),)
+            for (attributes, attribute, dtype), value in zip(places, values, strict=True):
+                attributes[attribute] = value if value.dtype == dtype else value.to(dtype)
 
     def forward(self) -> Tensor:
         """The parameter in the network's precision, (n,); a call, because an engine that shards it fetches it for a call."""
-        return self.flat.to(self.dtype, copy=True)
+        return self.flat.to(self.dtype)
 
     def split(self, state: State) -> State:
         """What an engine gathered of the one parameter, by the names of those it is made of."""

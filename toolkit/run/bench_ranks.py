@@ -80,7 +80,7 @@ def make_engine_of(kind: str, adapter: AdapterAlone) -> Any:
     return make_engine(config, adapter, flat, ACCUMULATION)
 
 
-def take_step(adapter: AdapterAlone, engine: Any, number: int, world: World) -> Tensor:
+def take_step(adapter: Callable[[int], Tensor], engine: Any, number: int, world: World) -> Tensor:
     """One optimizer step, number 0, 1, ..., of ACCUMULATION micro-batches; returns this rank's mean loss."""
     losses = []
     for j in range(ACCUMULATION):
