@@ -6,21 +6,23 @@ from toolkit.cli import main
 
 
 def bench(
-    what: Literal["full", "counts", "loader", "reduction", "checkpoint", "scaling"], config: str | None = None,
-    json: bool = False, **options: Any,
+    what: Literal["full", "step", "counts", "engine", "loader", "reduction", "checkpoint", "scaling"],
+    config: str | None = None, json: bool = False, **options: Any,
 ) -> None:  # fmt: skip
     """Time what a recipe does, without its weights and data: random ones of the published sizes.
 
     what     full: one training step and one interpolation step of the full-size network, with each attention kernel that
              runs here
+             step: training steps beside diffusers and PEFT: seconds a clip, memory, kernels; on a CPU ratios of a tiny one
              counts: operations, bytes, FLOPs and peak memory of a training step, beside diffusers and PEFT; needs no GPU
+             engine: host time of an optimizer step beside a plain loop's: ZeRO-2 as here and by default, DDP
              loader: clips read per second, beside webdataset, tarfile and others
              reduction: what an optimizer step sends between ranks, with each engine and with DeepSpeed's own defaults
              checkpoint: what a save and a resume cost on two ranks, beside DeepSpeed's own
              scaling: predicted steps on 1 to 1,024 GPUs, the tables of docs/SCALING.md
     config   the recipe that `full` measures
     json     print one JSON object and nothing else
-    options  full: any field of the recipe by its dotted name; reduction: --ranks; scaling: --micro_step_s, --optimizer_s
+    options  full: any field of the recipe by its dotted name; others: --ranks, --case and such, which a wrong one names
     """
     import inspect
     from importlib import import_module

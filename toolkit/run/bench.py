@@ -18,6 +18,7 @@ from toolkit.data.loader import Batch
 from toolkit.engine.plain import PlainEngine
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
+from toolkit.model import tiny
 from toolkit.model.attention import choose_attention, set_attention
 from toolkit.model.base import PRECISIONS, Base
 from toolkit.model.quiet import quiet_libraries
@@ -144,6 +145,15 @@ def make_random_base(device: torch.device, dtype: torch.dtype) -> Base:
         _randomise(part, rng(0, "random_base", i))
         part.requires_grad_(False).eval()
     return Base("random", unet, vae, encoder, SCHEDULER, "v", dtype, signature=[], sources={}, files=())
+
+
+def make_tiny_base(device: torch.device, dtype: torch.dtype) -> Base:
+    """The tiny base's architecture, random weights."""
+    parts = tiny.build_unet(), tiny.build_vae(), tiny.build_image_encoder()
+    for i, part in enumerate(parts):
+        _randomise(part, rng(0, "random_base", i))
+        part.to(device, dtype).requires_grad_(False).eval()
+    return Base("tiny", *parts, SCHEDULER, "v", dtype, signature=[], sources={}, files=())
 
 
 def make_random_batch(config: RunConfig) -> Batch:

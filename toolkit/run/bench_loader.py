@@ -86,7 +86,7 @@ def bench_cached(folder: Path, scale: Scale) -> dict[str, float]:
 
     ours and ram come in random order; webdataset and tarfile read straight on, which is the best they can do
     """
-    write_cached(folder, scale)
+    write_cached(folder, scale.cached_clips, (FRAMES, scale.latent_px, scale.latent_px))
     tar = folder / "train-000000.tar"
     rows = [load(data["safetensors"]) for data in read_tar(tar)]
     means, stds = (torch.stack([row[name][0] for row in rows]) for name in ("mean", "std"))
@@ -119,16 +119,22 @@ def bench_cached(folder: Path, scale: Scale) -> dict[str, float]:
     return race(contenders, 5 * scale.rounds)  # a round of ours takes a twentieth of a second
 
 
-def write_cached(folder: Path, scale: Scale) -> None:
-    """One shard of clips of random latents, as shards/cache.py writes them."""
+def write_cached(folder: Path, clips: int, size: tuple[int, int, int], embed: int = 1024, latent_px: int = 8) -> None:
+    """One shard of clips of random latents, as shards/cache.py writes them.
+
+    size       frames, and height and width of their latents
+    embed      numbers of a frame's CLIP token
+    latent_px  pixels to a latent, along a side
+    """
     folder.mkdir()
     generator = rng(0, "bench")
-    shape = (1, FRAMES, 4, scale.latent_px, scale.latent_px)
-    clip = ClipInfo(fps=7.5, frames=FRAMES, height=scale.latent_px * 8, width=scale.latent_px * 8)
+    frames, height, width = size
+    shape = (1, frames, 4, height, width)
+    clip = ClipInfo(fps=7.5, frames=frames, height=height * latent_px, width=width * latent_px)
     with tarfile.open(folder / "train-000000.tar", "w") as archive:
-        for number in range(scale.cached_clips):
+        for number in range(clips):
             mean, std, tokens = (
-                torch.randn(size, generator=generator).bfloat16() for size in (shape, shape, (1, FRAMES, 1024))
+                torch.randn(size, generator=generator).bfloat16() for size in (shape, shape, (1, frames, embed))
             )
             add_member(archive, f"{number:06d}.safetensors", pack_latents(mean, std, tokens))
             add_member(archive, f"{number:06d}.json", clip.model_dump_json().encode())

@@ -1,0 +1,232 @@
+"""Times training steps, ours beside diffusers and PEFT as they come, on random weights and cached clips.
+
+Test: pytest tests/run/test_bench_step.py. On a GPU the network of published size; on a CPU a tiny one, for ratios alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from toolkit.config import DataConfig, DiffusionConfig, EngineConfig, RunConfig
+from toolkit.data.clips import ClipSettings
+from toolkit.data.index import open_shards
+from toolkit.data.loader import Batch, make_loader
+from toolkit.engine.plain import PlainEngine
+from toolkit.engine.world import init_world
+from toolkit.errors import UserError
+from toolkit.model.attention import choose_attention
+from toolkit.model.base import PRECISIONS, Base
+from toolkit.model.flat import NAME
+from toolkit.model.lora import inject_lora
+from toolkit.model.prepare import Plan
+from toolkit.run.bench import make_random_base, make_tiny_base, stopwatch
+from toolkit.run.bench_counts import CASES, LORA
+from toolkit.run.bench_loader import write_cached
+from toolkit.run.framer import Framer
+from toolkit.run.job import adam_settings, make_framer
+from toolkit.run.memory import PLANS
+
+ACCUMULATION = 8
+# The arithmetic of framer_5_576 without recomputation, with one token: what MFU is a share of, whatever is computed
+MODEL_TFLOP = {"framer_5_576": 18.02}
+ATTENTION = re.compile("attention|flash|fmha|sdpa", re.IGNORECASE)
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989}  # bf16 without sparsity, by NVIDIA's data sheets
+
+
+@dataclass
+class Contender:
+    """One way to train, ready to take steps."""
+
+    framer: Framer
+    engine: PlainEngine
+    lr: float
+    own_bytes: int  # of its weights and of what trains, on a GPU
+
+    def score(self, clip: Batch) -> Tensor:
+        """One micro-step; returns its loss."""
+        loss = self.framer.compute_loss(clip)[0].mean()
+        self.engine.backward(loss)
+        return loss.detach()
+
+    def take_step(self, clips: list[Batch]) -> Tensor:
+        """One optimizer step of ACCUMULATION clips; returns its loss."""
+        losses = [self.score(clip) for clip in clips]
+        self.engine.step(self.lr)
+        return torch.stack(losses).mean()
+
+
+class AsTheyCome:
+    """What diffusers and PEFT need before a forward pass in training."""
+
+    def begin(self, tokens_BLE: Tensor) -> None:
+        """Nothing."""
+
+
+def bench_step(case: str = "framer_5_576", rounds: PositiveInt = 10) -> dict[str, Any]:
+    """Time optimizer steps of 8 clips, all contenders in turns on the same clips.
+
+    case     of bench.py counts, by its name: layout, frames and pixels; a CPU takes layout and frames at 16 latents a side
+    returns  {device, case, kernel, data_wait_ms, loss: {contender: of its last step}, contenders: {stock, ours_fast,
+             ours_small: {ratio, attention}}}: kernel is what model.attention resolved to, data_wait_ms how long a clip was
+             waited for, ratio a contender's time beside stock's, attention the names of the kernels that computed it. On a
+             GPU a contender has {clip_s, mfu, launches, busy, peak_allocated_gb, peak_reserved_gb} too: median seconds a
+             clip, model FLOPs utilization, kernels of a micro-step and the share of its time in which they ran, and peaks
+             with its weights and state, in 1e9 bytes
+    """
+    if case not in CASES:
+        raise UserError(f"case {case} is not known; give --case {', '.join(CASES)}")
+    world = init_world(join=False)
+    config = make_config(case, world.device)
+    attention = choose_attention(config.model.attention, world.device, PRECISIONS[config.engine.precision])
+    on_card = world.device.type == "cuda"
+    base = (make_random_base if on_card else make_tiny_base)(world.device, PRECISIONS[config.engine.precision])
+    contenders = make_contenders(config, base, attention)
+    with tempfile.TemporaryDirectory() as name:
+        batches = make_batches(config, base, Path(name))
+        clips = list(itertools.islice(batches, ACCUMULATION))
+        rows = {
+            name: measure_memory(contender, clips, world.device) | trace(contender, clips[0], world.device)
+            for name, contender in contenders.items()
+        }
+        times_s, losses, wait_s = take_turns(contenders, batches, rounds, world.device)
+    card = torch.cuda.get_device_name() if on_card else "cpu"
+    for name, row in rows.items():
+        row["ratio"] = statistics.median(a / b for a, b in zip(times_s[name], times_s["stock"], strict=True))
+        if on_card:
+            row["clip_s"] = statistics.median(times_s[name]) / ACCUMULATION
+            row["mfu"] = find_mfu(case, row["clip_s"], card)
+    return {
+        "device": card,
+        "case": case,
+        "kernel": attention,
+        "data_wait_ms": wait_s / (rounds * ACCUMULATION) * 1e3,
+        "loss": losses,
+        "contenders": rows,
+    }
+
+
+def make_config(case: str, device: torch.device) -> RunConfig:
+    """A recipe of a case's shape."""
+    shape = CASES[case]
+    layout: Any = "framer_clip" if case.startswith("framer") else "spec_middle"
+    frames, factor = max(shape.frames, 3), 8 if device.type == "cuda" else 2
+    height, width = (shape.height, shape.width) if device.type == "cuda" else (16, 16)
+    return RunConfig(
+        name="bench",
+        lora=LORA if device.type == "cuda" else LORA.model_copy(update={"rank": 16, "alpha": 16}),
+        data=DataConfig(shards="", frames=frames, height=height * factor, width=width * factor),
+        diffusion=DiffusionConfig(layout=layout, clip_tokens="first_last" if shape.tokens == 2 else "first"),
+        engine=EngineConfig(kind="plain", global_batch=ACCUMULATION),
+    )
+
+
+def make_contenders(config: RunConfig, base: Base, attention: str) -> dict[str, Contender]:
+    """Stock, and ours with each memory plan, each with a network of its own."""
+    makers: dict[str, Callable[[Base], tuple[Framer, dict[str, Any]]]] = {"stock": partial(make_stock, config)}
+    makers |= {f"ours_{plan}": partial(make_ours, config, attention, plan) for plan in PLANS}
+    contenders = {}
+    for name, make in makers.items():
+        before = torch.cuda.memory_allocated()
+        framer, parameters = make(replace(base, unet=copy.deepcopy(base.unet)))
+        engine = PlainEngine(parameters, adam_settings(config), ACCUMULATION)
+        contenders[name] = Contender(framer, engine, config.optimizer.lr, torch.cuda.memory_allocated() - before)
+    return contenders
+
+
+def make_stock(config: RunConfig, base: Base) -> tuple[Framer, dict[str, Any]]:
+    """diffusers' network with its own gradient checkpointing, and adapters in its precision injected by PEFT."""
+    unet = base.unet
+    parameters = inject_lora(unet, config.lora, config.seed)
+    for parameter in parameters.values():
+        parameter.data = parameter.data.to(base.dtype)
+    unet.enable_gradient_checkpointing()
+    unet.train()
+    untouched: Any = AsTheyCome()
+    return Framer(base, config.diffusion, config.data.frames, trainable=untouched), parameters
+
+
+def make_ours(config: RunConfig, attention: str, plan: Plan, base: Base) -> tuple[Framer, dict[str, Any]]:
+    """As a run prepares the network."""
+    framer = make_framer(config, base, attention, plan)
+    assert framer.trainable is not None
+    return framer, {NAME: framer.trainable.adapter.flat}
+
+
+def make_batches(config: RunConfig, base: Base, folder: Path) -> Iterator[Batch]:
+    """Cached clips of noise, one at a time, as a run reads them."""
+    data = config.data
+    size = (data.frames, data.height // base.latent_px, data.width // base.latent_px)
+    write_cached(folder / "shards", 4 * ACCUMULATION, size, base.unet.config.cross_attention_dim, base.latent_px)
+    index = open_shards(folder / "shards", "train")
+    settings = ClipSettings(data.frames, data.height, data.width)
+    return make_loader(
+        index, index.order(0), settings, start_step=0, stop_step=10**9, global_batch=ACCUMULATION, micro_batch=1
+    )
+
+
+def take_turns(
+    contenders: dict[str, Contender], batches: Iterator[Batch], rounds: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, float], float]:
+    """Two rounds to warm up, then timed ones; returns each one's seconds and last loss, and the seconds waited for clips."""
+    times_s: dict[str, list[float]] = {name: [] for name in contenders}
+    losses: dict[str, float] = {}
+    wait_s = 0.0
+    for number in tqdm(range(2 + rounds), desc="bench step", unit="round"):
+        began_s = time.perf_counter()
+        clips = list(itertools.islice(batches, ACCUMULATION))
+        wait_s += (time.perf_counter() - began_s) * (number > 1)
+        for name, contender in contenders.items():
+            seconds, loss = stopwatch(partial(contender.take_step, clips), device)
+            times_s[name].append(seconds)
+            losses[name] = loss.item()
+    return {name: times[2:] for name, times in times_s.items()}, losses, wait_s
+
+
+def measure_memory(contender: Contender, clips: list[Batch], device: torch.device) -> dict[str, float]:
+    """Peaks of a step with its own weights and state, as if it had the card alone."""
+    contender.take_step(clips)
+    if device.type != "cuda":
+        return {}
+    torch.cuda.empty_cache()
+    others = torch.cuda.memory_allocated() - contender.own_bytes
+    torch.cuda.reset_peak_memory_stats()
+    contender.take_step(clips)
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return {"peak_allocated_gb": (allocated - others) / 1e9, "peak_reserved_gb": (reserved - others) / 1e9}
+
+
+def trace(contender: Contender, clip: Batch, device: torch.device) -> dict[str, Any]:
+    """What the profiler sees of one micro-step."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with profile(activities=activities) as profiler:
+        seconds, _ = stopwatch(lambda: contender.score(clip), device)
+    events = profiler.events()
+    kernels = [event for event in events if event.device_type == DeviceType.CUDA]
+    names = {event.name for event in kernels} or {e.name for e in events if e.name.startswith("aten::_")}
+    row: dict[str, Any] = {"attention": sorted(name for name in names if ATTENTION.search(name))}
+    if device.type == "cuda":
+        row |= {"launches": len(kernels), "busy": sum(k.time_range.elapsed_us() for k in kernels) / 1e6 / seconds}
+    return row
+
+
+def find_mfu(case: str, clip_s: float, card: str) -> float | None:
+    """Share of the card's peak that the arithmetic of the model takes; None where either is not known."""
+    peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in card), None)
+    return MODEL_TFLOP[case] / clip_s / peak if case in MODEL_TFLOP and peak else None
