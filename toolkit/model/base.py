@@ -56,12 +56,13 @@ class Base:
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
 
-def load_base(model: ModelConfig, device: torch.device, precision: str) -> Base:
+def load_base(model: ModelConfig, device: torch.device, precision: str, unet_dtype: torch.dtype | None = None) -> Base:
     """Load every part onto the device.
 
-    model      base, unet, their revisions and the variant to read; other fields have no say
-    precision  of PRECISIONS; the VAE stays in fp32 where its config says force_upcast
-    raises     UserError naming the part that is missing, incomplete, of other channels or of another kind of diffusion
+    model       base, unet, their revisions and the variant to read; other fields have no say
+    precision   of PRECISIONS; the VAE stays in fp32 where its config says force_upcast
+    unet_dtype  of the UNet for now, where it is to be changed before it is cast; default that of the precision
+    raises      UserError naming the part that is missing, incomplete, of other channels or of another kind of diffusion
     """
     dtype = PRECISIONS[precision]
     places = _find_parts(model)
@@ -69,7 +70,7 @@ def load_base(model: ModelConfig, device: torch.device, precision: str) -> Base:
     _check_places(places, model.variant)
     weights = {part: find_weights(places[part], model.variant) for part in WEIGHTED}
     vae, encoder = _read_encoders(places, model.variant, dtype, device)
-    unet = load_unet(places["unet"], dtype, model.variant).to(device)
+    unet = load_unet(places["unet"], unet_dtype or dtype, model.variant).to(device)
     refuse_non_finite(unet, places["unet"])
     unet.requires_grad_(False).eval()
     settings_file = places["scheduler"] / "scheduler_config.json"

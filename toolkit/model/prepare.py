@@ -1,4 +1,4 @@
-"""A frozen UNet with an adapter in it, made ready to train: kernel, memory plan, one flat parameter.
+"""A UNet made ready: one that is frozen, or one with an adapter in it, to train: kernel, memory plan, one flat parameter.
 
 Test: pytest tests/model/test_prepare.py (against diffusers and PEFT as they come)
 """
@@ -69,6 +69,12 @@ def prepare_unet(
     if quantize is not None:
         quantize_weights(unet)  # now that what trains is no longer among its parameters
     return Trainable(adapter, tables)
+
+
+def prepare_frozen(unet: nn.Module, attention: str) -> list[CrossTables]:
+    """Once for each UNet without an adapter; returns what to build before its forward passes on other tokens."""
+    set_attention(unet, attention)
+    return install_lean(unet, attention, {})[1]
 
 
 def install_lean(unet: Any, attention: str, stacks: Stacks) -> tuple[list[Names], list[CrossTables]]:

@@ -22,7 +22,6 @@ from toolkit.data.format import BadSample
 from toolkit.data.index import open_sources
 from toolkit.data.trajectory import match_stills
 from toolkit.errors import UserError
-from toolkit.model.lora import enable_adapter
 from toolkit.run.framer import FOUND_SCALE, Steering, to_signed, to_uint8
 from toolkit.run.inference import load_framer, read_source, recipe_sampling
 
@@ -42,7 +41,6 @@ def evaluate_run(
     held_out = load_held_out(config, clips or config.validation.clips)
     sampling = recipe_sampling(config)
     sampling = sampling if steps is None else replace(sampling, steps=steps)
-    framer = load_framer(source, steered=config.diffusion.control)
     steering: list[Steering | None] = [None] * len(held_out)
     if config.diffusion.control:  # as in training
         steering = [Steering(match_stills(c.frames_THWC[0], c.frames_THWC[-1]), FOUND_SCALE) for c in held_out]
@@ -52,14 +50,19 @@ def evaluate_run(
     fps_B = torch.tensor([c.fps for c in held_out])
     motion_B = torch.tensor([c.motion for c in held_out])
     made = {"linear": torch.lerp(stills_B2CHW[:, 0], stills_B2CHW[:, 1], middle / (config.data.frames - 1))}
-    for name in ("base", "tuned"):
-        enable_adapter(framer.base.unet, name == "tuned")
-        made[name] = torch.cat([
+
+    def make(name: str, adapters: tuple[tuple[Path, float], ...]) -> Tensor:
+        # read for each: once an adapter is folded in, the weights without it are gone
+        framer = load_framer(replace(source, adapters=adapters), steered=config.diffusion.control)
+        return torch.cat([
             framer.generate_middle(
                 stills_B2CHW[i : i + 1], fps_B[i : i + 1], motion_B[i : i + 1], sampling, [i], steering[i]
             ).cpu()
             for i in _with_bar(range(len(held_out)), f"{name} model")
         ])  # fmt: skip
+
+    made["tuned"] = make("tuned", source.adapters)  # first: what is wrong with an adapter is told at once
+    made["base"] = make("base", ())
     report: dict[str, Any] = {"clips": len(held_out)}
     for metric, score in (("psnr", metrics.psnr_db), ("ssim", metrics.ssim)):
         report |= {f"{metric}_{name}": round(score(made[name], true_BCHW).mean().item(), 4) for name in made}

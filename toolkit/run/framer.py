@@ -49,6 +49,7 @@ from toolkit.diffusion.schedule import (
 from toolkit.errors import UserError
 from toolkit.model.base import Base
 from toolkit.model.controlnet import steer
+from toolkit.model.cross import CrossTables
 from toolkit.model.encoders import decode_latents, embed_stills, encode_frames
 from toolkit.model.prepare import Trainable
 from toolkit.rng import normal_like, rng
@@ -103,6 +104,7 @@ class Framer:
     controlnet  frozen; it steers wherever a condition holds heatmaps
     device      where the network computes; default where the UNet's weights are
     trainable   what of the base is in training
+    tables      of a base that prepare_frozen made ready
     raises      UserError for settings that the base cannot follow
     """
 
@@ -115,9 +117,11 @@ class Framer:
         controlnet: Any = None,
         device: torch.device | None = None,
         trainable: Trainable | None = None,
+        tables: Sequence[CrossTables] = (),
     ) -> None:
         self.base = base
         self.trainable = trainable
+        self.tables = tables
         self.settings = settings
         self.seed = seed
         self.controlnet = controlnet
@@ -135,6 +139,7 @@ class Framer:
         returns  loss_B, zero_B: (B,) fp32, the loss and what a prediction of zero scores on the same noise
         """
         task = self.prepare(batch)
+        self.begin(task.condition)
         raw_BTCHW = self.predict(task.x_BTCHW, task.sigma_B, task.condition)
         scored_T, space = self.layout.scored_T, self.settings.loss_space
         return compute_loss(
@@ -184,16 +189,23 @@ class Framer:
         heatmaps_BTCHW = heatmaps.expand(len(condition.ends_B2CHW), *heatmaps.shape)
         return replace(condition, heatmaps_BTCHW=heatmaps_BTCHW, control_scale=steering.scale)
 
-    def predict(self, x_BTCHW: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
-        """Run the UNet on scaled noisy latents; returns its raw output, (B, T, 4, H, W)."""
-        unet, dtype = self.base.unet, self.base.dtype
-        tokens_BND = condition.tokens_BND.to(dtype)
+    def begin(self, condition: Condition) -> None:
+        """Make ready for predictions from a condition; again after each change of the weights."""
+        tokens_BND = condition.tokens_BND.to(self.base.dtype)
         if self.trainable is not None:
             self.trainable.begin(tokens_BND)
+        for table in self.tables:
+            table.build(tokens_BND)
+
+    def predict(self, x_BTCHW: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
+        """Run the UNet on scaled noisy latents, after begin; returns its raw output, (B, T, 4, H, W)."""
+        unet, dtype = self.base.unet, self.base.dtype
+        tokens_BND = condition.tokens_BND.to(dtype)
         input_BTCHW = self.join_channels(x_BTCHW, condition).to(dtype)
         time_B = time_input(sigma_B, self.parameterization, self.alpha_bar)
-        # a loaded adapter's matrices are fp32 beside a bf16 base
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32 and self.trainable is None):
+        # a loaded adapter's matrices are fp32 beside a bf16 base; networks made ready are of one type
+        mixed = dtype != torch.float32 and self.trainable is None and not self.tables
+        with torch.autocast(self.device.type, dtype, enabled=mixed):
             steering: Any = nullcontext()
             if condition.heatmaps_BTCHW is not None:
                 residuals = self.controlnet(
@@ -232,6 +244,7 @@ class Framer:
         scale_T = guidance_T(sampling.min_guidance, sampling.max_guidance, self.layout)
         if guided:
             condition = join_unconditional(condition)
+        self.begin(condition)
 
         def denoise(noisy_BTCHW: Tensor, sigma_B: Tensor) -> Tensor:
             x_BTCHW = scale_input(noisy_BTCHW, sigma_B)

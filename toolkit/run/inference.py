@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from toolkit.config import ModelConfig, RunConfig, load_config, parse_config
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
@@ -19,7 +21,9 @@ from toolkit.model.attention import choose_attention, set_attention
 from toolkit.model.base import Base, load_base
 from toolkit.model.controlnet import FramerControlNet, find_controlnet, load_controlnet
 from toolkit.model.formats import read_metadata
-from toolkit.model.lora import load_adapter
+from toolkit.model.lora import load_adapter, merge_adapters
+from toolkit.model.prepare import prepare_frozen
+from toolkit.model.quiet import quiet_libraries
 from toolkit.run.folder import find_adapter, newest_adapter
 from toolkit.run.framer import Framer, Sampling
 from toolkit.run.pretrain import find_base
@@ -136,19 +140,30 @@ def recipe_sampling(config: RunConfig) -> Sampling:
 
 
 def load_framer(source: Source, steered: bool = False) -> Framer:
-    """Load the base with the adapters in it, and with its ControlNet where trajectories shall steer."""
+    """Load the base with the adapters folded into its weights, and with its ControlNet where trajectories shall steer.
+
+    The weights are read and summed in fp32, and rounded once: a sum of what is rounded already and rounded again would lose
+    the small part (docs/LEDGER.md, merging).
+    """
     world, config = init_world(join=False), source.config
-    model = config.model
+    model, device = config.model, world.device
     # on a CPU, half precision would be slower than full
-    precision = "fp32" if world.device.type == "cpu" and source.precision == "fp16" else source.precision
-    base = load_base(find_base(model, world), world.device, precision)
-    # a run that asked for xformers can be used where there is none
-    attention = choose_attention("sdpa" if model.attention == "sdpa" else "auto", world.device, base.dtype)
-    set_attention(base.unet, attention)
-    controlnet = load_control(model, base, attention) if steered else None
+    precision = "fp32" if device.type == "cpu" and source.precision == "fp16" else source.precision
+    # on the CPU first: a card needs no room for the sum
+    base = load_base(find_base(model, world), torch.device("cpu"), precision, torch.float32)
     for i, (path, weight) in enumerate(source.adapters):
         load_adapter(base.unet, path, base.signature, f"adapter{i}", weight)
-    return Framer(base, config.diffusion, config.data.frames, config.seed, controlnet)
+    merge_adapters(base.unet)
+    with quiet_libraries():
+        base.unet.to(base.dtype)
+    for part in (base.unet, base.vae, base.image_encoder):
+        part.to(device)
+    # a run that asked for xformers can be used where there is none
+    attention = choose_attention("sdpa" if model.attention == "sdpa" else "auto", device, base.dtype)
+    set_attention(base.unet, attention)
+    controlnet = load_control(model, base, attention) if steered else None
+    tables = prepare_frozen(base.unet, attention) if model.blocks == "lean" else ()
+    return Framer(base, config.diffusion, config.data.frames, config.seed, controlnet, tables=tables)
 
 
 def load_control(model: ModelConfig, base: Base, attention: str) -> FramerControlNet:
