@@ -476,6 +476,7 @@ class FramerPipeline(DiffusionPipeline):
             signature=self._signature,
             sources={},
             files=(),
+            vae_config=self.vae.config,
         )
         settings = self._make_settings(strength)
         return Framer(base, settings, num_frames, controlnet=self.controlnet, device=self._execution_device)

@@ -57,7 +57,7 @@ def networks(request: pytest.FixtureRequest, tiny_base: Path) -> Networks:
             encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**REAL_CLIP))
         unet, config = build_unet_on_meta(ModelConfig(base="framer")), SVD_CONFIG
         scheduler = dict(EulerDiscreteScheduler(**SVD_SCHEDULER).config)
-        base = Base("", unet, fill(vae), fill(encoder), scheduler, "v", torch.float32, [], {}, ())
+        base = Base("", unet, fill(vae), fill(encoder), scheduler, "v", torch.float32, [], {}, (), vae.config)
     base.unet.mask_token = nn.Parameter(torch.tensor([0.5, -1.0, 2.0, 0.25]).view(1, 1, 4, 1, 1))
     with torch.device("meta"):
         stock = UNetSpatioTemporalConditionModel.from_config({**config, "in_channels": 8}).to("meta")
@@ -266,7 +266,7 @@ def test_widened_svd_samples_the_stock_frames(tiny_base: Path) -> None:
         motion_bucket_id=int(MOTION), noise_aug_strength=0.0, output_type="pt", latents=noise.clone(),
     ).frames  # fmt: skip
     widened = Base("", widen_conv_in(stock), *[getattr(base, part) for part in ("vae", "image_encoder", "scheduler")],
-                   "v", torch.float32, [], {}, ())  # fmt: skip
+                   "v", torch.float32, [], {}, (), base.vae_config)  # fmt: skip
     framer = Framer(widened, DiffusionConfig(layout="spec_middle", clip_tokens="first"), 3, SEED)
     stills_B2CHW = to_signed(batch.frames_BTHWC)[:, [0, -1]]
     ours = framer.generate(stills_B2CHW, batch.fps_B, batch.motion_B, Sampling(4), [POSITION])

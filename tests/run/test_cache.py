@@ -1,5 +1,6 @@
 """A run on cached latents is the run on the videos. Run: pytest tests/run/test_cache.py"""
 
+import gc
 import io
 import json
 import multiprocessing
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from toolkit.engine.world import init_world
 from toolkit.errors import UserError
 from toolkit.model.base import load_base
 from toolkit.model.encoders import embed_stills, encode_frames
+from toolkit.model.weights import load_part
 from toolkit.run.cache import CacheInfo, cache_shards, encode_share, join_clips, read_info
 from toolkit.run.framer import to_signed
 from toolkit.run.job import build_job, make_batches
@@ -349,3 +352,64 @@ def test_the_key_follows_what_latents_depend_on() -> None:
     keys = {info.model_copy(update={name: value}).key for name, value in changes.items()}
     assert len(keys | {info.key}) == len(changes) + 1
     assert info.model_copy(update={"base": "other", "source": "other"}).key == info.key
+
+
+def test_a_run_on_latents_needs_no_encoders(
+    tiny_run: dict[str, Any], cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads none, but for held-out videos, which it encodes at the start; identity and losses are the same to the bit.
+
+    The other run of the comparison has them at hand, to draw its batches.
+    """
+    loaded: list[Any] = []
+
+    def watch(kind: Any, *args: Any, **options: Any) -> Any:
+        network = load_part(kind, *args, **options)
+        loaded.append((kind.__name__, weakref.ref(network)))
+        return network
+
+    monkeypatch.setattr("toolkit.model.base.load_part", watch)
+    overrides = tiny_run | {
+        "engine.kind": "plain", "data.shards": str(cached), "data.frames": 5, "diffusion.layout": "middle_in_clip",
+        "runs_dir": str(tmp_path), "validation.clips": 2,
+    }  # fmt: skip
+    world, found = init_world(join=False), {}
+    for name, changes in {
+        "alone": {},
+        "watched": {"validation.every_steps": 1},
+        "with": {"validation.every_steps": 1, "data.debug": True},
+    }.items():
+        loaded.clear()
+        config = load_config(ROOT / "launch/recipes/tiny_cpu.yaml", overrides | changes | {"name": name})
+        job = build_job(config, world, fresh=True)
+        gc.collect()
+        held = [kind for kind, network in loaded if network() is not None]
+        read = [kind for kind, _ in loaded]
+        loss = job.framer.compute_loss(next(make_batches(config, job, world)))[0].item()
+        score = job.validator.loss(lambda: None) if job.validator else None
+        found[name] = read, held, job.framer.base.vae is None, job.identity, loss, score
+    unet, encoders = ["FramerUNet"], ["AutoencoderKLTemporalDecoder", "CLIPVisionModelWithProjection"]
+    assert found["alone"][:3] == (unet, unet, True)
+    assert (sorted(found["watched"][0]), *found["watched"][1:3]) == (sorted(unet + encoders), unet, True)
+    assert (sorted(found["with"][1]), found["with"][2]) == (sorted(unet + encoders), False)
+    assert found["watched"][3:] == found["with"][3:] and found["alone"][3:5] == found["with"][3:5]
+
+
+def test_a_run_on_latents_still_looks_its_base_over(
+    tiny_run: dict[str, Any], cached: Path, trainable_base: Path, tmp_path: Path
+) -> None:
+    """A base without its VAE's or image encoder's files is refused in a sentence, as it is where they are loaded."""
+    for number, (lost, message) in enumerate(
+        {
+            "vae": "lacks vae; a base in SVD layout holds",
+            "vae/config.json": "cannot read .*vae/config.json",
+            "image_encoder/model.safetensors": "image_encoder must hold its weights as",
+        }.items()
+    ):
+        base = Path(shutil.copytree(trainable_base, tmp_path / str(number)))
+        shutil.rmtree(base / lost) if (base / lost).is_dir() else (base / lost).unlink()
+        with pytest.raises(UserError, match=message):
+            train_here(
+                tiny_run
+                | {"name": "refused", "engine.kind": "plain", "data.shards": str(cached), "model.base": str(base)}
+            )

@@ -142,7 +142,7 @@ def test_a_wrong_lora_section_is_refused_before_weights_are_read(
     plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reading takes minutes at full size; targets, patterns and the ControlNet's place are known before."""
-    monkeypatch.setattr("toolkit.run.job.load_base", lambda *_: 1 / 0)
+    monkeypatch.setattr("toolkit.run.job.load_base", lambda *_, **__: 1 / 0)
     for changes, message in (
         ({"lora.targets": "attn9"}, "lora.targets 'attn9' matches no linear layer"),
         ({"lora.rank_pattern": {"attn9": 2}}, "lora.rank_pattern 'attn9' matches none"),

@@ -125,7 +125,7 @@ def test_no_held_out_clips_are_told_before_the_weights_are_read(
     plain: dict[str, Any], tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shards without a validation split are refused at the start, and only where they are asked for."""
-    monkeypatch.setattr("toolkit.run.job.load_base", lambda *_: 1 / 0)
+    monkeypatch.setattr("toolkit.run.job.load_base", lambda *_, **__: 1 / 0)
     shards = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
     assert len(open_shards(shards, "val")) == 2
     for path in shards.glob("val-*"):

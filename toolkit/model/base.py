@@ -6,7 +6,7 @@ and the names in the UNet's, are checked before the first is read, because readi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -41,27 +41,40 @@ class Base:
 
     name: str  # where the UNet came from: its folder, file or hub id
     unet: FramerUNet
-    vae: Any  # diffusers AutoencoderKLTemporalDecoder
-    image_encoder: Any  # transformers CLIPVisionModelWithProjection
+    vae: Any  # diffusers AutoencoderKLTemporalDecoder; None where it is not loaded
+    image_encoder: Any  # transformers CLIPVisionModelWithProjection; None where it is not loaded
     scheduler: dict[str, Any]  # scheduler_config.json with diffusers' defaults: betas, sigma_min, sigma_max, ...
     parameterization: Literal["v", "epsilon"]  # what the UNet's raw output means
     dtype: torch.dtype  # of UNet and CLIP; the VAE may stay in fp32
     signature: list[float]  # sign_unet, before any adapter: which base an adapter belongs to
     sources: dict[str, str]  # part -> file it was read from; owner/name@commit/file for a hub snapshot
-    files: tuple[Path, ...]  # everything that was read, for fingerprint_files
+    files: tuple[Path, ...]  # of all parts, for fingerprint_files
+    vae_config: Mapping[str, Any]  # complete, whether or not the VAE is loaded
 
     @property
     def latent_px(self) -> int:
         """Pixels to a latent, along a side."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
+
+    @property
+    def scaling(self) -> float:
+        """What the VAE's latents are multiplied by for the UNet."""
+        return float(self.vae_config["scaling_factor"])
 
 
-def load_base(model: ModelConfig, device: torch.device, precision: str, unet_dtype: torch.dtype | None = None) -> Base:
+def load_base(
+    model: ModelConfig,
+    device: torch.device,
+    precision: str,
+    unet_dtype: torch.dtype | None = None,
+    encoders: bool = True,
+) -> Base:
     """Load every part onto the device.
 
     model       base, unet, their revisions and the variant to read; other fields have no say
     precision   of PRECISIONS; the VAE stays in fp32 where its config says force_upcast
     unet_dtype  of the UNet for now, where it is to be changed before it is cast; default that of the precision
+    encoders    whether VAE and image encoder are wanted; their files must be there all the same, for they name the base
     raises      UserError naming the part that is missing, incomplete, of other channels or of another kind of diffusion
     """
     dtype = PRECISIONS[precision]
@@ -69,7 +82,7 @@ def load_base(model: ModelConfig, device: torch.device, precision: str, unet_dty
     scheduler, parameterization = read_scheduler(places["scheduler"])
     _check_places(places, model.variant)
     weights = {part: find_weights(places[part], model.variant) for part in WEIGHTED}
-    vae, encoder = _read_encoders(places, model.variant, dtype, device)
+    vae, encoder = _read_encoders(places, model.variant, dtype, device) if encoders else (None, None)
     unet = load_unet(places["unet"], unet_dtype or dtype, model.variant).to(device)
     refuse_non_finite(unet, places["unet"])
     unet.requires_grad_(False).eval()
@@ -86,12 +99,15 @@ def load_base(model: ModelConfig, device: torch.device, precision: str, unet_dty
         signature=sign_unet(unet),
         sources={part: name_source(files[0]) for part, files in read.items()},
         files=tuple(file for files in read.values() for file in files),
+        vae_config=_read_vae_config(places["vae"]) if vae is None else vae.config,
     )
 
 
 def find_encoder_files(model: ModelConfig) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """The files of a base's VAE and image encoder, weights and settings. Raises UserError as load_base does."""
     places = _find_encoders(model)
+    for part in ENCODERS:
+        read_json(places[part] / "config.json")
     vae, encoder = (
         (places[part] / "config.json", *find_weights(places[part], model.variant).files) for part in ENCODERS
     )
@@ -107,6 +123,14 @@ def _find_encoders(model: ModelConfig) -> dict[str, Path]:
     base, _ = _resolve_names(model)
     folder = fetch(base, model.revision, ENCODERS, variant=model.variant)
     return {part: folder / part for part in ENCODERS}
+
+
+def _read_vae_config(place: Path) -> Mapping[str, Any]:
+    """As diffusers completes it."""
+    from diffusers import AutoencoderKLTemporalDecoder
+
+    config: Mapping[str, Any] = build_on_meta(AutoencoderKLTemporalDecoder, read_json(place / "config.json")).config
+    return config
 
 
 def _read_encoders(

@@ -144,7 +144,9 @@ def make_random_base(device: torch.device, dtype: torch.dtype) -> Base:
             part.to(part_dtype).to_empty(device=device)
         _randomise(part, rng(0, "random_base", i))
         part.requires_grad_(False).eval()
-    return Base("random", unet, vae, encoder, SCHEDULER, "v", dtype, signature=[], sources={}, files=())
+    return Base(
+        "random", unet, vae, encoder, SCHEDULER, "v", dtype, signature=[], sources={}, files=(), vae_config=vae.config
+    )
 
 
 def make_tiny_base(device: torch.device, dtype: torch.dtype) -> Base:

@@ -127,7 +127,7 @@ class Framer:
         self.controlnet = controlnet
         self.layout = make_layout(settings.layout, window)
         self.parameterization = check_objective(settings, base.parameterization)
-        self.scaling = float(base.vae.config.scaling_factor)
+        self.scaling = base.scaling
         self.alpha_bar = make_alpha_bar(
             base.scheduler["beta_start"], base.scheduler["beta_end"], base.scheduler["num_train_timesteps"]
         )

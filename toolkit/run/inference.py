@@ -171,12 +171,11 @@ def load_control(model: ModelConfig, base: Base, attention: str) -> FramerContro
     assert model.controlnet is not None
     place = find_controlnet(model.controlnet, model.controlnet_revision)
     controlnet = load_controlnet(place, base.dtype, base.unet).to(base.unet.device)
-    factors = (len(controlnet.config.conditioning_embedding_out_channels), len(base.vae.config.block_out_channels))
-    if factors[0] != factors[1]:
-        reads, needs = (2 ** (levels - 1) for levels in factors)
+    shrinks = 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1)
+    if shrinks != base.latent_px:
         raise UserError(
-            f"the ControlNet {model.controlnet} shrinks heatmaps {reads} times, the base's VAE pictures {needs} times; give "
-            "the ControlNet of this base"
+            f"the ControlNet {model.controlnet} shrinks heatmaps {shrinks} times, the base's VAE pictures {base.latent_px} "
+            "times; give the ControlNet of this base"
         )
     set_attention(controlnet, attention)
     return controlnet

@@ -27,7 +27,7 @@ from toolkit.engine.world import World, is_restart
 from toolkit.engine.zero import ZeroEngine
 from toolkit.errors import UserError
 from toolkit.model.attention import choose_attention
-from toolkit.model.base import PRECISIONS, Base, build_unet_on_meta, load_base, read_parameterization
+from toolkit.model.base import PRECISIONS, Base, build_unet_on_meta, load_base, load_encoders, read_parameterization
 from toolkit.model.controlnet import find_controlnet
 from toolkit.model.flat import NAME as FLAT
 from toolkit.model.flat import FlatAdapter
@@ -104,7 +104,8 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     choose_kind(build_unet_on_meta(model), config.lora)  # refuses what matches nothing, before weights are read
     if config.diffusion.control:
         find_controlnet(str(config.model.controlnet), config.model.controlnet_revision)
-    base = load_base(model, world.device, config.engine.precision)
+    encoders = not index.cached or config.data.debug  # which decodes what it draws
+    base = load_base(model, world.device, config.engine.precision, encoders=encoders)
     plan = choose_plan(config, base.unet.config, base.latent_px, world.device)
     framer = make_framer(config, base, attention, plan, start)
     assert framer.trainable is not None
@@ -126,6 +127,8 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     if resume.tensors is not None:
         engine.scatter(adapter.join(resume.tensors), resume.updates)
     validator = Validator(config, held_out, clip_settings(config), framer, world) if held_out is not None else None
+    if validator is not None and not encoders:  # its clips are videos still
+        validator.encode(*load_encoders(model, world.device, config.engine.precision))
     writer = CheckpointWriter(config.folder, config.checkpoint) if world.is_main else None
     if world.is_main:
         chosen = f"attention {attention}, blocks {choose_blocks(config)}, memory {plan}"
