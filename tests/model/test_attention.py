@@ -7,7 +7,9 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from tests.model.conftest import forward, make_inputs
 from toolkit.errors import UserError
 from toolkit.model.attention import (
+    KERNELS,
     AttentionProcessor,
+    Kernel,
     attend_sdpa,
     choose_attention,
     set_attention,
@@ -39,7 +41,7 @@ def test_one_layer_equals_diffusers(context: int | None) -> None:
     x = torch.randn(5, 7, 24, requires_grad=True)
     tokens = None if context is None else torch.randn(5, context, 10)
     results = []
-    for processor in (AttnProcessor2_0(), AttentionProcessor(attend_sdpa)):
+    for processor in (AttnProcessor2_0(), AttentionProcessor(KERNELS["sdpa"])):
         layer.set_processor(processor)
         out = layer(x, encoder_hidden_states=tokens)
         results.append((out, *torch.autograd.grad(out.square().sum(), [x, layer.to_q.weight, layer.to_v.weight])))
@@ -62,7 +64,7 @@ def test_chunks_change_nothing(max_grid: int) -> None:
         torch.randn(5, 7, 24),
         torch.randn(5, 2, 10),
     )
-    layer.set_processor(AttentionProcessor(attend_sdpa))
+    layer.set_processor(AttentionProcessor(KERNELS["sdpa"]))
     whole, sizes = layer(x, encoder_hidden_states=tokens), []
 
     def counting(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -70,7 +72,7 @@ def test_chunks_change_nothing(max_grid: int) -> None:
         assert len(q) == len(k) == len(v)
         return attend_sdpa(q, k, v)
 
-    layer.set_processor(AttentionProcessor(counting, max_grid))
+    layer.set_processor(AttentionProcessor(Kernel(counting), max_grid))
     assert torch.allclose(layer(x, encoder_hidden_states=tokens), whole, atol=1e-6)
     assert sum(sizes) == 5 and all(size == 1 or size * 3 <= max_grid for size in sizes)
 

@@ -1,11 +1,13 @@
 """One switch for the attention kernel, decided once at start: xformers where it has a kernel, PyTorch's SDPA elsewhere.
 
-Test: pytest tests/model. Both kernels launch one grid row per (batch x head) or per batch and fail above 65,535
-(facebookresearch/xformers #845, pytorch/pytorch #142228); SVD's temporal attention runs one batch entry per latent
-pixel, so large frames get there. Here a larger batch is split and never meets that limit.
+Test: pytest tests/model. Along few frames auto takes Triton's where that runs (temporal.py). The others launch one grid
+row per (batch x head) or per batch and fail above 65,535 (facebookresearch/xformers #845, pytorch/pytorch #142228); SVD's
+temporal attention runs one batch entry per latent pixel, so large frames get there. Here a larger batch is split and
+never meets that limit.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +17,17 @@ from torch import Tensor, nn
 from toolkit.errors import UserError, in_one_line
 
 MAX_GRID = 65_535
+MAX_FRAMES, FRAME_DIMS = 32, (16, 32, 64, 128)  # what temporal.py computes: frames, channels of a head
 
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v as (batch, tokens, heads, head_dim) -> the same as q
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v as (batch, tokens, heads, head_dim) -> the same as q
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What computes attention: of rows, and where it is there along the frames (temporal.FrameAttention's arguments)."""
+
+    rows: Attend
+    frames: Callable[..., Tensor] | None = None
 
 
 def attend_sdpa(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
@@ -32,7 +43,16 @@ def attend_xformers(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
     return memory_efficient_attention(q_BNHD, k_BLHD, v_BLHD)
 
 
-KERNELS: dict[str, Kernel] = {"xformers": attend_xformers, "sdpa": attend_sdpa}
+def attend_frames(heads: int, *parts_BTNnC: Tensor) -> Tensor:
+    """Triton's kernel along the frames."""
+    from toolkit.model.temporal import FrameAttention
+
+    return FrameAttention.apply(heads, *parts_BTNnC)
+
+
+_ROWS: dict[str, Attend] = {"xformers": attend_xformers, "sdpa": attend_sdpa}
+KERNELS = {name: Kernel(rows) for name, rows in _ROWS.items()}
+KERNELS |= {f"{name} + triton": Kernel(rows, attend_frames) for name, rows in _ROWS.items()}
 
 
 class AttentionProcessor:
@@ -55,11 +75,11 @@ class AttentionProcessor:
             layer(x).unflatten(2, (attn.heads, -1))
             for layer, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
         )
-        return attn.to_out[1](attn.to_out[0](attend_in_chunks(self.kernel, q, k, v, self.max_grid).flatten(2)))
+        return attn.to_out[1](attn.to_out[0](attend_in_chunks(self.kernel.rows, q, k, v, self.max_grid).flatten(2)))
 
 
 def attend_in_chunks(
-    kernel: Kernel, q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, max_grid: int = MAX_GRID
+    kernel: Attend, q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, max_grid: int = MAX_GRID
 ) -> Tensor:
     """Run a kernel on no more rows at once than it can take."""
     chunk = max(1, max_grid // q_BNHD.shape[2])
@@ -69,18 +89,17 @@ def attend_in_chunks(
 
 
 def choose_attention(choice: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Resolve "auto": "xformers" on CUDA where it runs forward and backward in this dtype, else "sdpa".
+    """Resolve "auto" to a name in KERNELS: on CUDA what runs there forward and backward in this dtype, else "sdpa".
 
     raises  UserError where xformers is asked for and cannot run
     """
     if choice == "sdpa":
         return choice
     why_not = "it has no kernel for the CPU" if device.type != "cuda" else _find_xformers_fault(device, dtype)
-    if why_not is None:
-        return "xformers"
-    if choice == "xformers":
+    if choice == "xformers" and why_not is not None:
         raise UserError(f"model.attention is xformers, but {why_not}; use auto, which takes sdpa there")
-    return "sdpa"
+    rows = "sdpa" if why_not is not None else "xformers"
+    return f"{rows} + triton" if choice == "auto" and device.type == "cuda" and _runs_triton(device, dtype) else rows
 
 
 def _find_xformers_fault(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -95,8 +114,17 @@ def _find_xformers_fault(device: torch.device, dtype: torch.dtype) -> str | None
     return None
 
 
+def _runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    qkv_BTNnC = torch.zeros(1, 5, 16, 3, 64, device=device, dtype=dtype, requires_grad=True)
+    try:
+        attend_frames(1, qkv_BTNnC).sum().backward()
+    except Exception:  # a compiler's, a linker's or a driver's own kinds
+        return False
+    return True
+
+
 def set_attention(unet: nn.Module, kind: str) -> None:
-    """Install the kernel "xformers" or "sdpa" in every attention layer."""
+    """Install a kernel, by its name in KERNELS, in every attention layer."""
     from diffusers.models.attention_processor import Attention
 
     kernel = KERNELS[kind]

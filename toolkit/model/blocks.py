@@ -17,7 +17,7 @@ from diffusers.models.resnet import AlphaBlender, SpatioTemporalResBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from torch import Tensor
 
-from toolkit.model.attention import Kernel, attend_in_chunks
+from toolkit.model.attention import FRAME_DIMS, MAX_FRAMES, Kernel, attend_in_chunks
 from toolkit.model.projection import Names, Projection, Stacks, find_kind
 
 
@@ -144,6 +144,10 @@ class SelfAttention:
 
     def along_frames(self, x_BTNC: Tensor) -> Tensor:
         """Each position attends to itself in all frames."""
+        _, frames, _, channels = x_BTNC.shape
+        if self.kernel.frames and frames <= MAX_FRAMES and channels // self.heads in FRAME_DIMS:
+            y_BTNC = self.kernel.frames(self.heads, *(projection(x_BTNC) for projection in self.qkv))
+            return self.out(y_BTNC).squeeze(-2)
         rows = (x.transpose(1, 2).flatten(0, 1) for x in self._project(x_BTNC))  # for one clip no copy
         return self._attend(*rows).unflatten(0, (len(x_BTNC), -1)).transpose(1, 2)
 
@@ -151,7 +155,7 @@ class SelfAttention:
         return [y.unflatten(-1, (self.heads, -1)) for projection in self.qkv for y in projection(x).unbind(-2)]
 
     def _attend(self, q_BNHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor) -> Tensor:
-        return self.out(attend_in_chunks(self.kernel, q_BNHD, k_BNHD, v_BNHD).flatten(-2)).squeeze(-2)
+        return self.out(attend_in_chunks(self.kernel.rows, q_BNHD, k_BNHD, v_BNHD).flatten(-2)).squeeze(-2)
 
 
 def install_blocks(unet: Any) -> None:
