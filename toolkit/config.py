@@ -53,7 +53,8 @@ class ModelConfig(Section):
     variant: Literal["fp16"] | None = None  # read the *.fp16.safetensors files: half the download
     controlnet: Place | None = None  # folder, hub id or .safetensors file of Framer's trajectory ControlNet; frozen
     controlnet_revision: str | None = None  # hub commit of controlnet
-    # xformers, sdpa (PyTorch's own choice): that kernel in every layer; auto: on CUDA the fastest, and Triton's along frames
+    # xformers, sdpa (PyTorch's own choice): that kernel in every layer; auto: on CUDA the fastest of several, measured once
+    # on a card, and Triton's along frames
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     # lean: the network in fewer operations; stock: as diffusers and PEFT compute it, and so DoRA, dropout, zero3 and
     # quantized weights always

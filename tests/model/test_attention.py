@@ -3,6 +3,8 @@
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch.nn.attention import SDPBackend
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from tests.model.conftest import forward, make_inputs
 from toolkit.errors import UserError
@@ -12,6 +14,7 @@ from toolkit.model.attention import (
     Kernel,
     attend_sdpa,
     choose_attention,
+    pin,
     set_attention,
 )
 from toolkit.model.unet import FramerUNet
@@ -83,3 +86,34 @@ def test_choice_on_the_cpu() -> None:
     assert choose_attention("auto", cpu, torch.float32) == choose_attention("sdpa", cpu, torch.float32) == "sdpa"
     with pytest.raises(UserError, match="model.attention is xformers, but .*use auto"):
         choose_attention("xformers", cpu, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("backend", "flash"), [(SDPBackend.FLASH_ATTENTION, True), (SDPBackend.MATH, False)], ids=["flash", "math"]
+)
+def test_a_pinned_kernel_runs_and_nothing_else_is_pinned(backend: SDPBackend, flash: bool) -> None:
+    """In the forward pass and in the one computed a second time that kernel runs; around them it is torch's choice."""
+    q, k, v = (torch.randn(2, 5, 3, 16, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    attend, ran = pin(backend), []
+
+    def watched(*qkv: torch.Tensor) -> torch.Tensor:
+        out = attend(*qkv)
+        for found in (out, attend_sdpa(*qkv)):
+            assert found.grad_fn is not None
+            ran.append("Flash" in found.grad_fn.next_functions[0][0].name())
+        return out
+
+    with set_checkpoint_early_stop(False):  # else what is watched would not be reached the second time
+        out = checkpoint(watched, q, k, v, use_reentrant=False)
+    found = torch.autograd.grad(out.square().sum(), (q, k, v))
+    assert ran == [flash, True] * 2
+    wanted = torch.autograd.grad(attend_sdpa(q, k, v).square().sum(), (q, k, v))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_kernel_that_cannot_run_leaves_no_trace() -> None:
+    """Alone it raises, as where kernels are measured, and pins nothing; in a network another of torch's takes its place."""
+    q = torch.randn(2, 5, 3, 16)
+    with pytest.raises(RuntimeError):
+        pin(SDPBackend.CUDNN_ATTENTION)(q, q, q)
+    assert torch.equal(KERNELS["cudnn"].rows(q, q, q), attend_sdpa(q, q, q))

@@ -1,9 +1,8 @@
-"""One switch for the attention kernel, decided once at start: xformers where it has a kernel, PyTorch's SDPA elsewhere.
+"""One switch for the attention kernel, decided once at start.
 
-Test: pytest tests/model. Along few frames auto takes Triton's where that runs (temporal.py). The others launch one grid
-row per (batch x head) or per batch and fail above 65,535 (facebookresearch/xformers #845, pytorch/pytorch #142228); SVD's
-temporal attention runs one batch entry per latent pixel, so large frames get there. Here a larger batch is split and
-never meets that limit.
+Test: pytest tests/model. Kernels launch one grid row per (batch x head) or per batch and fail above 65,535
+(facebookresearch/xformers #845, pytorch/pytorch #142228); SVD's temporal attention runs one batch entry per latent
+pixel, so large frames get there. Here a larger batch is split and never meets that limit.
 """
 
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from toolkit.errors import UserError, in_one_line
 
@@ -36,6 +36,16 @@ def attend_sdpa(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
+def pin(*backends: SDPBackend) -> Attend:
+    """SDPA by the first of these of torch's kernels that can; the backward pass is by the one that ran."""
+
+    def attend(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
+        with sdpa_kernel(list(backends), set_priority=True):
+            return attend_sdpa(q_BNHD, k_BLHD, v_BLHD)
+
+    return attend
+
+
 def attend_xformers(q_BNHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v by xformers' memory-efficient kernel."""
     from xformers.ops import memory_efficient_attention
@@ -50,7 +60,12 @@ def attend_frames(heads: int, *parts_BTNnC: Tensor) -> Tensor:
     return FrameAttention.apply(heads, *parts_BTNnC)
 
 
+# torch's kernels by name; each stands back where it cannot compute a layer's sizes
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}  # fmt: skip
 _ROWS: dict[str, Attend] = {"xformers": attend_xformers, "sdpa": attend_sdpa}
+_ROWS |= {name: pin(first, *BACKENDS.values(), SDPBackend.MATH) for name, first in BACKENDS.items()}
 KERNELS = {name: Kernel(rows) for name, rows in _ROWS.items()}
 KERNELS |= {f"{name} + triton": Kernel(rows, attend_frames) for name, rows in _ROWS.items()}
 
@@ -89,17 +104,18 @@ def attend_in_chunks(
 
 
 def choose_attention(choice: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Resolve "auto" to a name in KERNELS: on CUDA what runs there forward and backward in this dtype, else "sdpa".
+    """Check a choice; "auto" is "sdpa" where nothing is measured (kernels.py).
 
     raises  UserError where xformers is asked for and cannot run
     """
-    if choice == "sdpa":
-        return choice
+    if choice != "xformers":
+        return "sdpa"
     why_not = "it has no kernel for the CPU" if device.type != "cuda" else _find_xformers_fault(device, dtype)
-    if choice == "xformers" and why_not is not None:
-        raise UserError(f"model.attention is xformers, but {why_not}; use auto, which takes sdpa there")
-    rows = "sdpa" if why_not is not None else "xformers"
-    return f"{rows} + triton" if choice == "auto" and device.type == "cuda" and _runs_triton(device, dtype) else rows
+    if why_not is not None:
+        raise UserError(
+            f"model.attention is xformers, but {why_not}; use auto, which takes sdpa or what else runs there"
+        )
+    return choice
 
 
 def _find_xformers_fault(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -112,15 +128,6 @@ def _find_xformers_fault(device: torch.device, dtype: torch.dtype) -> str | None
     except (OSError, RuntimeError, NotImplementedError) as error:
         return f"it does not run here ({in_one_line(error)})"
     return None
-
-
-def _runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    qkv_BTNnC = torch.zeros(1, 5, 16, 3, 64, device=device, dtype=dtype, requires_grad=True)
-    try:
-        attend_frames(1, qkv_BTNnC).sum().backward()
-    except Exception:  # a compiler's, a linker's or a driver's own kinds
-        return False
-    return True
 
 
 def set_attention(unet: nn.Module, kind: str) -> None:

@@ -155,7 +155,7 @@ def make_tiny_base(device: torch.device, dtype: torch.dtype) -> Base:
     for i, part in enumerate(parts):
         _randomise(part, rng(0, "random_base", i))
         part.to(device, dtype).requires_grad_(False).eval()
-    return Base("tiny", *parts, SCHEDULER, "v", dtype, signature=[], sources={}, files=())
+    return Base("tiny", *parts, SCHEDULER, "v", dtype, signature=[], sources={}, files=(), vae_config=parts[1].config)
 
 
 def make_random_batch(config: RunConfig) -> Batch:

@@ -31,11 +31,11 @@ from toolkit.data.loader import Batch, make_loader
 from toolkit.engine.plain import PlainEngine
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
-from toolkit.model.attention import choose_attention
 from toolkit.model.base import PRECISIONS, Base
 from toolkit.model.flat import NAME
 from toolkit.model.lora import inject_lora
 from toolkit.model.prepare import Plan
+from toolkit.run.attention import choose_kernel
 from toolkit.run.bench import make_random_base, make_tiny_base, stopwatch
 from toolkit.run.bench_counts import CASES, LORA
 from toolkit.run.bench_loader import write_cached
@@ -94,7 +94,7 @@ def bench_step(case: str = "framer_5_576", rounds: PositiveInt = 10) -> dict[str
         raise UserError(f"case {case} is not known; give --case {', '.join(CASES)}")
     world = init_world(join=False)
     config = make_config(case, world.device)
-    attention = choose_attention(config.model.attention, world.device, PRECISIONS[config.engine.precision])
+    attention = choose_kernel(config.model.attention, config, world, PRECISIONS[config.engine.precision])
     on_card = world.device.type == "cuda"
     base = (make_random_base if on_card else make_tiny_base)(world.device, PRECISIONS[config.engine.precision])
     contenders = make_contenders(config, base, attention)

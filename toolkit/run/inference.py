@@ -17,13 +17,14 @@ import torch
 from toolkit.config import ModelConfig, RunConfig, load_config, parse_config
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
-from toolkit.model.attention import choose_attention, set_attention
+from toolkit.model.attention import set_attention
 from toolkit.model.base import Base, load_base
 from toolkit.model.controlnet import FramerControlNet, find_controlnet, load_controlnet
 from toolkit.model.formats import read_metadata
 from toolkit.model.lora import load_adapter, merge_adapters
 from toolkit.model.prepare import prepare_frozen
 from toolkit.model.quiet import quiet_libraries
+from toolkit.run.attention import choose_kernel
 from toolkit.run.folder import find_adapter, newest_adapter
 from toolkit.run.framer import Framer, Sampling
 from toolkit.run.pretrain import find_base
@@ -159,7 +160,7 @@ def load_framer(source: Source, steered: bool = False) -> Framer:
     for part in (base.unet, base.vae, base.image_encoder):
         part.to(device)
     # a run that asked for xformers can be used where there is none
-    attention = choose_attention("sdpa" if model.attention == "sdpa" else "auto", device, base.dtype)
+    attention = choose_kernel("sdpa" if model.attention == "sdpa" else "auto", config, world, base.dtype)
     set_attention(base.unet, attention)
     controlnet = load_control(model, base, attention) if steered else None
     tables = prepare_frozen(base.unet, attention) if model.blocks == "lean" else ()

@@ -26,7 +26,6 @@ from toolkit.engine.plain import AdamSettings, PlainEngine
 from toolkit.engine.world import World, is_restart
 from toolkit.engine.zero import ZeroEngine
 from toolkit.errors import UserError
-from toolkit.model.attention import choose_attention
 from toolkit.model.base import PRECISIONS, Base, build_unet_on_meta, load_base, load_encoders, read_parameterization
 from toolkit.model.controlnet import find_controlnet
 from toolkit.model.flat import NAME as FLAT
@@ -36,6 +35,7 @@ from toolkit.model.lora import choose_kind, inject_lora, match_targets, start_fr
 from toolkit.model.prepare import Plan, prepare_unet
 from toolkit.model.sources import find_weights, fingerprint_files
 from toolkit.rng import RNG_VERSION
+from toolkit.run.attention import choose_kernel
 from toolkit.run.cache import check_cache
 from toolkit.run.checkpoint import check_space, list_checkpoints
 from toolkit.run.folder import (
@@ -90,7 +90,7 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     """
     fresh = fresh and not goes_on_by_itself(config.folder, world)
     per_rank = check_engine(config, world.size)
-    attention = choose_attention(config.model.attention, world.device, PRECISIONS[config.engine.precision])
+    attention = choose_kernel(config.model.attention, config, world, PRECISIONS[config.engine.precision])
     index = open_sources(config.data, "train")
     check_clips(config, index)
     held_out = open_sources(config.data, "val") if config.validation.every_steps is not None else None

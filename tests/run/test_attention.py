@@ -1,0 +1,107 @@
+"""The fastest attention kernel is measured once, and every rank takes it. Run: pytest tests/run/test_attention.py"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from tests.launching import ROOT, free_port
+from toolkit.model.attention import Attend, attend_sdpa, pin
+from toolkit.model.kernels import Size
+from toolkit.run.attention import recall_fastest
+
+CPU, SIZE = torch.device("cpu"), (2, 16, 2, 16)
+RANKS = """
+import os
+import sys
+from toolkit.engine.world import init_world
+from toolkit.run.attention import agree
+
+child = os.fork()  # imports take longer than all else here
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if child else "1"
+world = init_world()
+os.write(1, f"{world.rank} took {agree(world, lambda: sys.argv[1 + world.rank])}\\n".encode())
+world.close()
+if child:
+    os.wait()
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "framer-toolkit/attention.json"
+
+
+class Counted:
+    """Two kernels that count their calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        kernels = {"flash": pin(SDPBackend.FLASH_ATTENTION), "math": pin(SDPBackend.MATH)}
+        self.kernels = {name: self._counting(attend) for name, attend in kernels.items()}
+
+    def _counting(self, attend: Attend) -> Attend:
+        def counting(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.calls += 1
+            return attend(q, k, v)
+
+        return counting
+
+    def recall(self, size: Size = SIZE, dtype: torch.dtype = torch.float32) -> tuple[str | None, bool]:
+        """What was found, and whether it was measured for that."""
+        self.calls = 0
+        return recall_fastest(self.kernels, size, dtype, CPU), self.calls > 0
+
+
+def test_it_is_measured_once(file: Path) -> None:
+    """The first call measures, later ones remember; another size or precision is another question."""
+    counted = Counted()
+    name, measured = counted.recall()
+    assert name in counted.kernels and measured
+    assert counted.recall() == (name, False)
+    assert counted.recall(size=(2, 8, 2, 16))[1] and counted.recall(dtype=torch.bfloat16)[1]
+    assert counted.recall() == (name, False)
+    assert len(json.loads(file.read_text())) == 3
+    assert all(f"torch {torch.__version__}" in key for key in json.loads(file.read_text()))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00", b"[1, 2]", b'{"torn', None])
+def test_what_cannot_be_read_is_measured_again(file: Path, content: bytes | None) -> None:
+    """A torn file, one of other content, or an answer that is no candidate's name."""
+    counted = Counted()
+    counted.recall()
+    known = json.loads(file.read_text())
+    for answer in ("another", ["flash"]):
+        file.write_bytes(content if content is not None else json.dumps(dict.fromkeys(known, answer)).encode())
+        name, measured = counted.recall()
+        assert measured and counted.recall() == (name, False)
+
+
+def test_a_home_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is measured at every start, and nothing fails."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    counted = Counted()
+    assert all(counted.recall()[0] in counted.kernels and counted.calls for _ in range(2))
+
+
+def test_where_none_runs(file: Path) -> None:
+    """No name, and nothing is remembered."""
+    assert recall_fastest({"wrong": lambda q, k, v: attend_sdpa(k, q, v)}, SIZE, torch.float32, CPU) is None
+    assert not file.exists()
+
+
+@pytest.mark.launch
+def test_every_rank_takes_the_main_ranks() -> None:
+    """Two ranks that find different kernels run the first one's."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RANKS, "flash + triton", "efficient"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | place, capture_output=True, text=True, timeout=120)
+    assert sorted(done.stdout.splitlines()) == ["0 took flash + triton", "1 took flash + triton"], done.stderr[-2000:]
