@@ -63,6 +63,7 @@ class ModelConfig(Section):
     memory: Literal["auto", "fast", "small"] = "auto"
     # int8 keeps the frozen weights in half the memory while training, made whole for each use; for use with memory: small
     quantize: Literal["int8"] | None = None
+    compile: bool = False  # lean blocks into fewer kernels, by torch.compile; takes some minutes at the first step
 
 
 class LoraConfig(Section):

@@ -18,13 +18,17 @@ from diffusers.models.transformers.transformer_temporal import TransformerSpatio
 from torch import Tensor
 
 from toolkit.model.attention import FRAME_DIMS, MAX_FRAMES, Kernel, attend_in_chunks
-from toolkit.model.projection import Names, Projection, Stacks, find_kind
+from toolkit.model.flat import Stack
+from toolkit.model.projection import Projection, find_kind
+
+PLACES = 128  # frames that a clip may have
 
 
 class ResBlock(SpatioTemporalResBlock):
     """Convolutions in space, then along the frames, mixed."""
 
-    alpha: float  # of the mix, the share of the spatial part
+    alpha: float  # the share of the spatial part in the mix
+    alpha_: Tensor  # the same number; a compiled module would be another one for each float
 
     def forward(self, hidden_states: Tensor, temb: Tensor, image_only_indicator: Tensor) -> Tensor:
         """hidden_states  (B * T, C, H, W); temb  (B * T, E); image_only_indicator  (B, T)"""
@@ -35,7 +39,7 @@ class ResBlock(SpatioTemporalResBlock):
         x_BCTHW = x.unflatten(0, (clips, frames)).transpose(1, 2)
         shift_BCT = time.time_emb_proj(temb).unflatten(0, (clips, frames)).transpose(1, 2)
         y_BCTHW = _residual(time, x_BCTHW, shift_BCT[..., None, None])
-        return torch.lerp(y_BCTHW, x_BCTHW, self.alpha).transpose(1, 2).flatten(0, 1)
+        return mix(self, y_BCTHW, x_BCTHW).transpose(1, 2).flatten(0, 1)
 
 
 def _residual(block: Any, x: Tensor, shift: Tensor) -> Tensor:
@@ -47,10 +51,9 @@ def _residual(block: Any, x: Tensor, shift: Tensor) -> Tensor:
 class Transformer(TransformerSpatioTemporalModel):
     """Attention in space, then along the frames, mixed."""
 
-    alpha: float  # of the mix, the share of the spatial part
-    places: (
-        dict[int, Tensor] | None
-    )  # number of frames -> what is added to tell them apart, (T, 1, C), where that is frozen
+    alpha: float  # as a ResBlock's
+    alpha_: Tensor
+    place_TNC: Tensor | None  # what is added to tell PLACES frames apart, (T, 1, C), where that is frozen
 
     def forward(
         self,
@@ -67,19 +70,11 @@ class Transformer(TransformerSpatioTemporalModel):
         for space, time in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
             x_FNC = space(x_FNC, encoder_hidden_states=encoder_hidden_states)
             x_BTNC = x_FNC.unflatten(0, (clips, frames))
-            y_BTNC = time(x_BTNC + self._place(frames, x_FNC))
-            x_FNC = torch.lerp(y_BTNC, x_BTNC, self.alpha).flatten(0, 1)
+            place_TNC = self.place_TNC if self.place_TNC is not None else find_place(self, frames)
+            y_BTNC = time(x_BTNC + place_TNC[:frames])
+            x_FNC = mix(self, y_BTNC, x_BTNC).flatten(0, 1)
         y = self.proj_out(x_FNC).transpose(1, 2).unflatten(2, (height, width))
         return (hidden_states + y,)  # in this order, for the sum is laid out in memory as its first part
-
-    def _place(self, frames: int, like: Tensor) -> Tensor:
-        if self.places is not None and frames in self.places:
-            return self.places[frames]
-        waves = self.time_proj(torch.arange(frames, device=like.device))
-        place = self.time_pos_embed(waves.to(like.dtype))[:, None]
-        if self.places is not None:
-            self.places[frames] = place
-        return place
 
 
 class TemporalBlock(TemporalBasicTransformerBlock):
@@ -116,25 +111,29 @@ class Gate(GEGLU):
     """The first half of a feed-forward layer."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return Gated.apply(self.proj(hidden_states))
+        x = self.proj(hidden_states)
+        if torch.compiler.is_compiling():  # a compiler chooses by itself what is kept
+            h, gate = x.chunk(2, -1)
+            return h * F.gelu(gate)
+        return Gated.apply(x)
 
 
 class SelfAttention:
     """Processor of a self-attention layer, its queries, keys and values by one projection where they are adapted alike."""
 
-    def __init__(self, name: str, attn: Any, kernel: Kernel, stacks: Stacks) -> None:
-        """name  of the layer in the network; stacks  where its LoRA's matrices are found at each call"""
+    def __init__(self, name: str, attn: Any, kernel: Kernel) -> None:
+        """name  of the layer in the network"""
         parts = {f"{name}.{part}": attn.get_submodule(part) for part in ("to_q", "to_k", "to_v")}
         alike = len({find_kind(layer) for layer in parts.values()}) == 1
         groups = [parts] if alike else [{part: layer} for part, layer in parts.items()]
-        self.qkv = [Projection(group, stacks) for group in groups]
-        self.out = Projection({f"{name}.to_out.0": attn.to_out[0]}, stacks)
+        self.qkv = [Projection(group) for group in groups]
+        self.out = Projection({f"{name}.to_out.0": attn.to_out[0]})
         self.heads, self.kernel = attn.heads, kernel
 
     @property
-    def groups(self) -> list[Names]:
-        """Names of matrices that must lie side by side."""
-        return [names for projection in (*self.qkv, self.out) for names in projection.names or ()]
+    def stacks(self) -> list[Stack]:
+        """What a FlatAdapter must fill."""
+        return [stack for projection in (*self.qkv, self.out) for stack in projection.stacks]
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: None = None, attention_mask: None = None
@@ -163,11 +162,12 @@ def install_blocks(unet: Any) -> None:
     for module in unet.modules():
         if type(module) is SpatioTemporalResBlock:
             module.__class__ = ResBlock
-            module.__dict__["alpha"] = read_mix(module.time_mixer)
+            module.__dict__ |= read_mix(module.time_mixer)
         elif type(module) is TransformerSpatioTemporalModel:
             module.__class__ = Transformer
             adapted = any(hasattr(layer, "lora_A") for layer in module.time_pos_embed.modules())
-            module.__dict__ |= {"alpha": read_mix(module.time_mixer), "places": None if adapted else {}}
+            place_TNC = None if adapted else find_place(module, PLACES).detach()
+            module.__dict__ |= read_mix(module.time_mixer) | {"place_TNC": place_TNC}
         elif type(module) is TemporalBasicTransformerBlock:
             assert module.is_res
             module.__class__ = TemporalBlock
@@ -175,7 +175,23 @@ def install_blocks(unet: Any) -> None:
             module.__class__ = Gate
 
 
-def read_mix(mixer: AlphaBlender) -> float:
-    """The share of the spatial part in a mix of video frames, which is never trained."""
+def find_place(module: TransformerSpatioTemporalModel, frames: int) -> Tensor:
+    """What is added to tell frames apart, (T, 1, C)."""
+    like = module.proj_in.weight
+    waves = module.time_proj(torch.arange(frames, device=like.device))
+    place_TC: Tensor = module.time_pos_embed(waves.to(like.dtype))
+    return place_TC[:, None]
+
+
+def read_mix(mixer: AlphaBlender) -> dict[str, Any]:
+    """What mix needs, from a mixer, which is never trained."""
     assert mixer.merge_strategy == "learned_with_images" and not mixer.switch_spatial_to_temporal_mix
-    return 0.5 if mixer.mix_factor.is_meta else mixer.mix_factor.double().sigmoid().item()
+    alpha = 0.5 if mixer.mix_factor.is_meta else mixer.mix_factor.double().sigmoid().item()
+    return {"alpha": alpha, "alpha_": torch.tensor(alpha, device=mixer.mix_factor.device)}
+
+
+def mix(block: ResBlock | Transformer, time: Tensor, space: Tensor) -> Tensor:
+    """alpha space + (1 - alpha) time."""
+    if torch.compiler.is_compiling():
+        return time + block.alpha_ * (space - time)
+    return torch.lerp(time, space, block.alpha)

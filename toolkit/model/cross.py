@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.model.projection import Names, Stacks, find_kind, get_base, lora_names, stack_weights
+from toolkit.model.flat import Stack
+from toolkit.model.projection import find_kind, get_base, stack_lora, stack_weights
 
 PARTS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -21,23 +22,23 @@ PARTS = ("to_q", "to_k", "to_v", "to_out.0")
 class CrossTables:
     """The tables of layers of one width, adapted alike."""
 
-    def __init__(self, layers: dict[str, Any], stacks: Stacks) -> None:
+    def __init__(self, layers: dict[str, Any]) -> None:
         """layers  diffusers Attention modules by name; their weights become views of stacked ones"""
-        self.layers, self.stacks = layers, stacks
+        self.layers = layers
         attention = list(layers.values())
         self.heads = attention[0].heads
-        self.weights, self.names, self.scales = {}, {}, {}
+        self.weights, self.lora, self.scales = {}, {}, {}
         for part in PARTS:
             parts = {f"{name}.{part}": layer.get_submodule(part) for name, layer in layers.items()}
             self.weights[part] = stack_weights(list(parts.values()))
             kind = find_kind(next(iter(parts.values())))
             self.scales[part] = kind[1] if kind else 0.0
-            self.names[part] = lora_names(parts) if kind else None
+            self.lora[part] = stack_lora(parts) if kind else ()
 
     @property
-    def groups(self) -> list[Names]:
-        """Names of matrices that must lie side by side."""
-        return [names for pair in self.names.values() if pair for names in pair]
+    def stacks(self) -> list[Stack]:
+        """What a FlatAdapter must fill."""
+        return [stack for pair in self.lora.values() for stack in pair]
 
     def build(self, tokens_BLE: Tensor) -> None:
         """Make each layer's tables for the tokens of a micro-batch."""
@@ -53,9 +54,9 @@ class CrossTables:
         """Keys or values of all layers, (layers, S, C)."""
         tokens = tokens_SE.expand(len(self.layers), -1, -1)
         y = torch.bmm(tokens, self.weights[part].transpose(1, 2))
-        if (names := self.names[part]) is None:
+        if not self.lora[part]:
             return y
-        a, b = (self.stacks[n] for n in names)
+        a, b = (stack.value for stack in self.lora[part])
         return torch.baddbmm(y, torch.bmm(tokens, a.transpose(1, 2)), b.transpose(1, 2), alpha=self.scales[part])
 
     def _absorb(self, x_NSC: Tensor, part: str) -> Tensor:
@@ -63,9 +64,9 @@ class CrossTables:
         layers, rows, width = x_NSC.shape
         x = x_NSC.view(layers, rows, self.heads, -1).transpose(1, 2).flatten(0, 1)  # (layers * heads, S, D)
         y = torch.bmm(x, self._by_head(self.weights[part], part))
-        if (names := self.names[part]) is None:
+        if not self.lora[part]:
             return y
-        a, b = (self.stacks[n] for n in names)
+        a, b = (stack.value for stack in self.lora[part])
         inner, outer = (b, a) if part == "to_q" else (a, b.transpose(1, 2))
         low = torch.bmm(x, self._by_head(inner, part)).view(layers, self.heads * rows, -1)
         return torch.baddbmm(y.view(layers, -1, width), low, outer, alpha=self.scales[part]).view_as(y)

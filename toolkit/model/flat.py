@@ -8,7 +8,7 @@ matrices keep their names.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,15 @@ from torch import Tensor, nn
 
 State = dict[str, dict[str, Tensor]]  # {parameter name: {what is kept of it: tensor}}, as engines gather it
 NAME = "flat"  # of the one parameter, here and for an engine
+
+
+class Stack:
+    """Parameters of one shape that lie side by side."""
+
+    value: Tensor  # (n, ...), as it was spread last
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
 
 
 class FlatAdapter(nn.Module):
@@ -26,42 +35,31 @@ class FlatAdapter(nn.Module):
         network: nn.Module,
         parameters: Mapping[str, nn.Parameter],
         dtypes: Mapping[str, torch.dtype],
-        groups: Sequence[tuple[str, ...]] = (),
-        stacks: dict[tuple[str, ...], Tensor] | None = None,
+        stacks: Sequence[Stack] = (),
     ) -> None:
         """
         parameters  of the network, by the names it has for them; from here on it holds plain tensors in their places
         dtypes      in which the network computes with each
-        groups      names of some of one shape, which are laid side by side
-        stacks      where these are put at each spread as well, (n, ...) by their names
+        stacks      of some of them, to be filled at each spread as well
         """
         super().__init__()
-        self.stacks = {} if stacks is None else stacks
-        grouped = {name for names in groups for name in names}
-        self._groups = [*groups, *((name,) for name in parameters if name not in grouped)]
-        self.shapes = {name: parameters[name].shape for names in self._groups for name in names}
+        stacked = {name for stack in stacks for name in stack.names}
+        self._stacks = [*stacks, *(Stack([name]) for name in parameters if name not in stacked)]
+        self.shapes = {name: parameters[name].shape for stack in self._stacks for name in stack.names}
         self.dtype = dtypes[next(iter(self.shapes))] if len({*dtypes.values()}) == 1 else torch.float32
         self.flat = nn.Parameter(torch.cat([parameters[name].detach().float().flatten() for name in self.shapes]))
-        self._stacked = [torch.Size((len(names), *self.shapes[names[0]])) for names in self._groups]
-        self._places: list[list[tuple[dict[str, Any], str, torch.dtype]]] = []
-        for names in self._groups:
-            paths = [name.rpartition(".") for name in names]
-            modules = [network.get_submodule(path) for path, _, _ in paths]
-            for module, (_, _, attribute) in zip(modules, paths, strict=True):
-                delattr(module, attribute)
-            # written to directly: a module's own way to set an attribute looks into five dictionaries first
-            self._places.append(
-                [(m.__dict__, path[2], dtypes[n]) for m, path, n in zip(modules, paths, names, strict=True)]
-            )
+        self._sizes = [torch.Size((len(s.names), *self.shapes[s.names[0]])) for s in self._stacks]
+        # a module's own way to set an attribute looks into five dictionaries first
+        self._places = [[_take_out(network, name, dtypes[name]) for name in stack.names] for stack in self._stacks]
         self.spread()
 
     def spread(self) -> None:
         """Give the network its weights as they are now; before each forward pass."""
-        parts = self().split([shape.numel() for shape in self._stacked])
-        for names, shape, part, places in zip(self._groups, self._stacked, parts, self._places, strict=True):
-            self.stacks[names] = part.view(shape)
+        parts = self().split([size.numel() for size in self._sizes])
+        for stack, size, part, places in zip(self._stacks, self._sizes, parts, self._places, strict=True):
+            stack.value = part.view(size)
             # one alone not by unbind, whose gradient is a copy
-            values = self.stacks[names].unbind() if len(names) > 1 else (part.view(shape[1:]),)
+            values = stack.value.unbind() if len(places) > 1 else (part.view(size[1:]),)
             for (attributes, attribute, dtype), value in zip(places, values, strict=True):
                 attributes[attribute] = value if value.dtype == dtype else value.to(dtype)
 
@@ -79,3 +77,11 @@ class FlatAdapter(nn.Module):
         """The reverse of split."""
         keys = next(iter(state.values())).keys()
         return {NAME: {key: torch.cat([state[name][key].flatten() for name in self.shapes]) for key in keys}}
+
+
+def _take_out(network: nn.Module, name: str, dtype: torch.dtype) -> tuple[dict[str, Any], str, torch.dtype]:
+    """Remove a parameter; returns the attributes of its module, its name there, and its dtype."""
+    path, _, attribute = name.rpartition(".")
+    module = network.get_submodule(path)
+    delattr(module, attribute)
+    return module.__dict__, attribute, dtype

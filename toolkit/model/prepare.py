@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from toolkit.model.attention import KERNELS, set_attention
 from toolkit.model.blocks import SelfAttention, install_blocks
 from toolkit.model.cross import CollapsedAttention, CrossTables, group_layers
-from toolkit.model.flat import FlatAdapter
+from toolkit.model.flat import FlatAdapter, Stack
 from toolkit.model.lora import compute_dtypes
-from toolkit.model.projection import Names, Stacks
 from toolkit.model.quantize import quantize_weights
 from toolkit.model.recompute import recompute_whole_modules
 
@@ -58,14 +57,10 @@ def prepare_unet(
     quantize    int8 or None: how its frozen weights are kept
     """
     set_attention(unet, attention)
-    groups: list[Names] = []
-    tables: list[CrossTables] = []
-    stacks: Stacks = {}
-    if blocks == "lean":
-        groups, tables = install_lean(unet, attention, stacks)
+    stacks, tables = install_lean(unet, attention) if blocks == "lean" else ([], [])
     if plan == "small":
         recompute_whole_modules(unet)
-    adapter = FlatAdapter(unet, parameters, compute_dtypes(unet, parameters, dtype), groups, stacks)
+    adapter = FlatAdapter(unet, parameters, compute_dtypes(unet, parameters, dtype), stacks)
     if quantize is not None:
         quantize_weights(unet)  # now that what trains is no longer among its parameters
     return Trainable(adapter, tables)
@@ -74,25 +69,25 @@ def prepare_unet(
 def prepare_frozen(unet: nn.Module, attention: str) -> list[CrossTables]:
     """Once for each UNet without an adapter; returns what to build before its forward passes on other tokens."""
     set_attention(unet, attention)
-    return install_lean(unet, attention, {})[1]
+    return install_lean(unet, attention)[1]
 
 
-def install_lean(unet: Any, attention: str, stacks: Stacks) -> tuple[list[Names], list[CrossTables]]:
+def install_lean(unet: Any, attention: str) -> tuple[list[Stack], list[CrossTables]]:
     """Give a frozen network forward passes of fewer operations.
 
-    returns  names of matrices that must lie side by side in `stacks`, and the tables of its cross-attention
+    returns  what a FlatAdapter must fill for its layers, and the tables of its cross-attention
     raises   ValueError where it is adapted by something else than plain LoRA
     """
-    kernel, groups = KERNELS[attention], []
-    tables = [CrossTables(layers, stacks) for layers in group_layers(unet)]
+    kernel, stacks = KERNELS[attention], []
+    tables = [CrossTables(layers) for layers in group_layers(unet)]
     layers = {name: module for name, module in unet.named_modules() if name.endswith(".attn1")}
     install_blocks(unet)
     for name, layer in layers.items():
-        processor = SelfAttention(name, layer, kernel, stacks)
-        groups += processor.groups
+        processor = SelfAttention(name, layer, kernel)
+        stacks += processor.stacks
         layer.set_processor(processor)
     for table in tables:
-        groups += table.groups
+        stacks += table.stacks
         for layer in table.layers.values():
             layer.set_processor(CollapsedAttention())
-    return groups, tables
+    return stacks, tables

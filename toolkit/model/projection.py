@@ -6,7 +6,7 @@ multiplied. Equation: y = x W^T + s (x A^T) B^T (arXiv 2106.09685, eq. 3).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toolkit.model.dropout import KeyedDropout
-
-Names = tuple[str, ...]
-Stacks = dict[Names, Tensor]  # matrices that lie side by side, by their names: (n, ...)
+from toolkit.model.flat import Stack
 
 
 class LoraLinear(torch.autograd.Function):
@@ -50,6 +48,14 @@ class LoraLinear(torch.autograd.Function):
         return x_grad, None, None, a_grad, b_grad, None
 
 
+def add_lora(
+    x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, a_NRI: Tensor, b_NOR: Tensor, scale: float
+) -> Tensor:
+    """LoraLinear as a formula."""
+    low_MNR = F.linear(x_MI, a_NRI.flatten(0, 1)).unflatten(1, (len(a_NRI), -1))
+    return F.linear(x_MI, weight_OI, bias_O) + scale * torch.einsum("mnr,nor->mno", low_MNR, b_NOR).flatten(1)
+
+
 def _by_layer(x_MO: Tensor, n: int) -> Tensor:
     return x_MO.view(len(x_MO), n, -1).transpose(0, 1)
 
@@ -57,26 +63,25 @@ def _by_layer(x_MO: Tensor, n: int) -> Tensor:
 class Projection:
     """Layers of one input as one callable: x (..., I) to (..., n, O)."""
 
-    def __init__(self, layers: dict[str, nn.Module], stacks: Stacks) -> None:
-        """
-        layers  by their names; of one kind (find_kind). Their frozen weights become views of one tensor
-        stacks  where their LoRA's matrices are found at each call
-        """
-        self.stacks, self.n = stacks, len(layers)
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
+        """layers  by their names; of one kind (find_kind). Their frozen weights become views of one tensor"""
+        self.n = len(layers)
         self.weight_OI = stack_weights(list(layers.values())).flatten(0, 1)
         self.bias = get_base(next(iter(layers.values()))).bias
         assert self.bias is None or self.n == 1
         adapted = find_kind(next(iter(layers.values())))
         self.scale = adapted[1] if adapted else 0.0
-        self.names = lora_names(layers) if adapted else None
+        self.stacks = stack_lora(layers) if adapted else ()
 
     def __call__(self, x: Tensor) -> Tensor:
         rows_MI = x.flatten(0, -2)
-        if self.names is None:
+        if not self.stacks:
             y_MO = F.linear(rows_MI, self.weight_OI, self.bias)
         else:
-            a_NRI, b_NOR = (self.stacks[names] for names in self.names)
-            y_MO = LoraLinear.apply(rows_MI, self.weight_OI, self.bias, a_NRI, b_NOR, self.scale)
+            a_NRI, b_NOR = (stack.value for stack in self.stacks)
+            # a compiler takes no operation in place on a part of a result, and needs none
+            add = add_lora if torch.compiler.is_compiling() else LoraLinear.apply
+            y_MO = add(rows_MI, self.weight_OI, self.bias, a_NRI, b_NOR, self.scale)
         return y_MO.view(*x.shape[:-1], self.n, -1)
 
 
@@ -95,9 +100,9 @@ def find_kind(layer: Any) -> tuple[int, float] | None:
     return layer.r[name], layer.scaling[name]
 
 
-def lora_names(layers: Sequence[str] | dict[str, Any]) -> tuple[Names, Names]:
-    """Names of the A and of the B matrices of layers, as the network has them in training."""
-    a, b = (tuple(f"{name}.lora_{side}.default.weight" for name in layers) for side in "AB")
+def stack_lora(layers: Iterable[str]) -> tuple[Stack, Stack]:
+    """The A and the B matrices of layers, by the names of these; a FlatAdapter fills them."""
+    a, b = (Stack(f"{name}.lora_{side}.default.weight" for name in layers) for side in "AB")
     return a, b
 
 

@@ -138,9 +138,12 @@ def make_config(case: str, device: torch.device) -> RunConfig:
 
 
 def make_contenders(config: RunConfig, base: Base, attention: str) -> dict[str, Contender]:
-    """Stock, and ours with each memory plan, each with a network of its own."""
+    """Stock, ours with each memory plan, and on a GPU compiled too, each with a network of its own."""
     makers: dict[str, Callable[[Base], tuple[Framer, dict[str, Any]]]] = {"stock": partial(make_stock, config)}
     makers |= {f"ours_{plan}": partial(make_ours, config, attention, plan) for plan in PLANS}
+    if base.unet.device.type == "cuda":
+        compiled = config.model_copy(update={"model": config.model.model_copy(update={"compile": True})})
+        makers |= {f"ours_{plan}_compiled": partial(make_ours, compiled, attention, plan) for plan in PLANS}
     contenders = {}
     for name, make in makers.items():
         before = torch.cuda.memory_allocated()

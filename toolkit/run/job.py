@@ -27,6 +27,7 @@ from toolkit.engine.world import World, is_restart
 from toolkit.engine.zero import ZeroEngine
 from toolkit.errors import UserError
 from toolkit.model.base import PRECISIONS, Base, build_unet_on_meta, load_base, load_encoders, read_parameterization
+from toolkit.model.compile import compile_blocks
 from toolkit.model.controlnet import find_controlnet
 from toolkit.model.flat import NAME as FLAT
 from toolkit.model.flat import FlatAdapter
@@ -91,6 +92,7 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     fresh = fresh and not goes_on_by_itself(config.folder, world)
     per_rank = check_engine(config, world.size)
     attention = choose_kernel(config.model.attention, config, world, PRECISIONS[config.engine.precision])
+    blocks = choose_blocks(config)
     index = open_sources(config.data, "train")
     check_clips(config, index)
     held_out = open_sources(config.data, "val") if config.validation.every_steps is not None else None
@@ -131,7 +133,8 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
         validator.encode(*load_encoders(model, world.device, config.engine.precision))
     writer = CheckpointWriter(config.folder, config.checkpoint) if world.is_main else None
     if world.is_main:
-        chosen = f"attention {attention}, blocks {choose_blocks(config)}, memory {plan}"
+        compiled = ", compiled at the first step" if config.model.compile else ""
+        chosen = f"attention {attention}, blocks {blocks}{compiled}, memory {plan}"
         announce(config, index, chosen, trainable, resume.step, total, world.size)
     about = describe_adapter(config, base, index)
     return Job(framer, adapter, engine, index, validator, identity, about, per_rank, resume, total, writer, lock)
@@ -211,6 +214,8 @@ def make_framer(config: RunConfig, base: Base, attention: str, plan: Plan, start
     trainable = prepare_unet(
         base.unet, parameters, base.dtype, attention, plan, choose_blocks(config), config.model.quantize
     )
+    if config.model.compile:
+        compile_blocks(base.unet)
     return Framer(base, config.diffusion, config.data.frames, config.seed, controlnet, trainable=trainable)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from toolkit.config import RunConfig
 from toolkit.diffusion.layout import make_layout
+from toolkit.errors import UserError
 from toolkit.model.base import PRECISIONS
 from toolkit.model.lora import inject_lora
 from toolkit.model.prepare import Blocks, Plan, Trainable, prepare_unet
@@ -62,10 +63,22 @@ def choose_plan(config: RunConfig, unet: dict[str, Any], latent_px: int, device:
 
 
 def choose_blocks(config: RunConfig) -> Blocks:
-    """Whose forward passes a recipe trains with; ZeRO-3 and int8 know layers alone, and PEFT computes DoRA and dropout."""
-    model, lora = config.model, config.lora
-    layered = lora.dora or lora.dropout or config.engine.kind == "zero3" or model.quantize
-    return "stock" if model.blocks == "stock" or layered else "lean"
+    """Whose forward passes a recipe trains with; ZeRO-3 and int8 know layers alone, and PEFT computes DoRA and dropout.
+
+    raises  UserError where those that diffusers and PEFT have shall be compiled
+    """
+    reasons = {
+        "model.blocks stock": config.model.blocks == "stock", "lora.dora": config.lora.dora,
+        "lora.dropout": config.lora.dropout, "engine.kind zero3": config.engine.kind == "zero3",
+        "model.quantize": config.model.quantize,
+    }  # fmt: skip
+    given = [name for name, applies in reasons.items() if applies]
+    if given and config.model.compile:
+        raise UserError(
+            f"model.compile is on, but {given[0]} takes diffusers' and PEFT's own blocks, which do not compile whole; give "
+            "up one of the two"
+        )
+    return "stock" if given else "lean"
 
 
 def predict_bytes(config: RunConfig, unet: dict[str, Any], latent_px: int, plan: Plan) -> int:
