@@ -17,19 +17,18 @@ def doctor(config: str, json: bool = False, ranks: PositiveInt = 1, **overrides:
     from json import dumps
 
     from toolkit.config import dump_config, load_config
+    from toolkit.run.verdict import report
 
     resolved = load_config(config, overrides)
-    from toolkit.run.doctor import examine
-
-    report = examine(resolved, ranks)
+    said = report(resolved, ranks)
     if json:
-        print(dumps(report, indent=2))
+        print(dumps(said, indent=2))
         return
     print(dump_config(resolved))
-    for name, value in report.items():
+    for name, value in said.items():
         if name != "notes":
             print(f"{name:<18}{value:>16,}" if isinstance(value, int) else f"{name:<18}{value!s:>16}")
-    for note in report["notes"]:
+    for note in said["notes"]:
         print(f"note: {note}")
 
 

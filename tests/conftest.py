@@ -14,6 +14,12 @@ from tests.faults.forked import Warm  # noqa: E402
 from tests.launching import TINY, launch  # noqa: E402
 
 
+@pytest.fixture(scope="session", autouse=True)
+def empty_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the toolkit keeps for the next start is kept for these tests alone, who shall see what it counts now."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def real_videos() -> Path:
     """The folder of real videos (asl/, general/), which is no part of the repository; without it the test skips."""

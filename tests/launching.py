@@ -22,6 +22,7 @@ from toolkit.run.trainer import train
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "launch/recipes/tiny_cpu.yaml"
 Launcher = Literal["deepspeed", "torchrun", "python"]
+HEAVY = ("torch", "diffusers", "transformers", "peft", "deepspeed", "numpy")  # libraries that take seconds to load
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # a run in this process leaves these; no child may inherit them
 
 # Ten steps of four clips, three frames of 32 x 32 each. The rate is constant, so that shorter runs begin alike.

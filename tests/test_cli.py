@@ -6,6 +6,7 @@ import sys
 import pytest
 from pydantic import PositiveInt
 
+from tests.launching import HEAVY, ROOT, run
 from toolkit.cli import main
 
 CALLS: list[tuple] = []
@@ -51,6 +52,21 @@ def test_help_shows_the_flags_and_does_no_work(monkeypatch, capsys):
     shown = "".join(capsys.readouterr())
     assert ended.value.code == 0 and CALLS == []
     assert "Stands for a long job." in shown and "--steps=STEPS" in shown and "raw_function" not in shown
+
+
+@pytest.mark.launch
+def test_help_waits_for_no_library() -> None:
+    """What a script says of itself comes before anything is loaded that takes seconds; so for every script there is."""
+    scripts = [*ROOT.glob("launch/*.py"), *ROOT.glob("launch/slurm/*.py"), *ROOT.glob("shards/*.py")]
+    ask = f"""if True:
+        import runpy, sys
+        for script in {[str(script) for script in scripts]}:
+            sys.argv = [script, "--help"]
+            try:
+                runpy.run_path(script, run_name="__main__")
+            except SystemExit as ended:
+                print(ended.code, [name for name in {HEAVY} if name in sys.modules])"""
+    assert len(scripts) >= 12 and run([sys.executable, "-c", ask]).stdout == "0 []\n" * len(scripts)
 
 
 def test_a_rank_is_named_where_there_are_several(monkeypatch, capsys):

@@ -5,7 +5,7 @@ Test: pytest tests/run/test_memory.py
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 import psutil
@@ -22,6 +22,7 @@ from toolkit.model.quiet import quiet_libraries
 from toolkit.model.unet import FramerUNet
 from toolkit.model.weights import build_on_meta
 from toolkit.run.meter import Cost, Meter
+from toolkit.run.recall import recall
 
 USABLE = 0.85  # of what is free: an allocator rounds and fragments, and libraries take workspace
 PLANS: tuple[Plan, ...] = get_args(Plan)
@@ -83,12 +84,22 @@ def choose_blocks(config: RunConfig) -> Blocks:
 
 def predict_bytes(config: RunConfig, unet: dict[str, Any], latent_px: int, plan: Plan) -> int:
     """Peak bytes of a step beside the frozen weights: activations, gradients, and the state of what trains."""
+    shape, blocks = find_shape(config, latent_px), choose_blocks(config)
+    question = {
+        "peak_bytes": {name: value for name, value in unet.items() if not name.startswith("_")},
+        "lora": config.lora.model_dump(mode="json"), "precision": config.engine.precision,
+        "shape": asdict(shape), "plan": plan, "blocks": blocks, "quantize": config.model.quantize,
+    }  # fmt: skip
+    return recall(question, lambda: _count_bytes(config, unet, shape, plan, blocks))
+
+
+def _count_bytes(config: RunConfig, unet: dict[str, Any], shape: Shape, plan: Plan, blocks: Blocks) -> int:
     dtype = PRECISIONS[config.engine.precision]
     with quiet_libraries():
         network = build_on_meta(FramerUNet, unet).to(dtype).requires_grad_(False).eval()
     parameters = inject_lora(network, config.lora, config.seed)
-    trainable = prepare_unet(network, parameters, dtype, "sdpa", plan, choose_blocks(config), config.model.quantize)
-    costs = count_step(network, find_shape(config, latent_px), trainable)
+    trainable = prepare_unet(network, parameters, dtype, "sdpa", plan, blocks, config.model.quantize)
+    costs = count_step(network, shape, trainable)
     return max(cost.peak_bytes for cost in costs.values()) + STATE_BYTES * trainable.adapter.flat.numel()
 
 
