@@ -10,7 +10,9 @@ from tests.launching import RECIPE, TINY
 from toolkit.config import RunConfig, load_config
 from toolkit.model.tiny import build_unet
 from toolkit.model.unet import SVD_CONFIG
+from toolkit.run import memory
 from toolkit.run.memory import USABLE, choose_plan, predict_bytes
+from toolkit.run.meter import Cost
 
 CPU = torch.device("cpu")
 
@@ -28,6 +30,16 @@ def test_more_is_more() -> None:
                     {"model__quantize": "int8"}):  # fmt: skip
         assert predict_bytes(make(**changes), unet, 2, "fast") > base, changes
     assert predict_bytes(make(), unet, 2, "small") < base
+    assert predict_bytes(make(model__blocks="stock"), unet, 2, "fast") != base
+
+
+def test_what_was_counted_is_not_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same step of the same network, wherever its weights lie; that of another network is."""
+    unet = dict(build_unet().config)
+    counted = predict_bytes(make(), unet, 2, "fast")
+    monkeypatch.setattr(memory, "count_step", lambda *given: {"forward": Cost(peak_bytes=7)})
+    assert predict_bytes(make(name="other"), unet | {"_name_or_path": "elsewhere"}, 2, "fast") == counted
+    assert predict_bytes(make(), unet | {"num_frames": 25}, 2, "fast") < counted
 
 
 def test_96_frames_fit_a_card_of_40_gb() -> None:

@@ -69,7 +69,7 @@ def test_the_doctor_looks_again_where_something_changed(
         ("model.unet", "base/unet", "base/unet/model.safetensors"),
         ("model.unet", "base/unet/model.safetensors", "base/unet/model.safetensors"),
         ("model.unet", "base/unet/model.safetensors", "base/unet/config.json"),
-        ("model.unet", "linked", "base/unet/config.json"),
+        ("model.base", "linked", "base/unet/config.json"),
         ("model.controlnet", "control", "control/config.json"),
         ("lora.init_from", "run", "run/checkpoints/step_000002/adapter_config.json"),
         ("engine.deepspeed", "mine.json", "mine.json"),
@@ -81,7 +81,8 @@ def test_every_file_has_its_stamp(field: str, place: str, file: str, tmp_path: P
     for name in (file, "base/unet/model.safetensors", "other.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("some content")
-    (tmp_path / "linked").symlink_to(tmp_path / "base/unet")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/unet").symlink_to(tmp_path / "base/unet")
     config = load_config(RECIPE, {field: str(tmp_path / place)})
     stamps: list[Any] = [stamp_files(config)]
     assert stamps[0] and stamp_files(config) == stamps[0]
