@@ -2,7 +2,7 @@
 
 from pydantic import PositiveInt
 
-from toolkit.cli import main
+from toolkit.cli import importing, main
 
 
 def evaluate(
@@ -14,7 +14,8 @@ def evaluate(
     steps  sampler steps; default the recipe's
     base   another folder of the run's base, UNet included
     """
-    from toolkit.run.evaluate import evaluate_run
+    with importing():
+        from toolkit.run.evaluate import evaluate_run
 
     report = evaluate_run(run, clips, steps, base)
     print(f"{'middle frame, ' + str(report['clips']) + ' held-out clips':<36}{'PSNR dB':>9}{'SSIM':>8}")

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from toolkit.cli import main
+from toolkit.cli import importing, main
 
 
 def export(
@@ -17,7 +17,8 @@ def export(
     checkpoint  latest, best (by validation), one such as step_000200, or the path of any checkpoint, which needs no run
     precision   of a merged UNet, default fp16; adapters are fp32
     """
-    from toolkit.run.export import export_run
+    with importing():
+        from toolkit.run.export import export_run
 
     print(f"wrote {export_run(run, to, out, checkpoint, precision)}")
 

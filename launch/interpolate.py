@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 
-from toolkit.cli import main
+from toolkit.cli import importing, main
 
 Rate = Annotated[float, Field(gt=0, le=1000)]
 Amount = Annotated[float, Field(ge=0, le=1000)]
@@ -47,8 +47,10 @@ def interpolate(
     from dataclasses import replace
 
     from toolkit.errors import UserError
-    from toolkit.run.inference import read_source, recipe_sampling
-    from toolkit.run.interpolate import interpolate_stills
+
+    with importing():
+        from toolkit.run.inference import read_source, recipe_sampling
+        from toolkit.run.interpolate import interpolate_stills
 
     if stills and (first or last):
         raise UserError("both --stills and --first or --last are given; give all pictures as --stills, or just two")

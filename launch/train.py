@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from toolkit.cli import main
+from toolkit.cli import importing, main
 
 
 def train(
@@ -25,7 +25,8 @@ def train(
     from toolkit.config import load_config
 
     resolved = load_config(config, overrides)
-    from toolkit.run.trainer import train as run
+    with importing():
+        from toolkit.run.trainer import train as run
 
     run(resolved, fresh, allow_change, requests)
 

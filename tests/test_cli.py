@@ -1,13 +1,15 @@
 """Flags are checked before any work. Run: pytest tests/test_cli.py"""
 
+import contextlib
 import errno
+import gc
 import sys
 
 import pytest
 from pydantic import PositiveInt
 
 from tests.launching import HEAVY, ROOT, run
-from toolkit.cli import main
+from toolkit.cli import importing, main
 
 CALLS: list[tuple] = []
 
@@ -67,6 +69,17 @@ def test_help_waits_for_no_library() -> None:
             except SystemExit as ended:
                 print(ended.code, [name for name in {HEAVY} if name in sys.modules])"""
     assert len(scripts) >= 12 and run([sys.executable, "-c", ask]).stdout == "0 []\n" * len(scripts)
+
+
+def test_what_is_imported_is_not_searched_for_garbage() -> None:
+    """Neither while it loads nor later; and the search goes on afterwards, whatever went wrong."""
+    before = gc.get_freeze_count()
+    with contextlib.suppress(ImportError), importing():
+        assert not gc.isenabled()
+        made: list[list] = [[] for _ in range(1000)]
+        raise ImportError
+    assert gc.isenabled() and len(made) == 1000 and gc.get_freeze_count() >= before + 1000
+    gc.unfreeze()
 
 
 def test_a_rank_is_named_where_there_are_several(monkeypatch, capsys):

@@ -1,13 +1,15 @@
 """How every command line starts: Fire parses it, and an error the user can mend is one line, not a traceback."""
 
+import contextlib
 import difflib
 import errno
 import functools
+import gc
 import inspect
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import fire
@@ -35,7 +37,8 @@ def main(function: Callable[..., Any]) -> None:
     fire.decorators.SetParseFns(**dict.fromkeys(texts, str))(command)  # Fire reads 2024_01 as a number
     try:
         refuse_unknown_flags(function, sys.argv[1:])
-        fire.Fire(command)
+        # else Fire misses a required argument first, where any flag is taken
+        fire.Fire(command, ["--", "--help"] if sys.argv[1:] == ["--help"] else None)
     except ValidationError as error:
         names = list(inspect.signature(function).parameters)  # Fire passes arguments by position
         where = [names[e["loc"][0]] if isinstance(e["loc"][0], int) else e["loc"][0] for e in error.errors()]
@@ -58,6 +61,20 @@ def main(function: Callable[..., Any]) -> None:
     except KeyboardInterrupt:
         print(f"{sys.argv[0]}: stopped; what was published so far is whole", file=sys.stderr)
         _leave(130)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """No search for garbage inside, nor later in what is there then: libraries make a million objects, and all of them stay.
+
+    Else a sixth of the time that PyTorch, diffusers and PEFT take to load goes into looking at them again and again.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _end(message: str) -> NoReturn:
