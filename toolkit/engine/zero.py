@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,9 @@ class ZeroEngine:
         # Else the first launch on a CPU compiles a shared-memory reduction: a minute, and a C++ compiler, for a few MB
         # that gloo moves as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Every engine loads Muon, another optimizer, and that torch's compiler: a second
+        with mock.patch("deepspeed.runtime.compiler.compile", lambda: lambda function: function):
+            import deepspeed.runtime.zero.muon.original_muon
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # calls inside DeepSpeed
         self.parameters = dict(parameters)
