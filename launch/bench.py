@@ -6,7 +6,7 @@ from toolkit.cli import main
 
 
 def bench(
-    what: Literal["full", "step", "counts", "engine", "loader", "reduction", "checkpoint", "scaling"],
+    what: Literal["full", "step", "counts", "engine", "loader", "reduction", "checkpoint", "scaling", "start"],
     config: str | None = None, json: bool = False, **options: Any,
 ) -> None:  # fmt: skip
     """Time what a recipe does, without its weights and data: random ones of the published sizes.
@@ -20,6 +20,7 @@ def bench(
              reduction: what an optimizer step sends between ranks, with each engine and with DeepSpeed's own defaults
              checkpoint: what a save and a resume cost on two ranks, beside DeepSpeed's own
              scaling: predicted steps on 1 to 1,024 GPUs, the tables of docs/SCALING.md
+             start: seconds until each command answers, and a run's first step, beside importing the libraries alone
     config   the recipe that `full` measures
     json     print one JSON object and nothing else
     options  full: any field of the recipe by its dotted name; others: --ranks, --case and such, which a wrong one names
