@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 
 from toolkit.config import RunConfig
-from toolkit.data.files import written_aside
 from toolkit.engine.world import World
 from toolkit.model.attention import KERNELS, Attend, choose_attention
 from toolkit.model.kernels import CANDIDATES, Size, attend_triton, measure
 from toolkit.model.unet import SVD_CONFIG
 from toolkit.run.memory import find_shape
+from toolkit.run.recall import recall
 
 _LATENT_PX, _HEADS = 8, SVD_CONFIG["num_attention_heads"][0]  # of SVD, before it is read
 _HEAD_DIM = SVD_CONFIG["block_out_channels"][0] // _HEADS
@@ -57,36 +54,21 @@ def recall_fastest(
     candidates: Mapping[str, Attend], size: Size, dtype: torch.dtype, device: torch.device
 ) -> str | None:
     """The fastest candidate for a size, as it was found when it was asked for first; None where none runs."""
-    file = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "framer-toolkit/attention.json"
-    key = " ".join([_describe(device), *sorted(candidates), str(dtype), "x".join(map(str, size))])
-    known = _read(file)
-    if known.get(key) not in candidates:
+
+    def find() -> str | None:
         seconds = measure(candidates, size, dtype, device)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # else the memory plan would find less free than in a run that remembers
-        if not seconds:
-            return None
-        known[key] = min(seconds, key=seconds.__getitem__)
-        with contextlib.suppress(OSError):  # a home that cannot be written: it is measured again
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with written_aside(file) as aside:
-                aside.write(json.dumps(known, indent=1).encode())
-    return known[key]
+        return min(seconds, key=seconds.__getitem__) if seconds else None
+
+    return recall({"attention": [*sorted(candidates), str(dtype), *size], "machine": _describe(device)}, find)
 
 
-def _read(file: Path) -> dict[str, str]:
-    try:
-        known = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return {key: name for key, name in known.items() if isinstance(name, str)} if isinstance(known, dict) else {}
-
-
-def _describe(device: torch.device) -> str:
+def _describe(device: torch.device) -> list[str]:
     """Card and versions, on which it depends who is the fastest."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     versions = [f"torch {torch.__version__}", f"cuda {torch.version.cuda}", f"cudnn {torch.backends.cudnn.version()}"]
     for package in ("xformers", "triton"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{package} {importlib.metadata.version(package)}")
-    return " ".join([card, *versions])
+    return [card, *versions]
