@@ -34,6 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "diffusion.clip_tokens": "first",
     },
     "dropout": FED | {"lora.dropout": 0.3, "lora.targets": "self"},
+    "int8": FED | {"model.quantize": "int8", "model.memory": "small"},
 }
 
 
@@ -72,6 +73,16 @@ def test_micro_batches_do_not_change_what_is_drawn(plain: dict[str, Any], kind: 
     if kind == "dropout":
         without = train_here(settings | {"name": "dry", "lora.dropout": 0.0})
         assert abs(read_numbers(without, "grad_norm")[0][0] - losses[0][1]) > 1e-4 * losses[0][1]
+
+
+def test_another_kernel_or_plan_is_said(plain: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """A run may go on with blocks, plan or kernel that another card calls for, and says that it is not the same then."""
+    fast, small = ("attention sdpa, blocks lean, memory fast", "attention sdpa, blocks lean, memory small")
+    run = train_here(plain | {"name": "run", "model.memory": "fast"})
+    for plan, said in (("fast", False), ("small", True)):
+        shutil.rmtree(run / "checkpoints/step_000002")
+        train_here(plain | {"name": "run", "model.memory": plan})
+        assert (f"{fast} then, {small} now: the run goes on" in capsys.readouterr().err) == said
 
 
 def test_extras_move_and_are_saved(plain: dict[str, Any], trainable_base: Path) -> None:

@@ -46,11 +46,12 @@ from toolkit.run.skips import cut_skips
 FREE_FIELDS = ("runs_dir", "log_every_steps", "lora.init_from", "checkpoint.", "validation.", "data.shards", "data.mix",
                "data.remote", "data.cache_", "data.debug", "data.workers", "data.max_bad_fraction", "engine.kind",
                "engine.deepspeed", "engine.shard_ranks", "engine.hang_timeout_s", "optimizer.max_skipped_steps",
-               "model.attention", "model.blocks", "model.memory")  # fmt: skip
+               "model.attention", "model.blocks", "model.memory", "model.compile")  # fmt: skip
 _SHARED_DISK_S = 60  # for which a network disk may go on saying that a file is not there
 # what a kill at the very start can leave, and what is there of a job that was submitted
 _OWN_FIRST_FILES = ("lock", "config.yaml.tmp", "slurm", "code")
 COMMIT_FILE = "COMMIT"  # beside the copy of the code that a batch job runs: what the original was
+INEXACT = "the run goes on, but not to the last digit as it would have"
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "webdataset", "av", "numpy")
 
 
@@ -63,6 +64,7 @@ class Resume:
     updates: int = 0  # steps that changed something
     skipped_in_a_row: int = 0
     k_next: int = 0  # position of the next clip
+    computed_by: str = ""  # kernel, blocks and plan of the steps done
     best: float = math.inf  # lowest loss on held-out clips so far
 
 
@@ -171,7 +173,8 @@ def _load(
         if changed:
             print(f"going on with something else than {folder} was made with: {'; '.join(changed)}")
         _warn_of_versions(folder)
-    return Resume(state["step"], tensors, state["updates"], state["skipped_in_a_row"], state["k_next"])
+    numbers = state["step"], tensors, state["updates"], state["skipped_in_a_row"], state["k_next"]
+    return Resume(*numbers, computed_by=state.get("computed_by", ""))
 
 
 def _warn_of_versions(folder: Path) -> None:
@@ -183,7 +186,7 @@ def _warn_of_versions(folder: Path) -> None:
         if name in _PACKAGES and was != version(name)
     ]
     if changed:
-        print(f"{', '.join(changed)}: the run goes on, but not to the last digit as it would have", file=sys.stderr)
+        print(f"{', '.join(changed)}: {INEXACT}", file=sys.stderr)
 
 
 def newest_adapter(run: Path) -> Path:

@@ -40,6 +40,7 @@ from toolkit.run.attention import choose_kernel
 from toolkit.run.cache import check_cache
 from toolkit.run.checkpoint import check_space, list_checkpoints
 from toolkit.run.folder import (
+    INEXACT,
     Resume,
     await_folder,
     check_folder,
@@ -76,6 +77,7 @@ class Job:
     validator: Validator | None
     identity: dict[str, Any]  # fingerprints that a checkpoint must share
     about: dict[str, Any]  # what the adapter's file tells of itself
+    computed_by: str  # kernel, blocks and memory plan
     accumulation: int
     resume: Resume
     total: int
@@ -111,6 +113,8 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     plan = choose_plan(config, base.unet.config, base.latent_px, world.device)
     framer = make_framer(config, base, attention, plan, start)
     assert framer.trainable is not None
+    compiled = ", compiled at the first step" if config.model.compile else ""
+    computed_by = f"attention {attention}, blocks {blocks}{compiled}, memory {plan}"
     adapter = framer.trainable.adapter
     trainable = adapter.flat.numel()
     identity = identify(config, base, index)
@@ -123,6 +127,8 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
         if changed:
             print(f"going on with another recipe, so not as the run was begun: {changed}")
         record_start(config)
+        if resume.computed_by not in ("", computed_by):  # another card, or less room on it
+            print(f"{resume.computed_by} then, {computed_by} now: {INEXACT}", file=sys.stderr)
     await_folder(config, world)
     total = total_steps(config, len(index), resume.step, resume.k_next)
     engine = make_engine(config, base.unet, adapter, per_rank)
@@ -133,11 +139,11 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
         validator.encode(*load_encoders(model, world.device, config.engine.precision))
     writer = CheckpointWriter(config.folder, config.checkpoint) if world.is_main else None
     if world.is_main:
-        compiled = ", compiled at the first step" if config.model.compile else ""
-        chosen = f"attention {attention}, blocks {blocks}{compiled}, memory {plan}"
-        announce(config, index, chosen, trainable, resume.step, total, world.size)
+        announce(config, index, computed_by, trainable, resume.step, total, world.size)
     about = describe_adapter(config, base, index)
-    return Job(framer, adapter, engine, index, validator, identity, about, per_rank, resume, total, writer, lock)
+    return Job(
+        framer, adapter, engine, index, validator, identity, about, computed_by, per_rank, resume, total, writer, lock
+    )
 
 
 def goes_on_by_itself(folder: Path, world: World) -> bool:
@@ -281,14 +287,14 @@ def total_steps(config: RunConfig, clips: int, done: int = 0, done_clips: int = 
 
 
 def announce(
-    config: RunConfig, index: DatasetIndex, chosen: str, trainable: int, start: int, total: int, ranks: int
+    config: RunConfig, index: DatasetIndex, computed_by: str, trainable: int, start: int, total: int, ranks: int
 ) -> None:
     """Say what starts, and where it writes."""
     engine = config.engine
     print(
         f"{config.name}: {len(index):,} clips, {total:,} steps of {engine.global_batch} clips "
         f"({engine.micro_batch} x {engine.global_batch // engine.micro_batch // ranks} x {ranks} ranks), "
-        f"{trainable:,} trainable parameters, {engine.precision}, {chosen}, engine {engine.kind}"
+        f"{trainable:,} trainable parameters, {engine.precision}, {computed_by}, engine {engine.kind}"
     )
     if start >= total:
         print(f"the run is finished ({total} steps); --fresh starts anew")

@@ -138,6 +138,7 @@ def save(config: RunConfig, job: Job, world: World, step: int, skipped_in_a_row:
     gathered = job.engine.gather()
     if job.writer is not None:
         state = job.identity | {
+            "computed_by": job.computed_by,
             "updates": job.engine.updates, "skipped_in_a_row": skipped_in_a_row,
             "k_next": job.resume.k_next + (step - job.resume.step) * config.engine.global_batch, "seed": config.seed,
             "validation_loss": score if score < math.inf else None, "validation_clips": config.validation.clips,
