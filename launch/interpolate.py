@@ -20,7 +20,8 @@ def interpolate(
     min_guidance: Guidance | None = None, max_guidance: Guidance | None = None,
     seed: NonNegativeInt | tuple[NonNegativeInt, ...] = (), trajectories: str | None = None,
     controlnet: str | None = None, control_scale: Amount | None = None,
-    chunk_frames: PositiveInt | None = None, config: str | None = None, base: str | None = None, unet: str | None = None,
+    chunk_frames: PositiveInt | None = None, batch: PositiveInt = 1, config: str | None = None, base: str | None = None,
+    unet: str | None = None,
 ) -> None:  # fmt: skip
     """Interpolate with a run's newest adapter, or with exported adapters.
 
@@ -39,7 +40,8 @@ def interpolate(
     seed          one for all gaps, or one per gap with commas between; default the recipe's
     trajectories  a JSON of points, or auto to match features of the stills; needs a ControlNet
     control_scale of the ControlNet; default 1 for drawn trajectories, 0.5 for found ones
-    chunk_frames  frames decoded at once; fewer need less memory
+    chunk_frames  frames decoded at once; fewer need less memory, and change the frames a little (default: all of a window)
+    batch         pairs of stills that the network is asked about at once: faster, and takes more memory; default 1
     config        a recipe, for an adapter that holds none
     base          another folder of the recipe's base, UNet included
     unet          another UNet: a merged export, which needs no run or adapter
@@ -64,7 +66,7 @@ def interpolate(
     )
     paths = split(stills) or [path for path in (first, last) if path]
     written = interpolate_stills(
-        source, paths, out, frames, fps, motion, sampling, split(seed), trajectories, control_scale, controlnet
+        source, paths, out, frames, fps, motion, sampling, split(seed), trajectories, control_scale, controlnet, batch
     )
     print(f"wrote {written}")
 

@@ -273,7 +273,7 @@ class FramerPipeline(DiffusionPipeline):
         fps_B, motion_B = (torch.full((B,), float(value)) for value in told)
         condition = framer.condition(stills_B2CHW, fps_B, motion_B, augmentation)
         if trajectories is not None:
-            steering = Steering(np.asarray(trajectories, float), controlnet_conditioning_scale)
+            steering = [Steering(np.asarray(trajectories, float), controlnet_conditioning_scale)] * B
             condition = framer.steer(condition, steering, stills_B2CHW.shape[-2:])
         shape = (B, framer.layout.frames, 4, *condition.ends_B2CHW.shape[-2:])
         if latents is not None and latents.shape != shape:

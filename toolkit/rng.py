@@ -52,8 +52,13 @@ def permutation(n: int, seed: int, purpose: str, counter: int = 0) -> np.ndarray
     return np.argsort(words, kind="stable")
 
 
-def normal_like(batch: Tensor, seed: int, purpose: str, positions: Sequence[int]) -> Tensor:
-    """Draw N(0, 1) fp32 shaped like `batch`, row b from the key (seed, purpose, positions[b]), on batch's device."""
+def normal_like(batch: Tensor, seed: int | Sequence[int], purpose: str, positions: Sequence[int]) -> Tensor:
+    """Draw N(0, 1) fp32 shaped like `batch`, row b from the key (seed, purpose, positions[b]), on batch's device.
+
+    seed  one for all rows, or one per row
+    """
     assert len(positions) == len(batch), (len(positions), len(batch))
-    rows = [torch.randn(batch.shape[1:], generator=rng(seed, purpose, k)) for k in positions]
+    seeds = [seed] * len(positions) if isinstance(seed, int) else seed
+    keys = zip(seeds, positions, strict=True)
+    rows = [torch.randn(batch.shape[1:], generator=rng(own, purpose, k)) for own, k in keys]
     return torch.stack(rows).to(batch.device)

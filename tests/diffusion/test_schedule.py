@@ -301,31 +301,34 @@ def test_perfect_denoiser_arrives_at_the_truth() -> None:
 
 @pytest.mark.parametrize("frames", [3, 5, 9, 17])
 def test_bisect_halves_in_order(frames: int) -> None:
-    """Each frame is made once, at its place between two frames that exist, and halvings says how far they are."""
+    """Each frame is made once, at its place between two frames that exist, and halvings says how far they are.
+
+    Of three gaps those of one level are made together.
+    """
     made, places, gap = [], [], frames - 1
 
-    def midpoint(left: Tensor, right: Tensor, place: int, halvings: int) -> Tensor:
-        distance = (right - left).item() * gap  # in frames of the result
-        assert distance == 2 ** (halvings + 1) and (left + right).item() * gap == 2 * place
+    def midpoints(pairs: list[Any], level: Any, halvings: int) -> list[Tensor]:
+        for (left, right), place in zip(pairs, level, strict=True):
+            distance = (right - left).item() * gap  # in frames of the result
+            assert distance == 2 ** (halvings + 1) and (left + right).item() * gap == 2 * place
         made.append(halvings)
-        places.append(place)
-        return (left + right) / 2
+        places.extend(level)
+        return [(left + right) / 2 for left, right in pairs]
 
-    filled = bisect(frames, midpoint, torch.tensor(0.0), torch.tensor(1.0))
-    assert [f.item() for f in filled] == [i / gap for i in range(frames)]
-    assert made == sorted(made, reverse=True) and sorted(places) == list(range(1, frames - 1))
-    assert made[0] == (gap // 2).bit_length() - 1 and made[-1] == 0
+    filled = bisect(frames, midpoints, [torch.tensor(float(i)) for i in range(4)])
+    assert [f.item() for f in filled] == [i / gap for i in range(3 * gap + 1)]
+    assert made == list(range(len(made)))[::-1] and sorted(places) == [i for i in range(3 * gap) if i % gap]
 
 
-def test_bisect_returns_the_ends_themselves() -> None:
+def test_bisect_returns_the_stills_themselves() -> None:
     """The stills are not copied or passed through anything."""
-    first, last = torch.rand(2, 3, 4, 4)
-    filled = bisect(5, lambda left, right, *_: (left + right) / 2, first, last)
-    assert filled[0].data_ptr() == first.data_ptr() and filled[-1].data_ptr() == last.data_ptr()
+    stills = list(torch.rand(3, 3, 4, 4))
+    filled = bisect(5, lambda pairs, *_: [(left + right) / 2 for left, right in pairs], stills)
+    assert all(filled[4 * i].data_ptr() == still.data_ptr() for i, still in enumerate(stills))
 
 
 @pytest.mark.parametrize("frames", [-1, 0, 1, 2, 4, 6, 7, 10])
 def test_bisect_refuses_other_counts(frames: int) -> None:
     """Only 2^n + 1 frames can be made by halving; the error lists them."""
     with pytest.raises(ValueError, match=f"^{frames} frames: .*3, 5, 9, 17"):
-        bisect(frames, lambda *_: torch.zeros(()), torch.zeros(()), torch.zeros(()))
+        bisect(frames, lambda pairs, *_: [torch.zeros(())] * len(pairs), [torch.zeros(())] * 2)

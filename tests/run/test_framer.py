@@ -426,7 +426,7 @@ def make_condition(framer: Framer, batch: Batch, steered: bool = False) -> tuple
     condition = framer.condition(stills_of(batch), batch.fps_B, batch.motion_B)
     if steered:
         points = Steering(np.array([[[3.0, 8.0], [13.0, 8.0]]]))
-        condition = framer.steer(condition, points, (SIZE_PX, SIZE_PX))
+        condition = framer.steer(condition, [points] * 2, (SIZE_PX, SIZE_PX))
     return condition, torch.stack([draw("start", k, framer.layout.frames) for k in batch.positions])
 
 
@@ -540,7 +540,7 @@ def test_decoder_works_in_chunks(base: Base) -> None:
             make_framer(base).generate(stills_of(batch), batch.fps_B, batch.motion_B, sampling, [0])
     finally:
         hook.remove()
-    assert decoded == [5, 2, 2, 1]
+    assert decoded == [5, 2, 2, 2, 2]
 
 
 @pytest.mark.parametrize(("sampler", "most"), [("euler", 1000), ("lcm", 40)])
@@ -572,17 +572,17 @@ def test_answers_that_are_no_numbers_are_refused(base: Base, sampler: Any) -> No
 def test_interpolation_keeps_the_ends(base: Base, layout: str, frames: int) -> None:
     """As many frames as asked, the stills at the ends untouched, all between in range, the same each time."""
     framer = make_framer(base, 3, layout=layout)
-    first, last = stills_of(make_batch([1], 3))[0]
-    made = framer.interpolate(first, last, frames, 7, 127, Sampling(1))
+    stills = stills_of(make_batch([1], 3))[0]
+    made = framer.interpolate(stills, frames, 7, 127, Sampling(1))
     assert made.shape == (frames, 3, SIZE_PX, SIZE_PX) and made.dtype == torch.float32
-    assert torch.equal(made[0], first) and torch.equal(made[-1], last)
+    assert torch.equal(made[[0, -1]], stills)
     assert made.isfinite().all() and made.abs().max() <= 1
-    assert torch.equal(framer.interpolate(first, last, frames, 7, 127, Sampling(1)), made)
+    assert torch.equal(framer.interpolate(stills, frames, 7, 127, Sampling(1)), made)
 
 
 def test_clip_layouts_fill_their_own_window_at_once(base: Base) -> None:
     """The window's own length, 7 here, takes one sampling for a clip layout; other lengths halve, or are refused."""
-    first, last = stills_of(make_batch([1], 3))[0]
+    stills = stills_of(make_batch([1], 3))[0]
     framer = make_framer(base, 7, layout="framer_clip")
     for frames, samplings in ((7, 1), (5, 3)):
         seen = []
@@ -592,23 +592,23 @@ def test_clip_layouts_fill_their_own_window_at_once(base: Base) -> None:
             return latents
 
         with Spy(base.unet) as spy:
-            made = framer.interpolate(first, last, frames, 7, 127, Sampling(2), on_step=on_step)
+            made = framer.interpolate(stills, frames, 7, 127, Sampling(2), on_step=on_step)
         assert len(made) == frames and framer.count_samplings(frames) == samplings
         assert [call.sample.shape[1] for call in spy.calls] == [7] * 2 * samplings and seen == [0, 1] * samplings
     for refused in (4, 6, 11):
         with pytest.raises(ValueError, match="3, 5, 9, 17"):
-            framer.interpolate(first, last, refused, 7, 127, Sampling(2))
+            framer.interpolate(stills, refused, 7, 127, Sampling(2))
     with pytest.raises(ValueError, match="3, 5, 9, 17"):
-        make_framer(base, 7, layout="spec_middle").interpolate(first, last, 7, 7, 127, Sampling(2))
+        make_framer(base, 7, layout="spec_middle").interpolate(stills, 7, 7, 127, Sampling(2))
 
 
 def test_even_windows_are_filled_but_never_halved(base: Base) -> None:
     """Framer's own windows are even: all their frames at once, and no other number, since none lies in the middle."""
-    first, last = stills_of(make_batch([1], 3))[0]
+    stills = stills_of(make_batch([1], 3))[0]
     framer = make_framer(base, 4, layout="framer_clip")
-    assert len(framer.interpolate(first, last, 4, 7, 127, Sampling(1))) == 4
+    assert len(framer.interpolate(stills, 4, 7, 127, Sampling(1))) == 4
     with pytest.raises(ValueError, match="5 frames: windows of 4 have no middle"):
-        framer.interpolate(first, last, 5, 7, 127, Sampling(1))
+        framer.interpolate(stills, 5, 7, 127, Sampling(1))
 
 
 @pytest.mark.parametrize("fps", [8, 8.0])
@@ -617,27 +617,53 @@ def test_interpolation_tells_the_rate_of_its_windows(base: Base, fps: float) -> 
 
     The rate may be a whole number, as a command line gives it, and the noise augmentation is told all the same.
     """
-    first, last = stills_of(make_batch([1], 3))[0]
+    stills = stills_of(make_batch([1], 3))[0]
     with Spy(base.unet) as spy:
-        make_framer(base, 5, layout="spec_middle").interpolate(first, last, 9, fps, 127, Sampling(1))
+        make_framer(base, 5, layout="spec_middle").interpolate(stills, 9, fps, 127, Sampling(1))
     assert [call.ids[0, 0].item() + 1 for call in spy.calls] == [4, 8, 8, 16, 16, 16, 16]
     with Spy(base.unet) as spy:
         framer = make_framer(base, 5, layout="framer_clip", noise_augmentation=0.25)
-        framer.interpolate(first, last, 5, fps, 127, Sampling(1))
+        framer.interpolate(stills, 5, fps, 127, Sampling(1))
     assert spy.calls[0].ids.tolist() == [[7, 127, 0.25]]
 
 
 @every_layout
 def test_noise_is_keyed_by_the_place_in_the_video(base: Base, layout: str) -> None:
-    """Halving a gap that starts at frame 8 draws for the frame at place k from position 8 + k; a window at once from 8."""
-    first, last = stills_of(make_batch([1], 3))[0]
+    """Halving draws for the frame at place k from position k, in the third gap as in the first; a window at once from its
+    first still's place, but for a layout of the middle alone."""
+    stills = stills_of(make_batch([1, 2], 3)).flatten(0, 1)
     framer = make_framer(base, 3, layout=layout)
     with Spy(base.unet) as spy:
-        framer.interpolate(first, last, 5, 7, 127, Sampling(1), start=8)
-        framer.interpolate(first, last, 3, 7, 127, Sampling(1), start=8)
-    at_once = 9 if layout == "spec_middle" else 8
-    for call, k in zip(spy.calls, [10, 9, 11, at_once], strict=True):
+        framer.interpolate(stills, 5, 7, 127, Sampling(1))
+        framer.interpolate(stills, 3, 7, 127, Sampling(1))
+    at_once = [1, 3, 5] if layout == "spec_middle" else [0, 2, 4]
+    for call, k in zip(spy.calls, [2, 6, 10, 1, 3, 5, 7, 9, 11, *at_once], strict=True):
         assert torch.allclose(call.sample[0, :, :4], draw("sample", k, framer.layout.frames), atol=1e-5)
+
+
+@pytest.mark.parametrize(("frames", "calls"), [(3, [1, 2]), (5, [1, 2, 2, 2, 2])])
+@pytest.mark.parametrize(("layout", "sampler"), [("spec_middle", "euler"), ("framer_clip", "lcm")])
+def test_pairs_are_filled_together_as_one_by_one(
+    base: Base, controlnet: FramerControlNet, layout: str, sampler: Any, frames: int, calls: list[int]
+) -> None:
+    """Gaps with seeds and points of their own, some without any, give the same frames in fewer calls of the network."""
+    stills = stills_of(make_batch([1, 2], 3)).flatten(0, 1)
+    framer = make_framer(base, 3, controlnet=controlnet, layout=layout, noise_augmentation=0.05)
+    steering = [Steering(np.array([[[4.0, 4.0], [x, 9.0]]]), 0.7) if x else None for x in (9.0, 0.0, 12.0)]
+    made = {}
+    for batch in (1, 2):
+        with Spy(base.unet) as spy:
+            made[batch] = framer.interpolate(stills, frames, 7, 127, Sampling(2, sampler), [3, 4, 5], steering, batch)
+    assert [len(call.sample) for call in spy.calls] == [size for size in calls for _ in range(2)]
+    assert made[1].shape == (3 * (frames - 1) + 1, 3, SIZE_PX, SIZE_PX)
+    assert torch.allclose(made[1], made[2], atol=1e-3)
+    alone = framer.interpolate(stills[:2], frames, 7, 127, Sampling(2, sampler), [3], steering[:1])
+    assert torch.equal(alone, made[1][:frames])
+    assert not torch.allclose(
+        framer.interpolate(stills, frames, 7, 127, Sampling(2, sampler), [3, 4, 6], steering)[-2],
+        made[1][-2],
+        atol=1e-2,
+    )
 
 
 @pytest.mark.parametrize(
@@ -654,10 +680,10 @@ def test_steering_follows_the_part_of_the_gap(
     """Each window shows where the points are at its own frames' times; the ControlNet else reads what the UNet reads."""
     size_px = 48  # smaller, and the picture's border would make every spot the same
     points = np.array([[[5.0, 24.0], [24.0, 9.0], [43.0, 24.0]], [[40.0, 40.0], [40.0, 40.0], [10.0, 40.0]]])
-    first, last = torch.rand(2, 3, size_px, size_px, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    stills = torch.rand(2, 3, size_px, size_px, generator=torch.Generator().manual_seed(0)) * 2 - 1
     framer = make_framer(base, 3, controlnet=controlnet, layout=layout)
     with Spy(controlnet) as spy, Spy(base.unet) as unet_spy:
-        framer.interpolate(first, last, frames, 7, 127, Sampling(1), steering=Steering(points, scale=0.7))
+        framer.interpolate(stills, frames, 7, 127, Sampling(1), steering=[Steering(points, scale=0.7)])
     assert len(spy.steering) == len(times)
     for (heatmaps, scale), times_T in zip(spy.steering, times, strict=True):
         along = [[np.interp(times_T, [0, 0.5, 1], axis) for axis in point.T] for point in points]

@@ -71,7 +71,7 @@ def make_condition(framer: Framer, steered: bool = False) -> Condition:
     stills = torch.rand(2, 2, 3, SIZE_PX, SIZE_PX, generator=torch.Generator().manual_seed(0)) * 2 - 1
     condition = framer.condition(stills, torch.tensor([7.0, 5.0]), torch.tensor([127.0, 60.0]))
     points = Steering(np.array([[[4.0, 4.0], [12.0, 10.0]]]))
-    return framer.steer(condition, points, (SIZE_PX, SIZE_PX)) if steered else condition
+    return framer.steer(condition, [points] * 2, (SIZE_PX, SIZE_PX)) if steered else condition
 
 
 def sample(framer: Framer, steps: int, steered: bool = False, on_step: OnStep | None = None) -> Tensor:

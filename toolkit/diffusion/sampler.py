@@ -5,12 +5,13 @@ Both samplers take `denoise`: (noisy_BTCHW, sigma_B) -> denoised latents D, and 
 latents_BTCHW, which sees what step i left and may change it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor], Tensor]
+Pair = tuple[Tensor, Tensor]
 
 
 def sample_euler(denoise: Denoise, noise_BTCHW: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
@@ -56,27 +57,28 @@ def sample_lcm(
 
 
 def bisect(
-    frames: int, midpoint: Callable[[Tensor, Tensor, int, int], Tensor], first: Tensor, last: Tensor
+    frames: int, midpoints: Callable[[list[Pair], Sequence[int], int], Sequence[Tensor]], stills: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Fill a gap by halving: the middle of the ends first, then the middle of each half.
+    """Fill the gaps between neighbouring stills by halving: the middle of each first, then the middles of all halves.
 
-    frames    first and last included, 2^n + 1
-    midpoint  (left, right, place, halvings) -> the frame between them, number `place` of the result, which lies
-              2^halvings steps from each
-    returns   the frames in order, the ends as given
-    raises    ValueError when frames is not 2^n + 1
+    frames     of a gap, its two stills included, 2^n + 1
+    midpoints  (pairs, places, halvings) -> the frame between each pair, number places[i] of the result, which lies
+               2^halvings steps from both
+    returns    the frames in order, the stills as given
+    raises     ValueError when frames is not 2^n + 1
     """
     gap = frames - 1
     if gap < 2 or gap & (gap - 1):
         raise ValueError(f"{frames} frames: halving gives 3, 5, 9, 17, ... frames")
-    filled: dict[int, Tensor] = {0: first, gap: last}
+    filled = {gap * i: still for i, still in enumerate(stills)}
+    last = gap * (len(stills) - 1)
     while gap > 1:
         half = gap // 2
-        for left in range(0, frames - 1, gap):
-            place, right = left + half, left + gap
-            filled[place] = midpoint(filled[left], filled[right], place, half.bit_length() - 1)
+        places = range(half, last, gap)
+        pairs = [(filled[place - half], filled[place + half]) for place in places]
+        filled |= dict(zip(places, midpoints(pairs, places, half.bit_length() - 1), strict=True))
         gap = half
-    return [filled[i] for i in range(frames)]
+    return [filled[i] for i in range(last + 1)]
 
 
 def _denoise_all(denoise: Denoise, latents_BTCHW: Tensor, sigma: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def evaluate_run(
     held_out = load_held_out(config, clips or config.validation.clips)
     sampling = recipe_sampling(config)
     sampling = sampling if steps is None else replace(sampling, steps=steps)
-    steering: list[Steering | None] = [None] * len(held_out)
+    steering: list[Steering] | None = None
     if config.diffusion.control:  # as in training
         steering = [Steering(match_stills(c.frames_THWC[0], c.frames_THWC[-1]), FOUND_SCALE) for c in held_out]
     frames_BTCHW = torch.stack([to_signed(torch.from_numpy(c.frames_THWC)) for c in held_out])
@@ -56,7 +56,8 @@ def evaluate_run(
         framer = load_framer(replace(source, adapters=adapters), steered=config.diffusion.control)
         return torch.cat([
             framer.generate_middle(
-                stills_B2CHW[i : i + 1], fps_B[i : i + 1], motion_B[i : i + 1], sampling, [i], steering[i]
+                stills_B2CHW[i : i + 1], fps_B[i : i + 1], motion_B[i : i + 1], sampling, [i],
+                steering and steering[i : i + 1],
             ).cpu()
             for i in _with_bar(range(len(held_out)), f"{name} model")
         ])  # fmt: skip

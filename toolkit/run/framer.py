@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -36,7 +37,7 @@ from toolkit.diffusion.objective import (
     time_input,
     to_denoised,
 )
-from toolkit.diffusion.sampler import bisect, sample_euler, sample_lcm
+from toolkit.diffusion.sampler import Pair, bisect, sample_euler, sample_lcm
 from toolkit.diffusion.schedule import (
     LCM_LEVELS,
     karras_sigmas,
@@ -158,7 +159,9 @@ class Framer:
             assert batch.frames_BTHWC is not None
             stills_B2CHW = to_signed(batch.frames_BTHWC[:, [0, -1]].to(self.device))
             if self.settings.noise_augmentation:
-                means_B2CHW = self._encode_stills(stills_B2CHW, self._draw_augmentation(stills_B2CHW, positions))
+                means_B2CHW = self._encode_stills(
+                    stills_B2CHW, self._draw_augmentation(stills_B2CHW, positions, self.seed)
+                )
             embeds_B2D = embed_stills(self.base.image_encoder, stills_B2CHW)
         condition = self._join_condition(means_B2CHW, embeds_B2D, batch.fps_B, batch.motion_B)
         condition = self._drop(condition, positions)
@@ -182,12 +185,12 @@ class Framer:
         embeds_B2D = embed_stills(self.base.image_encoder, stills_B2CHW)
         return self._join_condition(means_B2CHW, embeds_B2D, fps_B, motion_B)
 
-    def steer(self, condition: Condition, steering: Steering, size_px: Sequence[int]) -> Condition:
-        """Draw where points shall go, the same in every clip of a condition; size_px (height, width) of its stills."""
+    def steer(self, condition: Condition, steering: Sequence[Steering], size_px: Sequence[int]) -> Condition:
+        """Draw where points shall go in each clip of a condition, at one scale; size_px (height, width) of its stills."""
         assert self.controlnet is not None, "points need a ControlNet that follows them"
-        heatmaps = steering.draw(self.layout.in_window, self.layout.window, size_px).to(self.device)
-        heatmaps_BTCHW = heatmaps.expand(len(condition.ends_B2CHW), *heatmaps.shape)
-        return replace(condition, heatmaps_BTCHW=heatmaps_BTCHW, control_scale=steering.scale)
+        (scale,) = {own.scale for own in steering}
+        heatmaps = [own.draw(self.layout.in_window, self.layout.window, size_px) for own in steering]
+        return replace(condition, heatmaps_BTCHW=torch.stack(heatmaps).to(self.device), control_scale=scale)
 
     def begin(self, condition: Condition) -> None:
         """Make ready for predictions from a condition; again after each change of the weights."""
@@ -286,25 +289,28 @@ class Framer:
         motion_B: Tensor,
         sampling: Sampling,
         positions: Sequence[int],
-        steering: Steering | None = None,
+        steering: Sequence[Steering] | None = None,
         on_step: OnStep | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> Tensor:
         """Generate the window's frames between stills, with draws keyed by positions.
 
-        steering  points of all clips; None: the network is free
+        steering  points of each clip; None: the network is free
+        seeds     of each clip; default the framer's own
         returns   frames_BTCHW fp32 in [-1, 1]: the frames that the layout generates or repeats
         """
         stills_B2CHW = stills_B2CHW.to(self.device)
-        augmentation = self._draw_augmentation(stills_B2CHW, positions)
+        seed = self.seed if seeds is None else seeds
+        augmentation = self._draw_augmentation(stills_B2CHW, positions, seed)
         condition = self.condition(stills_B2CHW, fps_B, motion_B, augmentation)
         if steering is not None:
             condition = self.steer(condition, steering, stills_B2CHW.shape[-2:])
         size = condition.ends_B2CHW.shape[-2:]
         blank_BTCHW = torch.zeros(len(positions), self.layout.frames, 4, *size, device=self.device)
-        noise_BTCHW = normal_like(blank_BTCHW, self.seed, "sample", positions)
+        noise_BTCHW = normal_like(blank_BTCHW, seed, "sample", positions)
 
         def renoise(step: int) -> Tensor:
-            return normal_like(blank_BTCHW, self.seed, f"renoise{step}", positions)
+            return normal_like(blank_BTCHW, seed, f"renoise{step}", positions)
 
         latents_BTCHW = self.sample(condition, sampling, noise_BTCHW, renoise, on_step)
         return self.decode(latents_BTCHW, sampling.chunk_frames)
@@ -316,53 +322,76 @@ class Framer:
         motion_B: Tensor,
         sampling: Sampling,
         positions: Sequence[int],
-        steering: Steering | None = None,
-        on_step: OnStep | None = None,
+        steering: Sequence[Steering] | None = None,
     ) -> Tensor:
         """Generate the middle frame of a window between two stills, (B, 3, H, W) in pixels."""
-        frames = self.generate(stills_B2CHW, fps_B, motion_B, sampling, positions, steering, on_step)
-        return frames[:, self.layout.frames // 2]
+        return self.generate(stills_B2CHW, fps_B, motion_B, sampling, positions, steering)[:, self.layout.frames // 2]
 
     def interpolate(
         self,
-        first_CHW: Tensor,
-        last_CHW: Tensor,
+        stills_NCHW: Tensor,
         frames: int,
         fps: float,
         motion: float,
         sampling: Sampling,
-        start: int = 0,
-        steering: Steering | None = None,
+        seeds: Sequence[int] | None = None,
+        steering: Sequence[Steering | None] | None = None,
+        batch: int = 1,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Fill the gap between two stills.
+        """Fill the gaps between neighbouring stills of a video.
 
-        frames   first and last included: the window's own number for a clip layout, else 2^n + 1 by halving
-        fps      of the result
-        start    place of the first still in the whole video: a frame made by halving at place k draws the noise of
-                 position k, a window filled at once that of start
-        returns  frames_TCHW fp32 in [-1, 1]; the ends are the stills, untouched
-        raises   ValueError for another number of frames
+        frames    of a gap, its two stills included: the window's own number for a clip layout, else 2^n + 1 by halving
+        fps       of the result
+        seeds     of each gap; default the framer's own
+        steering  of each gap; default none
+        batch     pairs of stills that the network is asked about at once: more take more memory, and change nothing else
+        returns   frames_TCHW fp32 in [-1, 1], T = gaps * (frames - 1) + 1; the stills are untouched. A frame made by halving
+                  at place k draws the noise of position k, a window filled at once that of its first still's place
+        raises    ValueError for another number of frames
         """
-        motion_B = torch.tensor([motion])
+        reach = frames - 1
+        gaps = len(stills_NCHW) - 1
+        seeds = seeds or [self.seed] * gaps
+        steering = steering or [None] * gaps
+
+        def fill(
+            pairs: Sequence[Pair], positions: Sequence[int], parts: Sequence[Steering | None], fps: float
+        ) -> Tensor:
+            """The windows between pairs of stills; a batch of them is steered, or all of it is free."""
+            made: dict[int, Tensor] = {}
+            free, steered = (
+                [i for i, part in enumerate(parts) if (part is not None) == kind] for kind in (False, True)
+            )
+            for own in [group[i : i + batch] for group in (free, steered) for i in range(0, len(group), batch)]:
+                stills_B2CHW = torch.stack([torch.stack(pairs[i]) for i in own])
+                fps_B, motion_B = (torch.full((len(own),), float(value)) for value in (fps, motion))
+                places, points = [positions[i] for i in own], [part for i in own if (part := parts[i]) is not None]
+                own_seeds = [seeds[place // reach] for place in places]
+                made |= zip(own, self.generate(
+                    stills_B2CHW, fps_B, motion_B, sampling, places, points or None, on_step, own_seeds
+                ).cpu(), strict=True)  # fmt: skip
+            return torch.stack([made[i] for i in range(len(pairs))])
+
+        stills = list(stills_NCHW)
         if self.fills_at_once(frames):
-            stills_B2CHW = torch.stack([first_CHW, last_CHW])[None]
-            made = self.generate(stills_B2CHW, torch.tensor([fps]), motion_B, sampling, [start], steering, on_step)
-            return torch.cat([first_CHW[None], made[0, 1:-1].cpu(), last_CHW[None]])
+            windows = fill(list(pairwise(stills)), range(0, gaps * reach, reach), steering, fps)
+            parts = [torch.cat([still[None], window[1:-1]]) for still, window in zip(stills, windows, strict=False)]
+            return torch.cat([*parts, stills_NCHW[-1:]])
         if self.layout.window % 2 == 0:
             raise ValueError(f"{frames} frames: windows of {self.layout.window} have no middle to halve a gap at")
 
-        def midpoint(left_CHW: Tensor, right_CHW: Tensor, place: int, halvings: int) -> Tensor:
-            reach = 2**halvings
+        def midpoints(pairs: list[Pair], places: Sequence[int], halvings: int) -> tuple[Tensor, ...]:
+            half = 2**halvings
+            parts = []
+            for place in places:
+                whole, inside = steering[place // reach], place % reach
+                parts.append(whole and whole.cut((inside - half) / reach, (inside + half) / reach))
             # the network sees a whole window between the two: its frames are spaced by gap / (window - 1)
-            fps_B = torch.tensor([fps * (self.layout.window - 1) / (2 * reach)])
-            shares = ((place + side * reach) / (frames - 1) for side in (-1, 1))
-            part = steering and steering.cut(*shares)
-            stills_B2CHW = torch.stack([left_CHW, right_CHW])[None]
-            made = self.generate_middle(stills_B2CHW, fps_B, motion_B, sampling, [start + place], part, on_step)
-            return made[0].cpu()
+            windows = fill(pairs, places, parts, fps * (self.layout.window - 1) / (2 * half))
+            return windows[:, self.layout.frames // 2].unbind(0)
 
-        return torch.stack(bisect(frames, midpoint, first_CHW, last_CHW))
+        return torch.stack(bisect(frames, midpoints, stills))
 
     def fills_at_once(self, frames: int) -> bool:
         """Whether so many frames are one window of a clip layout; other numbers are reached by halving."""
@@ -391,10 +420,12 @@ class Framer:
             stills_B2CHW = stills_B2CHW + self.settings.noise_augmentation * augmentation_B2CHW
         return encode_frames(self.base.vae, stills_B2CHW)[0]
 
-    def _draw_augmentation(self, stills_B2CHW: Tensor, positions: Sequence[int]) -> Tensor | None:
+    def _draw_augmentation(
+        self, stills_B2CHW: Tensor, positions: Sequence[int], seed: int | Sequence[int]
+    ) -> Tensor | None:
         if not self.settings.noise_augmentation:
             return None
-        return normal_like(stills_B2CHW, self.seed, "noise_augmentation", positions)
+        return normal_like(stills_B2CHW, seed, "noise_augmentation", positions)
 
     def _join_condition(self, means_B2CHW: Tensor, embeds_B2D: Tensor, fps_B: Tensor, motion_B: Tensor) -> Condition:
         # unscaled unless the recipe says otherwise, as SVD and Framer were trained

@@ -35,6 +35,7 @@ def interpolate_stills(
     trajectories: str | None,
     control_scale: float | None,
     controlnet: str | None = None,
+    batch: int = 1,
 ) -> Path:
     """Write a video through pictures to out: .mp4, .gif, or a folder of PNG.
 
@@ -45,6 +46,7 @@ def interpolate_stills(
     trajectories  "auto" to match features of the stills, or a JSON file for the one gap between two; None: no steering
     controlnet    as it was named for this video, to refuse it where nothing steers; the source holds it too
     control_scale  of the ControlNet; None: 1 for drawn trajectories, 0.5 for found ones, as Framer's app has it
+    batch         pairs of pictures that the network is asked about at once
     """
     if len(paths) < 2:
         raise UserError("give --first and --last, or --stills with two pictures or more")
@@ -76,34 +78,27 @@ def interpolate_stills(
     if control_scale is None:
         control_scale = FOUND_SCALE if trajectories == "auto" else 1.0
     steering = [None if p is None else Steering(p, control_scale) for p in points]
-    video_TCHW = fill_gaps(framer, cut, frames, fps, motion, sampling, seeds or [framer.seed], steering)
+    seeds = [*seeds] * gaps if len(seeds) == 1 else seeds or [framer.seed] * gaps
+    video_TCHW = fill_gaps(framer, cut, frames, fps, motion, sampling, seeds, steering, batch)
     return write_frames(Path(out), to_uint8(video_TCHW), fps)
 
 
 def fill_gaps(
     framer: Framer, stills_NHWC: np.ndarray, frames: int, fps: float, motion: float, sampling: Sampling,
-    seeds: Sequence[int], steering: Sequence[Steering | None],
+    seeds: Sequence[int], steering: Sequence[Steering | None], batch: int = 1,
 ) -> Tensor:  # fmt: skip
-    """Join the gaps between neighbouring stills to one video, (gaps x (frames - 1) + 1, 3, H, W) in [-1, 1]."""
+    """Framer.interpolate under a progress bar."""
     from tqdm import tqdm
 
-    gaps = len(stills_NHWC) - 1
-    signed_NCHW = to_signed(torch.from_numpy(stills_NHWC))
-    parts = [signed_NCHW[:1]]
-    with tqdm(total=gaps * framer.count_samplings(frames) * sampling.steps, unit="step", desc="sampling") as bar:
+    total = (len(stills_NHWC) - 1) * framer.count_samplings(frames) * sampling.steps
+    with tqdm(total=total, unit="step", desc="sampling") as bar:
 
         def on_step(step: int, latents_BTCHW: Tensor) -> Tensor:
-            bar.update()
+            bar.update(len(latents_BTCHW))
             return latents_BTCHW
 
-        for gap in range(gaps):
-            framer.seed = seeds[gap % len(seeds)]
-            start = gap * (frames - 1)
-            made_TCHW = framer.interpolate(
-                signed_NCHW[gap], signed_NCHW[gap + 1], frames, fps, motion, sampling, start, steering[gap], on_step
-            )
-            parts.append(made_TCHW[1:])
-    return torch.cat(parts)
+        signed_NCHW = to_signed(torch.from_numpy(stills_NHWC))
+        return framer.interpolate(signed_NCHW, frames, fps, motion, sampling, seeds, steering, batch, on_step)
 
 
 def find_points(
