@@ -21,7 +21,7 @@ def interpolate(
     seed: NonNegativeInt | tuple[NonNegativeInt, ...] = (), trajectories: str | None = None,
     controlnet: str | None = None, control_scale: Amount | None = None,
     chunk_frames: PositiveInt | None = None, batch: PositiveInt = 1, config: str | None = None, base: str | None = None,
-    unet: str | None = None,
+    unet: str | None = None, compile: bool = False,
 ) -> None:  # fmt: skip
     """Interpolate with a run's newest adapter, or with exported adapters.
 
@@ -42,6 +42,7 @@ def interpolate(
     control_scale of the ControlNet; default 1 for drawn trajectories, 0.5 for found ones
     chunk_frames  frames decoded at once; fewer need less memory, and change the frames a little (default: all of a window)
     batch         pairs of stills that the network is asked about at once: faster, and takes more memory; default 1
+    compile       compile the network first: minutes once, then less time a step; for many stills
     config        a recipe, for an adapter that holds none
     base          another folder of the recipe's base, UNet included
     unet          another UNet: a merged export, which needs no run or adapter
@@ -66,7 +67,19 @@ def interpolate(
     )
     paths = split(stills) or [path for path in (first, last) if path]
     written = interpolate_stills(
-        source, paths, out, frames, fps, motion, sampling, split(seed), trajectories, control_scale, controlnet, batch
+        source,
+        paths,
+        out,
+        frames,
+        fps,
+        motion,
+        sampling,
+        split(seed),
+        trajectories,
+        control_scale,
+        controlnet,
+        batch,
+        compile,
     )
     print(f"wrote {written}")
 

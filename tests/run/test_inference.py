@@ -1,6 +1,7 @@
 """A network loaded for use is the base with its adapters, computed otherwise. Run: pytest tests/run/test_inference.py"""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.model.adapters import settings, train_in_appearance
 from tests.model.control import make_controlnet
 from toolkit.config import ModelConfig, RunConfig
+from toolkit.errors import UserError
 from toolkit.model.attention import set_attention
 from toolkit.model.base import load_base
+from toolkit.model.blocks import ResBlock, Transformer
 from toolkit.model.lora import adapted_layers, inject_lora, load_adapter, save_adapter
 from toolkit.run.framer import Condition, Framer, OnStep, Sampling, Steering
 from toolkit.run.inference import Source, load_control, load_framer, read_source
@@ -144,3 +148,24 @@ def test_small_adapters_survive_rounding(places: dict[str, str]) -> None:
     wanted = torch.cat([weight * update.flatten() for update in updates.values()])
     assert folded["conv_in.weight"].dtype == torch.bfloat16
     assert (moved @ wanted / (wanted @ wanted)).item() == pytest.approx(1, abs=0.1)
+
+
+def test_compiled_blocks_sample_the_same(places: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block becomes one graph without a break, for both halves of a guided batch; stock blocks are refused.
+
+    What is captured is run as it is: making kernels of it takes minutes on a CPU.
+    """
+    source = find(places, "plain")
+    wanted = sample(load_framer(source), 2)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    framer = load_framer(source, compiled=True)
+    assert torch.allclose(sample(framer, 2), wanted, atol=1e-5)
+    blocks = sum(isinstance(module, ResBlock | Transformer) for module in framer.base.unet.modules())
+    assert 0 < counters["stats"]["unique_graphs"] <= blocks and not counters["graph_break"]
+    model = source.config.model.model_copy(update={"blocks": "stock"})
+    stock = replace(source, config=source.config.model_copy(update={"model": model}))
+    assert torch.allclose(sample(load_framer(stock), 2), wanted, atol=1e-3)
+    with pytest.raises(UserError, match="--compile is for lean blocks, and model.blocks of this recipe is stock"):
+        load_framer(stock, compiled=True)

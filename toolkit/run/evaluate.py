@@ -29,7 +29,7 @@ TILE_PX = 192  # height of one picture in a strip
 
 
 def evaluate_run(
-    run: str, clips: int | None = None, steps: int | None = None, base: str | None = None
+    run: str, clips: int | None = None, steps: int | None = None, base: str | None = None, compiled: bool = False
 ) -> dict[str, Any]:
     """Score the middle frame of held-out windows: linear blend, untuned base and tuned, against the true one.
 
@@ -53,7 +53,7 @@ def evaluate_run(
 
     def make(name: str, adapters: tuple[tuple[Path, float], ...]) -> Tensor:
         # read for each: once an adapter is folded in, the weights without it are gone
-        framer = load_framer(replace(source, adapters=adapters), steered=config.diffusion.control)
+        framer = load_framer(replace(source, adapters=adapters), config.diffusion.control, compiled)
         return torch.cat([
             framer.generate_middle(
                 stills_B2CHW[i : i + 1], fps_B[i : i + 1], motion_B[i : i + 1], sampling, [i],

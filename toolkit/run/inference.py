@@ -19,6 +19,7 @@ from toolkit.engine.world import init_world
 from toolkit.errors import UserError
 from toolkit.model.attention import set_attention
 from toolkit.model.base import Base, load_base
+from toolkit.model.compile import compile_blocks
 from toolkit.model.controlnet import FramerControlNet, find_controlnet, load_controlnet
 from toolkit.model.formats import read_metadata
 from toolkit.model.lora import load_adapter, merge_adapters
@@ -140,14 +141,18 @@ def recipe_sampling(config: RunConfig) -> Sampling:
     return Sampling(ours.sampler_steps, ours.sampler, ours.min_guidance, ours.max_guidance)
 
 
-def load_framer(source: Source, steered: bool = False) -> Framer:
+def load_framer(source: Source, steered: bool = False, compiled: bool = False) -> Framer:
     """Load the base with the adapters folded into its weights, and with its ControlNet where trajectories shall steer.
+
+    compiled  its first samplings then take minutes, and later ones of the same size less time
 
     The weights are read and summed in fp32, and rounded once: a sum of what is rounded already and rounded again would lose
     the small part (docs/LEDGER.md, merging).
     """
     world, config = init_world(join=False), source.config
     model, device = config.model, world.device
+    if compiled and model.blocks != "lean":
+        raise UserError("--compile is for lean blocks, and model.blocks of this recipe is stock; leave --compile out")
     # on a CPU, half precision would be slower than full
     precision = "fp32" if device.type == "cpu" and source.precision == "fp16" else source.precision
     # on the CPU first: a card needs no room for the sum
@@ -164,6 +169,8 @@ def load_framer(source: Source, steered: bool = False) -> Framer:
     set_attention(base.unet, attention)
     controlnet = load_control(model, base, attention) if steered else None
     tables = prepare_frozen(base.unet, attention) if model.blocks == "lean" else ()
+    if compiled:
+        compile_blocks(base.unet)
     return Framer(base, config.diffusion, config.data.frames, config.seed, controlnet, tables=tables)
 
 

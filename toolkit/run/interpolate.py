@@ -36,6 +36,7 @@ def interpolate_stills(
     control_scale: float | None,
     controlnet: str | None = None,
     batch: int = 1,
+    compiled: bool = False,
 ) -> Path:
     """Write a video through pictures to out: .mp4, .gif, or a folder of PNG.
 
@@ -47,6 +48,7 @@ def interpolate_stills(
     controlnet    as it was named for this video, to refuse it where nothing steers; the source holds it too
     control_scale  of the ControlNet; None: 1 for drawn trajectories, 0.5 for found ones, as Framer's app has it
     batch         pairs of pictures that the network is asked about at once
+    compiled      worth its minutes for many pictures
     """
     if len(paths) < 2:
         raise UserError("give --first and --last, or --stills with two pictures or more")
@@ -71,7 +73,7 @@ def interpolate_stills(
         )
     cut = resize_cover(stills, *size_px)
     points = find_points(trajectories, cut, (height_px, width_px), config.diffusion.control)
-    framer = load_framer(source, steered=any(p is not None for p in points))
+    framer = load_framer(source, any(p is not None for p in points), compiled)
     note_unguided(sampling, config)
     fps = fps if fps is not None else source.about.get("fps", 7.0)
     motion = motion if motion is not None else source.about.get("motion", 127.0)
