@@ -114,6 +114,12 @@ def test_seed_per_gap(trained: Path, stills: list[str], frames_of: Frames) -> No
     assert (one[:3] == two[:3]).all() and not (one[3] == two[3]).all()
 
 
+def test_pairs_together(trained: Path, stills: list[str], frames_of: Frames) -> None:
+    """With --batch a video through many stills is the same, to the rounding of bf16."""
+    flags = {"run": str(trained), "stills": ",".join(stills), "frames": 5, "seed": (1, 2)}
+    assert nearly(frames_of(**flags, batch=3), frames_of(**flags))
+
+
 def test_two_halves_of_an_adapter_are_the_adapter(adapter: Path, frames_of: Frames) -> None:
     """Weights add up; lora_scale multiplies them all; at zero the base is untuned."""
     whole = frames_of(adapter=str(adapter))
