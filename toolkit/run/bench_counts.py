@@ -5,18 +5,18 @@ Test: pytest tests/run/test_bench_counts.py. Counted on meta tensors (meter.py):
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from toolkit.config import LoraConfig
 from toolkit.model.lora import inject_lora
-from toolkit.model.prepare import Plan, prepare_unet
+from toolkit.model.prepare import Plan, prepare_frozen, prepare_unet
 from toolkit.model.quiet import quiet_libraries
 from toolkit.model.unet import SVD_CONFIG, FramerUNet
 from toolkit.model.weights import build_on_meta
-from toolkit.run.memory import PLANS, Shape, count_step
-from toolkit.run.meter import Cost
+from toolkit.run.memory import PLANS, Shape, count_step, make_inputs
+from toolkit.run.meter import Cost, Meter
 
 LORA = LoraConfig(rank=64, alpha=64, targets="all")
 CASES = {  # by layout, frames that enter the network, and pixels
@@ -27,15 +27,20 @@ CASES = {  # by layout, frames that enter the network, and pixels
     "framer_14_512x320": Shape(1, 14, 40, 64, 2),
 }
 
+SAMPLED = "framer_5_576"
+
 
 def bench_counts() -> dict[str, Any]:
     """Count one micro-step of one clip, rank 64 on all attention layers, bf16.
 
     returns  {case: {stock, ours_small, ours_fast: {ops, gb_moved, tflop, peak_gb}}}: operations that start a kernel,
              gigabytes (1e9) that they read and write each on its own, floating-point operations, and the peak of
-             activations and gradients beside the weights; stock with diffusers' own gradient checkpointing
+             activations and gradients beside the weights; stock with diffusers' own gradient checkpointing. SAMPLED has
+             {stock_sampling, ours_sampling} too: one call of the network at inference
     """
-    return {name: count_case(shape) for name, shape in CASES.items()}
+    report = {name: count_case(shape) for name, shape in CASES.items()}
+    report[SAMPLED] |= {f"{who}_sampling": describe(count_sampling(CASES[SAMPLED], who)) for who in ("stock", "ours")}
+    return report
 
 
 def count_case(shape: Shape) -> dict[str, dict[str, float]]:
@@ -53,12 +58,32 @@ def count_ours(shape: Shape, plan: Plan) -> dict[str, Cost]:
 def count_stock(shape: Shape, checkpointing: bool = True) -> dict[str, Cost]:
     """diffusers' network with bf16 adapters injected by PEFT."""
     unet = make_unet()
-    for parameter in inject_lora(unet, LORA, 0).values():
-        parameter.data = parameter.data.to(torch.bfloat16)
+    inject_bf16(unet)
     if checkpointing:
         unet.enable_gradient_checkpointing()
         unet.train()
     return count_step(unet, shape)
+
+
+def count_sampling(shape: Shape, who: Literal["stock", "ours"]) -> dict[str, Cost]:
+    """One call at inference, the tables of its clip made before: an adapter beside the weights, or folded into them."""
+    unet = make_unet()
+    inputs = make_inputs(unet, shape)
+    with torch.no_grad():
+        if who == "stock":
+            inject_bf16(unet)
+        else:
+            for table in prepare_frozen(unet, "sdpa"):
+                table.build(inputs[2])
+        with Meter([*unet.parameters(), *unet.buffers(), *inputs]) as meter:
+            unet(*inputs, return_dict=False)
+    return meter.costs
+
+
+def inject_bf16(unet: FramerUNet) -> None:
+    """PEFT's adapters in the network's precision."""
+    for parameter in inject_lora(unet, LORA, 0).values():
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def make_unet() -> FramerUNet:

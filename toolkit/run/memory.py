@@ -105,23 +105,10 @@ def _count_bytes(config: RunConfig, unet: dict[str, Any], shape: Shape, plan: Pl
 
 def count_step(unet: Any, shape: Shape, trainable: Trainable | None = None) -> dict[str, Cost]:
     """Count one micro-step, forward and backward, of a UNet on meta tensors; trainable: where prepare_unet made it ready."""
-    dtype = unet.conv_out.weight.dtype
-
-    def make(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=dtype, device="meta")
-
-    inputs = [
-        make(shape.clips, shape.frames, unet.conv_in.in_channels, shape.height, shape.width), make(shape.clips),
-        make(shape.clips, shape.tokens, unet.config.cross_attention_dim), make(shape.clips, 3),
-    ]  # fmt: skip
+    inputs = make_inputs(unet, shape)
     target = torch.empty(shape.clips, shape.frames, 4, shape.height, shape.width, device="meta")
-    given = [
-        *unet.parameters(),
-        *unet.buffers(),
-        *inputs,
-        target,
-        *(trainable.adapter.parameters() if trainable else ()),
-    ]
+    trained = trainable.adapter.parameters() if trainable else ()
+    given = [*unet.parameters(), *unet.buffers(), *inputs, target, *trained]
     if trainable is not None:
         with torch.no_grad():
             trainable.begin(inputs[2])
@@ -134,3 +121,15 @@ def count_step(unet: Any, shape: Shape, trainable: Trainable | None = None) -> d
         meter.phase = "backward"
         loss.backward()
     return meter.costs
+
+
+def make_inputs(unet: Any, shape: Shape) -> list[Tensor]:
+    """What a UNet on meta tensors is called with."""
+
+    def make(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=unet.conv_out.weight.dtype, device="meta")
+
+    return [
+        make(shape.clips, shape.frames, unet.conv_in.in_channels, shape.height, shape.width), make(shape.clips),
+        make(shape.clips, shape.tokens, unet.config.cross_attention_dim), make(shape.clips, 3),
+    ]  # fmt: skip
