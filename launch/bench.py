@@ -11,8 +11,8 @@ def bench(
 ) -> None:  # fmt: skip
     """Time what a recipe does, without its weights and data: random ones of the published sizes.
 
-    what     full: one training step and one interpolation step of the full-size network, with each attention kernel that
-             runs here
+    what     full: one training step and one interpolation step of the full-size network, with SDPA and with xformers where
+             it runs
              step: training steps beside diffusers and PEFT: seconds a clip, memory, kernels; on a CPU ratios of a tiny one
              counts: operations, bytes, FLOPs and peak memory of a training step, beside diffusers and PEFT; needs no GPU
              engine: host time of an optimizer step beside a plain loop's: ZeRO-2 as here and by default, DDP

@@ -40,9 +40,10 @@ def interpolate(
     seed          one for all gaps, or one per gap with commas between; default the recipe's
     trajectories  a JSON of points, or auto to match features of the stills; needs a ControlNet
     control_scale of the ControlNet; default 1 for drawn trajectories, 0.5 for found ones
-    chunk_frames  frames decoded at once; fewer need less memory, and change the frames a little (default: all of a window)
+    chunk_frames  frames decoded at once; fewer need less memory, change the frames a little, and some are decoded twice
+                  (default: all of a window)
     batch         pairs of stills that the network is asked about at once: faster, and takes more memory; default 1
-    compile       compile the network first: minutes once, then less time a step; for many stills
+    compile       compile the network first: minutes once, then less time a step; for many stills, one pair at a time
     config        a recipe, for an adapter that holds none
     base          another folder of the recipe's base, UNet included
     unet          another UNet: a merged export, which needs no run or adapter
@@ -55,6 +56,10 @@ def interpolate(
         from toolkit.run.inference import read_source, recipe_sampling
         from toolkit.run.interpolate import interpolate_stills
 
+    if compile and batch > 1:
+        raise UserError(
+            "--compile is for one pair at a time, since each number of pairs would be compiled; drop --batch"
+        )
     if stills and (first or last):
         raise UserError("both --stills and --first or --last are given; give all pictures as --stills, or just two")
     source = read_source(run, split(adapter), split(weights), lora_scale, config, unet)

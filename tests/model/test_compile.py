@@ -8,6 +8,7 @@ import torch
 
 from tests.model.adapters import settings
 from tests.model.conftest import SMALL, forward, make_inputs, wake
+from toolkit.errors import UserError
 from toolkit.model.compile import compile_blocks
 from toolkit.model.lora import inject_lora
 from toolkit.model.prepare import Plan, prepare_unet
@@ -28,14 +29,14 @@ def forgotten() -> None:
     torch._dynamo.reset()
 
 
-def learn(plan: Plan, part: str | None, layers: int = 1) -> list[torch.Tensor]:
+def learn(plan: Plan, part: str | None, layers: int = 1, kernel: str = "sdpa") -> list[torch.Tensor]:
     """Output and gradient of a network of so many layers a block, a part of it compiled, at its second step."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = FramerUNet(in_channels=9, **SMALL | {"layers_per_block": layers}).requires_grad_(False).eval()
     parameters = inject_lora(unet, settings(), 0)
     wake(parameters)
-    trainable = prepare_unet(unet, parameters, torch.float32, "sdpa", plan, "lean")
+    trainable = prepare_unet(unet, parameters, torch.float32, kernel, plan, "lean")
     if part is not None:
         compile_blocks(unet.get_submodule(part))
     inputs = make_inputs()
@@ -53,10 +54,17 @@ def agree(seen: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item()) for a, b in pairs)
 
 
-@pytest.mark.parametrize("plan", ["fast", "small"])
-def test_output_and_gradients_stay(traced: None, plan: Any) -> None:
-    """All blocks traced whole, recomputation inside: as computed by Python."""
-    assert agree(learn(plan, ""), learn(plan, None))
+@pytest.mark.parametrize(("plan", "kernel"), [("fast", "sdpa"), ("small", "flash")])
+def test_output_and_gradients_stay(traced: None, plan: Any, kernel: str) -> None:
+    """All blocks traced whole, recomputation and a pinned kernel inside: as computed by Python."""
+    assert agree(learn(plan, "", kernel=kernel), learn(plan, None))
+
+
+def test_no_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is compiled."""
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("nowhere",))
+    with pytest.raises(UserError, match="no C\\+\\+ compiler; install g"):
+        compile_blocks(torch.nn.Module())
 
 
 def test_modules_of_one_size_are_compiled_once(traced: None) -> None:

@@ -79,6 +79,13 @@ def test_a_bf16_network_computes_in_bf16(kind: str) -> None:
     assert all(part["grad"].abs().max() > 0 for part in named.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_call_gives_another_tensor(dtype: torch.dtype) -> None:
+    """FSDP hangs a hook on what a call returns, at each call: on the parameter itself they would pile up."""
+    _, adapter, _ = make_flat("plain", dtype)
+    assert adapter().grad_fn is not None and adapter().data_ptr() != adapter.flat.data_ptr()
+
+
 def test_small_updates_are_not_lost() -> None:
     """A hundred updates too small for bf16 move the masters, and at last what the network computes with."""
     unet, adapter, values = make_flat("plain", torch.bfloat16)

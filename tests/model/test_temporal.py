@@ -73,7 +73,7 @@ def test_the_network_computes_the_same(errors: Callable[[str], float], targets: 
 
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("kernel", ["_forward", "_backward"])
+@pytest.mark.parametrize("kernel", ["attend_frames_forward", "attend_frames_backward"])
 def test_it_compiles(kernel: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's compiler, which needs no card, makes machine code for A100 and H100, where the interpreter takes more."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -105,7 +105,7 @@ def test_other_shapes_go_by_rows(frames: int, heads: int, taken: bool) -> None:
         calls.append(heads)
         return parts_BTNnC[0][..., 0, :]
 
-    plain, other = (SelfAttention("x", layer, k, {}) for k in (KERNELS["sdpa"], Kernel(attend_sdpa, along_frames)))
+    plain, other = (SelfAttention("x", layer, k) for k in (KERNELS["sdpa"], Kernel(attend_sdpa, along_frames)))
     found = other.along_frames(x_BTNC)
     assert calls == [heads] * taken
     assert torch.equal(found, plain.along_frames(x_BTNC)) is not taken

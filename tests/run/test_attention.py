@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend
 
 from tests.launching import ROOT, free_port
 from toolkit.model.attention import Attend, attend_sdpa, pin
-from toolkit.model.kernels import Size
+from toolkit.model.kernels import Size, by_rows
 from toolkit.run.attention import recall_fastest
 
 CPU, SIZE = torch.device("cpu"), (2, 16, 2, 16)
@@ -43,7 +43,7 @@ class Counted:
     def __init__(self) -> None:
         self.calls = 0
         kernels = {"flash": pin(SDPBackend.FLASH_ATTENTION), "math": pin(SDPBackend.MATH)}
-        self.kernels = {name: self._counting(attend) for name, attend in kernels.items()}
+        self.kernels = {name: by_rows(self._counting(attend)) for name, attend in kernels.items()}
 
     def _counting(self, attend: Attend) -> Attend:
         def counting(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class Counted:
     def recall(self, size: Size = SIZE, dtype: torch.dtype = torch.float32) -> tuple[str | None, bool]:
         """What was found, and whether it was measured for that."""
         self.calls = 0
-        return recall_fastest(self.kernels, size, dtype, CPU), self.calls > 0
+        return recall_fastest(self.kernels, [size], dtype, CPU), self.calls > 0
 
 
 def test_it_is_measured_once() -> None:
@@ -68,9 +68,17 @@ def test_it_is_measured_once() -> None:
     assert counted.recall() == (name, False)
 
 
-def test_where_none_runs() -> None:
-    """No name."""
-    assert recall_fastest({"wrong": lambda q, k, v: attend_sdpa(k, q, v)}, SIZE, torch.float32, CPU) is None
+def test_a_passing_failure_is_not_kept() -> None:
+    """No name where none runs, or memory is short; at the next start it is asked again."""
+
+    def short(qkv: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    right = by_rows(pin(SDPBackend.MATH))
+    for failing in (short, by_rows(lambda q, k, v: attend_sdpa(k, q, v))):
+        assert recall_fastest({"kernel": failing}, [SIZE], torch.float32, CPU) is None
+        assert recall_fastest({"kernel": right}, [(3, *SIZE[1:])], torch.float32, CPU) == "kernel"
+    assert recall_fastest({"kernel": right}, [SIZE], torch.float32, CPU) == "kernel"
 
 
 @pytest.mark.launch

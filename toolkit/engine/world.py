@@ -104,7 +104,7 @@ def init_world(join: bool = True, hang_timeout_s: float = 0) -> World:
             ) from error
         for name, value in zip((name for name, _, _ in _PLACE), (rank, size, local_rank), strict=True):
             os.environ.setdefault(name, str(value))
-    return World(rank, size, device)
+    return World(rank, size, device) if join else World(0, 1, device)
 
 
 def check_address(size: int) -> None:

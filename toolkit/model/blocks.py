@@ -28,7 +28,7 @@ class ResBlock(SpatioTemporalResBlock):
     """Convolutions in space, then along the frames, mixed."""
 
     alpha: float  # the share of the spatial part in the mix
-    alpha_: Tensor  # the same number; a compiled module would be another one for each float
+    alpha_tensor: Tensor  # the same number; a compiled module would be another one for each float
 
     def forward(self, hidden_states: Tensor, temb: Tensor, image_only_indicator: Tensor) -> Tensor:
         """hidden_states  (B * T, C, H, W); temb  (B * T, E); image_only_indicator  (B, T)"""
@@ -52,7 +52,7 @@ class Transformer(TransformerSpatioTemporalModel):
     """Attention in space, then along the frames, mixed."""
 
     alpha: float  # as a ResBlock's
-    alpha_: Tensor
+    alpha_tensor: Tensor
     place_TNC: Tensor | None  # what is added to tell PLACES frames apart, (T, 1, C), where that is frozen
 
     def forward(
@@ -187,11 +187,11 @@ def read_mix(mixer: AlphaBlender) -> dict[str, Any]:
     """What mix needs, from a mixer, which is never trained."""
     assert mixer.merge_strategy == "learned_with_images" and not mixer.switch_spatial_to_temporal_mix
     alpha = 0.5 if mixer.mix_factor.is_meta else mixer.mix_factor.double().sigmoid().item()
-    return {"alpha": alpha, "alpha_": torch.tensor(alpha, device=mixer.mix_factor.device)}
+    return {"alpha": alpha, "alpha_tensor": torch.tensor(alpha, device=mixer.mix_factor.device)}
 
 
 def mix(block: ResBlock | Transformer, time: Tensor, space: Tensor) -> Tensor:
     """alpha space + (1 - alpha) time."""
     if torch.compiler.is_compiling():
-        return time + block.alpha_ * (space - time)
+        return time + block.alpha_tensor * (space - time)
     return torch.lerp(time, space, block.alpha)

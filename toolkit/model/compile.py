@@ -9,13 +9,26 @@ from __future__ import annotations
 
 from torch import nn
 
+from toolkit.errors import UserError
 from toolkit.model.blocks import ResBlock, Transformer
 
 SIZES = 64  # of modules that may be compiled, with gradients and without; beyond that torch stops with an error
 
 
 def compile_blocks(network: nn.Module) -> None:
-    """Have a network of lean blocks (prepare.py), or a part of one, compiled as it is called, which takes some minutes."""
+    """Have a network of lean blocks (prepare.py), or a part of one, compiled as it is called, which takes some minutes.
+
+    raises  UserError where there is no C++ compiler, which a GPU needs too
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise UserError(
+            "compile is on, but there is no C++ compiler; install g++, name another in CXX, or leave it off"
+        ) from None
     for module in network.modules():
         if isinstance(module, ResBlock | Transformer):
             module.compile(fullgraph=True, dynamic=False, recompile_limit=SIZES)

@@ -65,7 +65,7 @@ class FlatAdapter(nn.Module):
 
     def forward(self) -> Tensor:
         """The parameter in the network's precision, (n,); a call, because an engine that shards it fetches it for a call."""
-        return self.flat.to(self.dtype)
+        return self.flat.to(self.dtype, copy=True)  # always another tensor: engines hang hooks on what a call returns
 
     def split(self, state: State) -> State:
         """What an engine gathered of the one parameter, by the names of those it is made of."""

@@ -6,7 +6,7 @@ Test: pytest tests/model/test_kernels.py. Who wins depends on the card, the libr
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,55 +16,93 @@ from toolkit.model.attention import BACKENDS, Attend, attend_frames, attend_in_c
 from toolkit.rng import rng
 
 TOLERANCE = 2**-5  # of the largest number: bf16 holds 8 bits, and kernels round several times
-CHECKED = 1 << 25  # numbers in the matrices of scores that the formula is computed with: a hundred megabytes
+CHECKED = 1 << 25  # numbers in the scores that the formula is computed with: 0.13 GB, some of which it makes
 ROUNDS, CALLS = 3, 5
 
 Size = tuple[int, int, int, int]  # batch, tokens, heads, head_dim
+# queries, keys and values as (batch, tokens, 3, heads, D) to (batch, tokens, heads, D)
+Packed = Callable[[Tensor], Tensor]
+
+
+def by_rows(attend: Attend) -> Packed:
+    """A kernel as the blocks call it: on parts of what one projection wrote."""
+
+    def attend_packed(qkv_BN3HD: Tensor) -> Tensor:
+        q, k, v = qkv_BN3HD.unbind(2)
+        return attend_in_chunks(attend, q, k, v)
+
+    return attend_packed
+
+
+def attend_triton(qkv_BT3HD: Tensor) -> Tensor:
+    """Triton's kernel along frames."""
+    qkv_BTN3C = qkv_BT3HD.transpose(0, 1).flatten(3)[None]
+    return attend_frames(qkv_BT3HD.shape[3], qkv_BTN3C)[0].unflatten(-1, qkv_BT3HD.shape[3:]).transpose(0, 1)
+
 
 CANDIDATES: dict[str, Attend] = {"xformers": attend_xformers} | {name: pin(it) for name, it in BACKENDS.items()}
 
 
-def attend_triton(q_BNHD: Tensor, k_BNHD: Tensor, v_BNHD: Tensor) -> Tensor:
-    """Triton's kernel along frames, given rows of frames."""
-    qkv_TBnC = torch.stack([x.transpose(0, 1).flatten(2) for x in (q_BNHD, k_BNHD, v_BNHD)], -2)
-    return attend_frames(q_BNHD.shape[2], qkv_TBnC[None])[0].unflatten(-1, q_BNHD.shape[2:]).transpose(0, 1)
+def measure(
+    candidates: Mapping[str, Packed],
+    sizes: Sequence[Size],
+    dtype: torch.dtype,
+    device: torch.device,
+    frames: bool = False,
+) -> dict[str, float]:
+    """Seconds of a forward and backward pass of self-attention, without the candidates that fail or err.
 
-
-def measure(candidates: Mapping[str, Attend], size: Size, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Seconds of a forward and backward pass of self-attention, without the candidates that fail or err."""
-    draws = (rng(0, "attention", i, device) for i in range(4))
-    inputs = [torch.randn(size, generator=draw, dtype=dtype, device=device) for draw in draws]
-    rows = max(1, CHECKED // size[1] ** 2)
-    wanted = _run(pin(SDPBackend.MATH), [x[-rows:, :, -1:].float() for x in inputs])
+    sizes   the first is timed; a candidate must compute all of them
+    frames  whether tokens are frames, which lie in memory one after another with all rows in each
+    raises  torch.OutOfMemoryError, which says nothing of a candidate
+    """
     seconds = {}
     for name, attend in candidates.items():
         try:
-            found = [x[-rows:, :, -1:] for x in _run(attend, inputs)]
-            if all(_agree(got, want) for got, want in zip(found, wanted, strict=True)):
-                seconds[name] = min(_time(attend, inputs) for _ in range(ROUNDS))
+            if all(_is_right(attend, _draw(size, dtype, device, frames)) for size in sizes):
+                qkv, gradient = _draw(sizes[0], dtype, device, frames)
+                seconds[name] = min(_time(attend, qkv, gradient) for _ in range(ROUNDS))
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # not installed, not for this card, dtype or size: of each library's and compiler's own kind
             continue
     return seconds
 
 
-def _agree(got: Tensor, want: Tensor) -> bool:
+def _draw(size: Size, dtype: torch.dtype, device: torch.device, frames: bool) -> tuple[Tensor, Tensor]:
+    """Queries, keys and values, and the gradient of what is made of them."""
+    rows, tokens, heads, dim = size
+    order = (tokens, rows) if frames else (rows, tokens)
+    qkv, gradient = (
+        torch.randn(*order, *rest, generator=rng(0, "attention", i, device), dtype=dtype, device=device)
+        for i, rest in enumerate(((3, heads, dim), (heads, dim)))
+    )
+    return (qkv.transpose(0, 1), gradient.transpose(0, 1)) if frames else (qkv, gradient)
+
+
+def _is_right(attend: Packed, drawn: tuple[Tensor, Tensor]) -> bool:
+    """Whether the last rows are what the formula gives; of many tokens the first, which are as good."""
+    qkv, gradient = (x[:, : int(CHECKED**0.5)] for x in drawn)
+    rows = max(1, CHECKED // qkv.shape[1] ** 2)
+    wanted = _run(by_rows(pin(SDPBackend.MATH)), qkv[-rows:, :, :, -1:].float(), gradient[-rows:, :, -1:].float())
+    found = [x[-rows:, ..., -1:, :] for x in _run(attend, qkv, gradient)]
     # over one token the gradients of queries and keys are zero, but for rounding
-    return bool((got - want).abs().max() <= TOLERANCE * want.abs().max().clamp(min=1e-3))
+    parts = [(found[0], wanted[0]), *zip(found[1].unbind(2), wanted[1].unbind(2), strict=True)]
+    return all((got - want).abs().max() <= TOLERANCE * want.abs().max().clamp(min=1e-3) for got, want in parts)
 
 
-def _run(attend: Attend, inputs: list[Tensor]) -> list[Tensor]:
-    q, k, v, gradient = (x.detach().requires_grad_(i < 3) for i, x in enumerate(inputs))
-    out = attend_in_chunks(attend, q, k, v)
-    return [out, *torch.autograd.grad(out, (q, k, v), gradient)]
+def _run(attend: Packed, qkv: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    qkv = qkv.detach().requires_grad_()
+    out = attend(qkv)
+    return out, torch.autograd.grad(out, qkv, gradient)[0]
 
 
-def _time(attend: Attend, inputs: list[Tensor]) -> float:
-    on_gpu = inputs[0].is_cuda
-    if on_gpu:
+def _time(attend: Packed, qkv: Tensor, gradient: Tensor) -> float:
+    if qkv.is_cuda:
         torch.cuda.synchronize()
     began_s = time.perf_counter()
     for _ in range(CALLS):
-        _run(attend, inputs)
-    if on_gpu:
+        _run(attend, qkv, gradient)
+    if qkv.is_cuda:
         torch.cuda.synchronize()
     return (time.perf_counter() - began_s) / CALLS

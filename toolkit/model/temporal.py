@@ -39,7 +39,7 @@ def _weigh(q_RD, k_RD, place, scale):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _forward(  # type: ignore[no-untyped-def]
+def attend_frames_forward(  # type: ignore[no-untyped-def]
     q, k, v, row_stride, out, positions, heads, scale, FRAMES: tl.constexpr, DIM: tl.constexpr
 ):
     head, row, place, there = _find_rows(positions, heads, FRAMES)
@@ -53,7 +53,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _backward(  # type: ignore[no-untyped-def]
+def attend_frames_backward(  # type: ignore[no-untyped-def]
     q, k, v, row_stride, gradient, q_grad, k_grad, v_grad, grad_stride, positions, heads, scale,
     FRAMES: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +87,7 @@ class FrameAttention(torch.autograd.Function):
         out_BTNC = torch.empty_like(parts_BTNnC[0][..., 0, :], memory_format=torch.contiguous_format)
         grid, sizes = _plan(out_BTNC, heads)
         q, k, v = _unpack(parts_BTNnC)
-        _forward[grid](q, k, v, q.stride(0), out_BTNC, *sizes)
+        attend_frames_forward[grid](q, k, v, q.stride(0), out_BTNC, *sizes)
         return out_BTNC
 
     @staticmethod
@@ -96,7 +96,9 @@ class FrameAttention(torch.autograd.Function):
         parts_grad = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in parts_BTNnC]
         grid, sizes = _plan(gradient_BTNC, ctx.heads)
         (q, k, v), (q_grad, k_grad, v_grad) = _unpack(parts_BTNnC), _unpack(parts_grad)
-        _backward[grid](q, k, v, q.stride(0), gradient_BTNC, q_grad, k_grad, v_grad, q_grad.stride(0), *sizes)
+        attend_frames_backward[grid](
+            q, k, v, q.stride(0), gradient_BTNC, q_grad, k_grad, v_grad, q_grad.stride(0), *sizes
+        )
         return None, *parts_grad
 
 

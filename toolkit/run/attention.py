@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from toolkit.config import RunConfig
 from toolkit.engine.world import World
-from toolkit.model.attention import KERNELS, Attend, choose_attention
-from toolkit.model.kernels import CANDIDATES, Size, attend_triton, measure
+from toolkit.model.attention import KERNELS, choose_attention
+from toolkit.model.kernels import CANDIDATES, Packed, Size, attend_triton, by_rows, measure
 from toolkit.model.unet import SVD_CONFIG
 from toolkit.run.memory import find_shape
 from toolkit.run.recall import recall
 
-_LATENT_PX, _HEADS = 8, SVD_CONFIG["num_attention_heads"][0]  # of SVD, before it is read
-_HEAD_DIM = SVD_CONFIG["block_out_channels"][0] // _HEADS
+_LATENT_PX, _HEADS = 8, SVD_CONFIG["num_attention_heads"]  # of SVD, before it is read
+_HEAD_DIM = SVD_CONFIG["block_out_channels"][0] // _HEADS[0]
 
 
 def choose_kernel(choice: str, config: RunConfig, world: World, dtype: torch.dtype) -> str:
@@ -32,14 +32,16 @@ def choose_kernel(choice: str, config: RunConfig, world: World, dtype: torch.dty
     if choice != "auto" or world.device.type != "cuda":
         return choose_attention(choice, world.device, dtype)
     shape = find_shape(config, _LATENT_PX)
-    pixels = shape.height * shape.width
-    in_space = (shape.clips * shape.frames, pixels, _HEADS, _HEAD_DIM)
-    along_frames = (shape.clips * pixels, shape.frames, _HEADS, _HEAD_DIM)
+    levels = [(shape.height * shape.width // 4**level, heads) for level, heads in enumerate(_HEADS)]
+    in_space = [(shape.clips * shape.frames, pixels, heads, _HEAD_DIM) for pixels, heads in levels]
+    along_frames = [(shape.clips * pixels, shape.frames, heads, _HEAD_DIM) for pixels, heads in levels]
 
     def find() -> str:
-        rows = recall_fastest(CANDIDATES, in_space, dtype, world.device) or "sdpa"
-        triton = recall_fastest({"triton": attend_triton}, along_frames, dtype, world.device)
-        return f"{rows} + triton" if triton else rows
+        everywhere = {name: by_rows(attend) for name, attend in CANDIDATES.items()}
+        rows = recall_fastest(everywhere, in_space, dtype, world.device) or "sdpa"
+        along = {"triton": attend_triton, rows: by_rows(KERNELS[rows].rows)}
+        fastest = recall_fastest(along, along_frames, dtype, world.device, frames=True)
+        return f"{rows} + triton" if fastest == "triton" else rows
 
     return agree(world, find)
 
@@ -51,17 +53,27 @@ def agree(world: World, find: Callable[[], str]) -> str:
 
 
 def recall_fastest(
-    candidates: Mapping[str, Attend], size: Size, dtype: torch.dtype, device: torch.device
+    candidates: Mapping[str, Packed],
+    sizes: Sequence[Size],
+    dtype: torch.dtype,
+    device: torch.device,
+    frames: bool = False,
 ) -> str | None:
-    """The fastest candidate for a size, as it was found when it was asked for first; None where none runs."""
+    """The fastest candidate, as it was found when it was asked for first; None where none runs now. See measure."""
 
-    def find() -> str | None:
-        seconds = measure(candidates, size, dtype, device)
+    def find() -> str:
+        seconds = measure(candidates, sizes, dtype, device, frames)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # else the memory plan would find less free than in a run that remembers
-        return min(seconds, key=seconds.__getitem__) if seconds else None
+        if not seconds:
+            raise LookupError
+        return min(seconds, key=seconds.__getitem__)
 
-    return recall({"attention": [*sorted(candidates), str(dtype), *size], "machine": _describe(device)}, find)
+    question = {"attention": [*sorted(candidates), str(dtype), *sizes, frames], "machine": _describe(device)}
+    try:
+        return recall(question, find)
+    except (LookupError, torch.OutOfMemoryError):  # not kept: the next start may find a compiler, or room
+        return None
 
 
 def _describe(device: torch.device) -> list[str]:

@@ -9,6 +9,7 @@ import copy
 import itertools
 import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from toolkit.data.index import open_shards
 from toolkit.data.loader import Batch, make_loader
 from toolkit.engine.plain import PlainEngine
 from toolkit.engine.world import init_world
-from toolkit.errors import UserError
+from toolkit.errors import UserError, in_one_line
 from toolkit.model.base import PRECISIONS, Base
 from toolkit.model.flat import NAME
 from toolkit.model.lora import inject_lora
@@ -46,8 +47,14 @@ from toolkit.run.memory import PLANS
 ACCUMULATION = 8
 # The arithmetic of framer_5_576 without recomputation, with one token: what MFU is a share of, whatever is computed
 MODEL_TFLOP = {"framer_5_576": 18.02}
-ATTENTION = re.compile("attention|flash|fmha|sdpa", re.IGNORECASE)
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989}  # bf16 without sparsity, by NVIDIA's data sheets
+ATTENTION = re.compile("atten|flash|fmha|sdpa", re.IGNORECASE)
+# bf16 without sparsity, by NVIDIA's data sheets
+PEAK_TFLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100-PCIE-40GB": 312,
+    "NVIDIA A100 80GB PCIe": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989,
+}  # fmt: skip
+
+Maker = Callable[[Base], tuple[Framer, dict[str, Any]]]  # prepares a network; returns what trains too, by name
 
 
 @dataclass
@@ -86,9 +93,9 @@ def bench_step(case: str = "framer_5_576", rounds: PositiveInt = 10) -> dict[str
     returns  {device, case, kernel, data_wait_ms, loss: {contender: of its last step}, contenders: {stock, ours_fast,
              ours_small: {ratio, attention}}}: kernel is what model.attention resolved to, data_wait_ms how long a clip was
              waited for, ratio a contender's time beside stock's, attention the names of the kernels that computed it. On a
-             GPU a contender has {clip_s, mfu, launches, busy, peak_allocated_gb, peak_reserved_gb} too: median seconds a
-             clip, model FLOPs utilization, kernels of a micro-step and the share of its time in which they ran, and peaks
-             with its weights and state, in 1e9 bytes
+             GPU a contender has {clip_s, mfu, launches, kernels_s, peak_allocated_gb, peak_reserved_gb} too: median seconds
+             a clip, model FLOPs utilization, kernels of a micro-step and the seconds in which they ran, and peaks with its
+             weights and state, in 1e9 bytes. One that fails has {error} alone
     """
     if case not in CASES:
         raise UserError(f"case {case} is not known; give --case {', '.join(CASES)}")
@@ -97,21 +104,26 @@ def bench_step(case: str = "framer_5_576", rounds: PositiveInt = 10) -> dict[str
     attention = choose_kernel(config.model.attention, config, world, PRECISIONS[config.engine.precision])
     on_card = world.device.type == "cuda"
     base = (make_random_base if on_card else make_tiny_base)(world.device, PRECISIONS[config.engine.precision])
-    contenders = make_contenders(config, base, attention)
-    with tempfile.TemporaryDirectory() as name:
-        batches = make_batches(config, base, Path(name))
+    contenders, rows = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        batches = make_batches(config, base, Path(folder))
         clips = list(itertools.islice(batches, ACCUMULATION))
-        rows = {
-            name: measure_memory(contender, clips, world.device) | trace(contender, clips[0], world.device)
-            for name, contender in contenders.items()
-        }
+        for name, make in list_makers(config, attention, on_card).items():
+            try:
+                contender = make_contender(config, base, make)
+                rows[name] = measure_memory(contender, clips, world.device) | trace(contender, clips[0], world.device)
+                contenders[name] = contender
+            except Exception as error:  # of memory, a compiler, a kernel: what the others measure is not lost
+                rows[name] = {"error": in_one_line(error)}
+            print(f"{name}: {rows[name]}", file=sys.stderr)
         times_s, losses, wait_s = take_turns(contenders, batches, rounds, world.device)
     card = torch.cuda.get_device_name() if on_card else "cpu"
-    for name, row in rows.items():
-        row["ratio"] = statistics.median(a / b for a, b in zip(times_s[name], times_s["stock"], strict=True))
+    for name, own_s in times_s.items():
+        if "stock" in times_s:
+            rows[name]["ratio"] = statistics.median(a / b for a, b in zip(own_s, times_s["stock"], strict=True))
         if on_card:
-            row["clip_s"] = statistics.median(times_s[name]) / ACCUMULATION
-            row["mfu"] = find_mfu(case, row["clip_s"], card)
+            clip_s = statistics.median(own_s) / ACCUMULATION
+            rows[name] |= {"clip_s": clip_s, "mfu": find_mfu(case, clip_s, card)}
     return {
         "device": card,
         "case": case,
@@ -137,20 +149,22 @@ def make_config(case: str, device: torch.device) -> RunConfig:
     )
 
 
-def make_contenders(config: RunConfig, base: Base, attention: str) -> dict[str, Contender]:
-    """Stock, ours with each memory plan, and on a GPU compiled too, each with a network of its own."""
-    makers: dict[str, Callable[[Base], tuple[Framer, dict[str, Any]]]] = {"stock": partial(make_stock, config)}
+def list_makers(config: RunConfig, attention: str, on_card: bool) -> dict[str, Maker]:
+    """Stock, ours with each memory plan, and on a GPU the fastest compiled too."""
+    makers: dict[str, Maker] = {"stock": partial(make_stock, config)}
     makers |= {f"ours_{plan}": partial(make_ours, config, attention, plan) for plan in PLANS}
-    if base.unet.device.type == "cuda":
+    if on_card:
         compiled = config.model_copy(update={"model": config.model.model_copy(update={"compile": True})})
-        makers |= {f"ours_{plan}_compiled": partial(make_ours, compiled, attention, plan) for plan in PLANS}
-    contenders = {}
-    for name, make in makers.items():
-        before = torch.cuda.memory_allocated()
-        framer, parameters = make(replace(base, unet=copy.deepcopy(base.unet)))
-        engine = PlainEngine(parameters, adam_settings(config), ACCUMULATION)
-        contenders[name] = Contender(framer, engine, config.optimizer.lr, torch.cuda.memory_allocated() - before)
-    return contenders
+        makers |= {f"ours_{PLANS[0]}_compiled": partial(make_ours, compiled, attention, PLANS[0])}
+    return makers
+
+
+def make_contender(config: RunConfig, base: Base, make: Maker) -> Contender:
+    """One with a network of its own."""
+    before = torch.cuda.memory_allocated()
+    framer, parameters = make(replace(base, unet=copy.deepcopy(base.unet)))
+    engine = PlainEngine(parameters, adam_settings(config), ACCUMULATION)
+    return Contender(framer, engine, config.optimizer.lr, torch.cuda.memory_allocated() - before)
 
 
 def make_stock(config: RunConfig, base: Base) -> tuple[Framer, dict[str, Any]]:
@@ -204,11 +218,11 @@ def take_turns(
 
 def measure_memory(contender: Contender, clips: list[Batch], device: torch.device) -> dict[str, float]:
     """Peaks of a step with its own weights and state, as if it had the card alone."""
+    others = torch.cuda.memory_allocated() - contender.own_bytes  # before its first step makes its moments
     contender.take_step(clips)
     if device.type != "cuda":
         return {}
     torch.cuda.empty_cache()
-    others = torch.cuda.memory_allocated() - contender.own_bytes
     torch.cuda.reset_peak_memory_stats()
     contender.take_step(clips)
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
@@ -216,20 +230,21 @@ def measure_memory(contender: Contender, clips: list[Batch], device: torch.devic
 
 
 def trace(contender: Contender, clip: Batch, device: torch.device) -> dict[str, Any]:
-    """What the profiler sees of one micro-step."""
+    """What the profiler sees of one micro-step, but for what a compiler notes there of its own regions."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as profiler:
-        seconds, _ = stopwatch(lambda: contender.score(clip), device)
-    events = profiler.events()
-    kernels = [event for event in events if event.device_type == DeviceType.CUDA]
+        stopwatch(lambda: contender.score(clip), device)
+    events = [event for event in profiler.events() if not event.is_user_annotation]
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.name.startswith(("Memcpy", "Memset"))]
     names = {event.name for event in kernels} or {e.name for e in events if e.name.startswith("aten::_")}
     row: dict[str, Any] = {"attention": sorted(name for name in names if ATTENTION.search(name))}
     if device.type == "cuda":
-        row |= {"launches": len(kernels), "busy": sum(k.time_range.elapsed_us() for k in kernels) / 1e6 / seconds}
+        row |= {"launches": len(kernels), "kernels_s": sum(k.time_range.elapsed_us() for k in kernels) / 1e6}
     return row
 
 
 def find_mfu(case: str, clip_s: float, card: str) -> float | None:
     """Share of the card's peak that the arithmetic of the model takes; None where either is not known."""
-    peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in card), None)
-    return MODEL_TFLOP[case] / clip_s / peak if case in MODEL_TFLOP and peak else None
+    if case not in MODEL_TFLOP or card not in PEAK_TFLOPS:
+        return None
+    return MODEL_TFLOP[case] / clip_s / PEAK_TFLOPS[card]

@@ -345,7 +345,7 @@ class Framer:
         fps       of the result
         seeds     of each gap; default the framer's own
         steering  of each gap; default none
-        batch     pairs of stills that the network is asked about at once: more take more memory, and change nothing else
+        batch     pairs of stills that the network is asked about at once: more take more memory, and round otherwise
         returns   frames_TCHW fp32 in [-1, 1], T = gaps * (frames - 1) + 1; the stills are untouched. A frame made by halving
                   at place k draws the noise of position k, a window filled at once that of its first still's place
         raises    ValueError for another number of frames

@@ -93,7 +93,6 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     """
     fresh = fresh and not goes_on_by_itself(config.folder, world)
     per_rank = check_engine(config, world.size)
-    attention = choose_kernel(config.model.attention, config, world, PRECISIONS[config.engine.precision])
     blocks = choose_blocks(config)
     index = open_sources(config.data, "train")
     check_clips(config, index)
@@ -108,6 +107,7 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     choose_kind(build_unet_on_meta(model), config.lora)  # refuses what matches nothing, before weights are read
     if config.diffusion.control:
         find_controlnet(str(config.model.controlnet), config.model.controlnet_revision)
+    attention = choose_kernel(config.model.attention, config, world, PRECISIONS[config.engine.precision])
     encoders = not index.cached or config.data.debug  # which decodes what it draws
     base = load_base(model, world.device, config.engine.precision, encoders=encoders)
     plan = choose_plan(config, base.unet.config, base.latent_px, world.device)

@@ -34,19 +34,25 @@ def recall(question: Any, count: Callable[[], Answer], witness: Any = None) -> A
     witness   what beside the question must be as it was when the answer was kept
     """
     seen = json.loads(json.dumps({"question": question, "witness": witness, "code": fingerprint_code()}))
-    name = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:32]
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    file = Path(root, "framer-toolkit", "answers", f"{name}.json")
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # missing, torn, or somebody else's
+    file = Path(root, "framer-toolkit", "answers", f"{_digest(question)[:32]}.json")
+    # missing, torn, or somebody else's
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         kept = json.loads(file.read_text())
-        if kept["seen"] == seen:
+        if kept["seen"] == seen and kept["digest"] == _digest(kept["answer"]):
             return kept["answer"]
     answer = count()
+    if not file.is_absolute():  # nobody's home
+        return answer
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(file) as stream:
-            stream.write(json.dumps({"seen": seen, "answer": answer}).encode())
+            stream.write(json.dumps({"seen": seen, "answer": answer, "digest": _digest(answer)}).encode())
     return answer
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @functools.cache

@@ -72,7 +72,8 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
     ):
         batches = monitor.timed(make_batches(config, job, world))
         for step in range(job.resume.step, job.total):
-            watchdog.beat()
+            if step > job.resume.step or not config.model.compile:  # which takes minutes, at the first step
+                watchdog.beat()
             sums = torch.zeros(3, dtype=torch.float64, device=world.device)
             own: list[tuple[list[str], Tensor]] = []
             substitutes: list[Substitution] = []
