@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 
 from tests.model.adapters import settings
 from tests.model.conftest import SMALL, forward, make_inputs, wake
@@ -60,10 +61,9 @@ def test_output_and_gradients_stay(traced: None, plan: Any, kernel: str) -> None
     assert agree(learn(plan, "", kernel=kernel), learn(plan, None))
 
 
-def test_no_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler_is_one_sentence() -> None:
     """Before anything is compiled."""
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("nowhere",))
-    with pytest.raises(UserError, match="no C\\+\\+ compiler; install g"):
+    with inductor.patch({"cpp.cxx": ("nowhere",)}), pytest.raises(UserError, match="no C\\+\\+ compiler; install g"):
         compile_blocks(torch.nn.Module())
 
 
