@@ -161,7 +161,7 @@ def test_compiled_blocks_sample_the_same(places: dict[str, str], monkeypatch: py
     torch._dynamo.reset()
     counters.clear()
     framer = load_framer(source, compiled=True)
-    assert torch.allclose(sample(framer, 2), wanted, atol=1e-4)
+    assert torch.allclose(sample(framer, 2), wanted, atol=1e-3)
     blocks = sum(isinstance(module, ResBlock | Transformer) for module in framer.base.unet.modules())
     assert 0 < counters["stats"]["unique_graphs"] <= blocks and not counters["graph_break"]
     model = source.config.model.model_copy(update={"blocks": "stock"})
