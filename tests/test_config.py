@@ -75,9 +75,11 @@ lora.targets
 model.attention
 model.base
 model.blocks
+model.compile
 model.controlnet
 model.controlnet_revision
 model.memory
+model.quantize
 model.revision
 model.unet
 model.unet_revision

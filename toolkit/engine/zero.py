@@ -54,13 +54,11 @@ class ZeroEngine:
             config=_complete(settings, sum(p.numel() for p in parameters.values()), adam, accumulation, micro_batch),
         )
         if self.stage == 3:
-            # Whole on every rank from the first use on, as DeepSpeed keeps small ones: dropped after each micro-batch, it
-            # would be fetched for the next.
+            # Kept from its first use to the step, as DeepSpeed keeps what other modules use as well: dropped after each
+            # micro-batch, it would be fetched for the next.
             trained: list[Any] = list(self.parameters.values())
-            dropped = [parameter for parameter in trained if not parameter.ds_persist]
-            self.optimizer.persistent_parameters += dropped
-            for parameter in dropped:
-                parameter.ds_persist = True
+            for parameter in trained:
+                parameter.is_external_param = True
         self._set_updates(0)
 
     def backward(self, loss: Tensor) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,18 @@ class Stack:
         self.names = tuple(names)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a network looks for a tensor: a module's own way to set an attribute looks into five dictionaries first."""
+
+    attributes: dict[str, Any]
+    name: str
+    dtype: torch.dtype
+
+    def put(self, value: Tensor) -> None:
+        self.attributes[self.name] = value if value.dtype == self.dtype else value.to(self.dtype)
+
+
 class FlatAdapter(nn.Module):
     """The trainable parameters of a network, taken out of it, end to end in `flat`."""
 
@@ -43,25 +56,33 @@ class FlatAdapter(nn.Module):
         stacks      of some of them, to be filled at each spread as well
         """
         super().__init__()
-        stacked = {name for stack in stacks for name in stack.names}
-        self._stacks = [*stacks, *(Stack([name]) for name in parameters if name not in stacked)]
-        self.shapes = {name: parameters[name].shape for stack in self._stacks for name in stack.names}
+        stacked = [name for stack in stacks for name in stack.names]
+        self.shapes = {name: parameters[name].shape for name in dict.fromkeys((*stacked, *parameters))}
         self.dtype = dtypes[next(iter(self.shapes))] if len({*dtypes.values()}) == 1 else torch.float32
         self.flat = nn.Parameter(torch.cat([parameters[name].detach().float().flatten() for name in self.shapes]))
-        self._sizes = [torch.Size((len(s.names), *self.shapes[s.names[0]])) for s in self._stacks]
-        # a module's own way to set an attribute looks into five dictionaries first
-        self._places = [[_take_out(network, name, dtypes[name]) for name in stack.names] for stack in self._stacks]
+        places = {name: _take_out(network, name, dtypes[name]) for name in self.shapes}
+        self._stacks = [
+            (
+                stack,
+                torch.Size((len(stack.names), *self.shapes[stack.names[0]])),
+                [places[name] for name in stack.names],
+            )
+            for stack in stacks
+        ]
+        self._singles = [(self.shapes[name], place) for name, place in places.items() if name not in stacked]
+        sizes = (*(size for _, size, _ in self._stacks), *(size for size, _ in self._singles))
+        self._lengths = [size.numel() for size in sizes]
         self.spread()
 
     def spread(self) -> None:
         """Give the network its weights as they are now; before each forward pass."""
-        parts = self().split([size.numel() for size in self._sizes])
-        for stack, size, part, places in zip(self._stacks, self._sizes, parts, self._places, strict=True):
-            stack.value = part.view(size)
-            # one alone not by unbind, whose gradient is a copy
-            values = stack.value.unbind() if len(places) > 1 else (part.view(size[1:]),)
-            for (attributes, attribute, dtype), value in zip(places, values, strict=True):
-                attributes[attribute] = value if value.dtype == dtype else value.to(dtype)
+        parts = iter(self().split(self._lengths))
+        for stack, size, places in self._stacks:
+            stack.value = next(parts).view(size)
+            for place, value in zip(places, stack.value.unbind(), strict=True):
+                place.put(value)
+        for size, place in self._singles:
+            place.put(next(parts).view(size))
 
     def forward(self) -> Tensor:
         """The parameter in the network's precision, (n,); a call, because an engine that shards it fetches it for a call."""
@@ -79,9 +100,9 @@ class FlatAdapter(nn.Module):
         return {NAME: {key: torch.cat([state[name][key].flatten() for name in self.shapes]) for key in keys}}
 
 
-def _take_out(network: nn.Module, name: str, dtype: torch.dtype) -> tuple[dict[str, Any], str, torch.dtype]:
-    """Remove a parameter; returns the attributes of its module, its name there, and its dtype."""
+def _take_out(network: nn.Module, name: str, dtype: torch.dtype) -> _Place:
+    """Remove a parameter from a network; returns where it was."""
     path, _, attribute = name.rpartition(".")
     module = network.get_submodule(path)
     delattr(module, attribute)
-    return module.__dict__, attribute, dtype
+    return _Place(module.__dict__, attribute, dtype)
