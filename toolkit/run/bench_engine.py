@@ -25,7 +25,7 @@ from toolkit.run.bench_reduction import ADAM, DefaultZero
 Contender = tuple[Callable[[int], Tensor], Any]  # the loss of a micro-batch, and the engine
 
 
-def bench_engine(lora_rank: PositiveInt = 2, rounds: PositiveInt = 15) -> dict[str, Any]:
+def bench_engine(lora_rank: PositiveInt = 2, rounds: PositiveInt = 40) -> dict[str, Any]:
     """Time one optimizer step of one process with each engine, in turns; 256 matrices, ACCUMULATION micro-batches.
 
     lora_rank  of the matrices
