@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from tests.launching import ROOT, free_port
+from toolkit.engine.world import init_world
 from toolkit.model.attention import Attend, attend_sdpa, pin
 from toolkit.model.kernels import Size, by_rows
-from toolkit.run.attention import recall_fastest
+from toolkit.run.attention import agree, recall_fastest
 
 CPU, SIZE = torch.device("cpu"), (2, 16, 2, 16)
 RANKS = """
@@ -79,6 +80,13 @@ def test_a_passing_failure_is_not_kept() -> None:
         assert recall_fastest({"kernel": failing}, [SIZE], torch.float32, CPU) is None
         assert recall_fastest({"kernel": right}, [(3, *SIZE[1:])], torch.float32, CPU) == "kernel"
     assert recall_fastest({"kernel": right}, [SIZE], torch.float32, CPU) == "kernel"
+
+
+def test_who_does_not_join_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inference in a place where a launcher's variables are set asks nobody else."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert agree(init_world(join=False), lambda: "flash") == "flash"
 
 
 @pytest.mark.launch

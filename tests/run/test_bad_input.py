@@ -188,6 +188,8 @@ def test_frames_and_ending_are_refused_before_any_work(
         interpolate(trained, still, still, frames=4)
     with pytest.raises(UserError, match=r"x\.avi: the ending must be \.mp4 or \.gif, or none for a folder"):
         interpolate(trained, still, still, out=str(tmp_path / "x.avi"))
+    with pytest.raises(UserError, match="--compile is for one pair at a time.*drop --batch"):
+        interpolate(trained, still, still, compile=True, batch=2)
 
 
 def test_adapter_of_another_base_is_refused(trained: Path, still: str, tiny_base: Path) -> None:

@@ -27,6 +27,7 @@ CASES = {  # by layout, frames that enter the network, and pixels
     "framer_14_512x320": Shape(1, 14, 40, 64, 2),
 }
 
+CHANNELS = 9  # of the network's input
 SAMPLED = "framer_5_576"
 
 
@@ -88,7 +89,7 @@ def inject_bf16(unet: FramerUNet) -> None:
 
 def make_unet() -> FramerUNet:
     with quiet_libraries():
-        unet = build_on_meta(FramerUNet, {**SVD_CONFIG, "in_channels": 9}).to(torch.bfloat16)
+        unet = build_on_meta(FramerUNet, {**SVD_CONFIG, "in_channels": CHANNELS}).to(torch.bfloat16)
     return unet.requires_grad_(False).eval()
 
 
