@@ -52,13 +52,29 @@ def test_what_changed_is_counted_again(folder: Path, monkeypatch: pytest.MonkeyP
     assert len(seen) == 3
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"seen": 1}', b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"seen": 1}', b"\xff", b"[" * 100_000], ids=range(7))
 def test_a_damaged_answer_is_none(folder: Path, content: bytes) -> None:
     """What is torn, empty or of another kind is counted again and written anew."""
     recall("q", lambda: 1)
     [file] = folder.iterdir()
     file.write_bytes(content)
     assert recall("q", lambda: 2) == 2 == recall("q", refuse)
+
+
+def test_a_changed_answer_is_none(folder: Path) -> None:
+    """One flipped digit of an answer, in a file that is whole otherwise, is not believed."""
+    recall("q", lambda: 123456)
+    [file] = folder.iterdir()
+    file.write_text(file.read_text().replace("123456", "123457"))
+    assert recall("q", lambda: 123456) == 123456 == recall("q", refuse)
+
+
+def test_nobodys_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the user has no folder of their own nothing is kept, and none named ~ is made."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.chdir(tmp_path)
+    assert [recall("q", lambda value=value: value) for value in (1, 2)] == [1, 2] and not [*tmp_path.iterdir()]
 
 
 def test_nothing_depends_on_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
