@@ -72,20 +72,9 @@ def interpolate(
     )
     paths = split(stills) or [path for path in (first, last) if path]
     written = interpolate_stills(
-        source,
-        paths,
-        out,
-        frames,
-        fps,
-        motion,
-        sampling,
-        split(seed),
-        trajectories,
-        control_scale,
-        controlnet,
-        batch,
+        source, paths, out, frames, fps, motion, sampling, split(seed), trajectories, control_scale, controlnet, batch,
         compile,
-    )
+    )  # fmt: skip
     print(f"wrote {written}")
 
 

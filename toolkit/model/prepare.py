@@ -5,7 +5,8 @@ Test: pytest tests/model/test_prepare.py (against diffusers and PEFT as they com
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -36,8 +37,7 @@ class Trainable:
     def begin(self, tokens_BLE: Tensor) -> None:
         """Before each forward pass; tokens_BLE  what the UNet attends to, in its precision."""
         self.adapter.spread()
-        for table in self.tables:
-            table.build(tokens_BLE)
+        build_tables(self.tables, tokens_BLE)
 
 
 def prepare_unet(
@@ -66,10 +66,16 @@ def prepare_unet(
     return Trainable(adapter, tables)
 
 
-def prepare_frozen(unet: nn.Module, attention: str) -> list[CrossTables]:
-    """Once for each UNet without an adapter; returns what to build before its forward passes on other tokens."""
+def prepare_frozen(unet: nn.Module, attention: str) -> Callable[[Tensor], None]:
+    """Once for each UNet without an adapter; returns what to call before its forward passes on other tokens, with them."""
     set_attention(unet, attention)
-    return install_lean(unet, attention)[1]
+    return partial(build_tables, install_lean(unet, attention)[1])
+
+
+def build_tables(tables: Sequence[CrossTables], tokens_BLE: Tensor) -> None:
+    """Build all tables of a network."""
+    for table in tables:
+        table.build(tokens_BLE)
 
 
 def install_lean(unet: Any, attention: str) -> tuple[list[Stack], list[CrossTables]]:

@@ -53,9 +53,7 @@ def bench_full(config: RunConfig) -> dict[str, Any]:
     base_params = sum(p.numel() for p in base.unet.parameters())
     kernels = list_kernels(config, world.device)
     plan = choose_plan(config, base.unet.config, base.latent_px, world.device)
-    framer = make_framer(config, base, kernels[0], plan)
-    assert framer.trainable is not None
-    adapter = framer.trainable.adapter
+    framer, adapter = make_framer(config, base, kernels[0], plan)
     start = adapter.flat.detach().clone()
     batch = make_random_batch(config)
     report: dict[str, Any] = {

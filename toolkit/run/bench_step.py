@@ -79,13 +79,6 @@ class Contender:
         return torch.stack(losses).mean()
 
 
-class AsTheyCome:
-    """What diffusers and PEFT need before a forward pass in training."""
-
-    def begin(self, tokens_BLE: Tensor) -> None:
-        """Nothing."""
-
-
 def bench_step(case: str = "framer_5_576", rounds: PositiveInt = 10) -> dict[str, Any]:
     """Time optimizer steps of 8 clips, all contenders in turns on the same clips.
 
@@ -175,15 +168,13 @@ def make_stock(config: RunConfig, base: Base) -> tuple[Framer, dict[str, Any]]:
         parameter.data = parameter.data.to(base.dtype)
     unet.enable_gradient_checkpointing()
     unet.train()
-    untouched: Any = AsTheyCome()
-    return Framer(base, config.diffusion, config.data.frames, trainable=untouched), parameters
+    return Framer(base, config.diffusion, config.data.frames, before=lambda tokens: None), parameters  # of one type
 
 
 def make_ours(config: RunConfig, attention: str, plan: Plan, base: Base) -> tuple[Framer, dict[str, Any]]:
     """As a run prepares the network."""
-    framer = make_framer(config, base, attention, plan)
-    assert framer.trainable is not None
-    return framer, {NAME: framer.trainable.adapter.flat}
+    framer, adapter = make_framer(config, base, attention, plan)
+    return framer, {NAME: adapter.flat}
 
 
 def make_batches(config: RunConfig, base: Base, folder: Path) -> Iterator[Batch]:

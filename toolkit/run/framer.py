@@ -50,9 +50,7 @@ from toolkit.diffusion.schedule import (
 from toolkit.errors import UserError
 from toolkit.model.base import Base
 from toolkit.model.controlnet import steer
-from toolkit.model.cross import CrossTables
 from toolkit.model.encoders import decode_latents, embed_stills, encode_frames
-from toolkit.model.prepare import Trainable
 from toolkit.rng import normal_like, rng
 
 OnStep = Callable[[int, Tensor], Tensor]
@@ -104,8 +102,8 @@ class Framer:
     seed        of every draw that is keyed by positions
     controlnet  frozen; it steers wherever a condition holds heatmaps
     device      where the network computes; default where the UNet's weights are
-    trainable   what of the base is in training
-    tables      of a base that prepare_frozen made ready
+    before      what a network that was made ready (prepare.py) asks for, with the tokens, before it predicts from other
+                tokens or weights; None: a network as it was loaded, perhaps of mixed types
     raises      UserError for settings that the base cannot follow
     """
 
@@ -117,12 +115,10 @@ class Framer:
         seed: int = 0,
         controlnet: Any = None,
         device: torch.device | None = None,
-        trainable: Trainable | None = None,
-        tables: Sequence[CrossTables] = (),
+        before: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.base = base
-        self.trainable = trainable
-        self.tables = tables
+        self.before = before
         self.settings = settings
         self.seed = seed
         self.controlnet = controlnet
@@ -194,11 +190,8 @@ class Framer:
 
     def begin(self, condition: Condition) -> None:
         """Make ready for predictions from a condition; again after each change of the weights."""
-        tokens_BND = condition.tokens_BND.to(self.base.dtype)
-        if self.trainable is not None:
-            self.trainable.begin(tokens_BND)
-        for table in self.tables:
-            table.build(tokens_BND)
+        if self.before is not None:
+            self.before(condition.tokens_BND.to(self.base.dtype))
 
     def predict(self, x_BTCHW: Tensor, sigma_B: Tensor, condition: Condition) -> Tensor:
         """Run the UNet on scaled noisy latents, after begin; returns its raw output, (B, T, 4, H, W)."""
@@ -207,7 +200,7 @@ class Framer:
         input_BTCHW = self.join_channels(x_BTCHW, condition).to(dtype)
         time_B = time_input(sigma_B, self.parameterization, self.alpha_bar)
         # a loaded adapter's matrices are fp32 beside a bf16 base; networks made ready are of one type
-        mixed = dtype != torch.float32 and self.trainable is None and not self.tables
+        mixed = dtype != torch.float32 and self.before is None
         with torch.autocast(self.device.type, dtype, enabled=mixed):
             steering: Any = nullcontext()
             if condition.heatmaps_BTCHW is not None:

@@ -168,10 +168,10 @@ def load_framer(source: Source, steered: bool = False, compiled: bool = False) -
     attention = choose_kernel("sdpa" if model.attention == "sdpa" else "auto", config, world, base.dtype)
     set_attention(base.unet, attention)
     controlnet = load_control(model, base, attention) if steered else None
-    tables = prepare_frozen(base.unet, attention) if model.blocks == "lean" else ()
+    before = prepare_frozen(base.unet, attention) if model.blocks == "lean" else None
     if compiled:
         compile_blocks(base.unet)
-    return Framer(base, config.diffusion, config.data.frames, config.seed, controlnet, tables=tables)
+    return Framer(base, config.diffusion, config.data.frames, config.seed, controlnet, before=before)
 
 
 def load_control(model: ModelConfig, base: Base, attention: str) -> FramerControlNet:

@@ -111,11 +111,9 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     encoders = not index.cached or config.data.debug  # which decodes what it draws
     base = load_base(model, world.device, config.engine.precision, encoders=encoders)
     plan = choose_plan(config, base.unet.config, base.latent_px, world.device)
-    framer = make_framer(config, base, attention, plan, start)
-    assert framer.trainable is not None
+    framer, adapter = make_framer(config, base, attention, plan, start)
     compiled = ", compiled at the first step" if config.model.compile else ""
     computed_by = f"attention {attention}, blocks {blocks}{compiled}, memory {plan}"
-    adapter = framer.trainable.adapter
     trainable = adapter.flat.numel()
     identity = identify(config, base, index)
     check_space(config.folder, trainable, checkpoints=2)
@@ -206,8 +204,10 @@ def check_clips(config: RunConfig, index: DatasetIndex) -> None:
         )
 
 
-def make_framer(config: RunConfig, base: Base, attention: str, plan: Plan, start: Path | None = None) -> Framer:
-    """Put the adapter, the attention kernel and a memory plan into a frozen base.
+def make_framer(
+    config: RunConfig, base: Base, attention: str, plan: Plan, start: Path | None = None
+) -> tuple[Framer, FlatAdapter]:
+    """Put an adapter, the attention kernel and a memory plan into a frozen base; returns the adapter too.
 
     start  an adapter whose values the new one takes over
     """
@@ -222,7 +222,8 @@ def make_framer(config: RunConfig, base: Base, attention: str, plan: Plan, start
     )
     if config.model.compile:
         compile_blocks(base.unet)
-    return Framer(base, config.diffusion, config.data.frames, config.seed, controlnet, trainable=trainable)
+    window, before = config.data.frames, trainable.begin
+    return Framer(base, config.diffusion, window, config.seed, controlnet, before=before), trainable.adapter
 
 
 def identify(config: RunConfig, base: Base, index: DatasetIndex) -> dict[str, Any]:

@@ -18,13 +18,8 @@ from typing import Any, TypeVar
 from toolkit.data.files import written_aside
 
 Answer = TypeVar("Answer")
-LIBRARIES = (
-    "torch",
-    "diffusers",
-    "transformers",
-    "peft",
-    "safetensors",
-)  # what an answer may come from beside our code
+# what an answer may come from beside our code
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 
 
 def recall(question: Any, count: Callable[[], Answer], witness: Any = None) -> Answer:

@@ -41,7 +41,7 @@ class Validator:
         seed = derive_seed(config.seed, "validation")
         settings = framer.settings.model_copy(update={"conditioning_dropout": 0.0})
         self.framer = Framer(
-            framer.base, settings, config.data.frames, seed, framer.controlnet, framer.device, framer.trainable
+            framer.base, settings, config.data.frames, seed, framer.controlnet, framer.device, framer.before
         )
         order = InSequence(len(held_out), seed)
         centred = replace(windows, window="centre")
