@@ -35,7 +35,7 @@ def decode_latents(vae: Any, latents_BTCHW: Tensor, chunk_frames: int | None = N
     """Decode unscaled latents, clip by clip: frames of two clips must not be mixed in time.
 
     chunk_frames  frames decoded at once; default a whole clip, because the decoder mixes its frames in time: chunks share
-                  frames, which halves the error that cutting makes, but a norm over all frames leaves some
+                  frames, which takes a fifth to a half of the error of cutting away; a norm over all frames leaves the rest
     returns       frames_BTCHW fp32, clamped to [-1, 1]
     source        diffusers, StableVideoDiffusionPipeline.decode_latents
     """
