@@ -20,11 +20,12 @@ def doctor(config: str, json: bool = False, ranks: PositiveInt = 1, **overrides:
     from toolkit.run.verdict import report
 
     resolved = load_config(config, overrides)
+    if not json:
+        print(dump_config(resolved), flush=True)  # at once: to count takes seconds the first time
     said = report(resolved, ranks)
     if json:
         print(dumps(said, indent=2))
         return
-    print(dump_config(resolved))
     for name, value in said.items():
         if name != "notes":
             print(f"{name:<18}{value:>16,}" if isinstance(value, int) else f"{name:<18}{value!s:>16}")

@@ -3,6 +3,8 @@
 import contextlib
 import errno
 import gc
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -112,6 +114,17 @@ def test_a_wrong_flag_is_one_line_and_no_work(monkeypatch, capsys, arguments, wo
     error = capsys.readouterr().err
     assert ended.value.code == 2 and CALLS == []
     assert words in error and error.count("\n") == 1
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    """As `| head` does: the command ends as one that a closed pipe ends, without a traceback."""
+    code = "from toolkit.cli import main; main(lambda: [print('line ' * 20, flush=True) for _ in range(100_000)])"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
 
 
 @pytest.mark.parametrize(

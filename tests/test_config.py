@@ -78,6 +78,7 @@ model.blocks
 model.compile
 model.controlnet
 model.controlnet_revision
+model.cuda_graphs
 model.memory
 model.quantize
 model.revision

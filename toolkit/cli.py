@@ -8,6 +8,8 @@ import gc
 import inspect
 import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -50,6 +52,11 @@ def main(function: Callable[..., Any]) -> None:
         )
     except UserError as error:
         _end(str(error))
+    except BrokenPipeError:
+        if not _is_read_no_more(sys.stdout.fileno()):  # by a process of ours
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its end
+        _leave(128 + signal.SIGPIPE)
     except OSError as error:
         if error.filename is None and error.errno != errno.ENOSPC:
             raise
@@ -75,6 +82,13 @@ def importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def _is_read_no_more(pipe: int) -> bool:
+    """Whether whoever read a pipe has gone, as `| head` does."""
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _end(message: str) -> NoReturn:

@@ -64,6 +64,8 @@ class ModelConfig(Section):
     # int8 keeps the frozen weights in half the memory while training, made whole for each use; for use with memory: small
     quantize: Literal["int8"] | None = None
     compile: bool = False  # lean blocks into fewer kernels, by torch.compile; takes some minutes at the first step
+    # on a GPU: the kernels of a training pass launched as one; not with stock blocks, a ControlNet or a trained mask_token
+    cuda_graphs: bool = True
 
 
 class LoraConfig(Section):

@@ -44,7 +44,7 @@ def test_training_is_that_of_the_parameters(kind: str) -> None:
         for _ in range(3):
             for micro in range(2):
                 if adapter:
-                    adapter.spread()
+                    adapter.spread(adapter())
                 loss = score(unet, {name: x[micro : micro + 1] for name, x in make_inputs().items()})
                 engine.backward(loss)
                 seen.append(loss.item())
@@ -94,7 +94,7 @@ def test_small_updates_are_not_lost() -> None:
     before = getattr(module, attribute).detach().clone()
     for _ in range(100):
         adapter.flat.data.mul_(1 + 1e-4)
-    adapter.spread()
+    adapter.spread(adapter())
     after = getattr(module, attribute).detach()
     assert after.dtype == torch.bfloat16 and (after.float() / before.float()).mean().item() == pytest.approx(
         1.01, abs=2e-3

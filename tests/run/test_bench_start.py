@@ -17,7 +17,8 @@ def test_every_start_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DOCTOR_RECIPE", module.STEP_RECIPE)
     monkeypatch.setattr(module, "ENGINES", ())
     report = bench_start(rounds=1)
-    names = ["imports", "train_help", "doctor_help", "interpolate_help", "doctor_new", "doctor_again", "first_step_new"]
+    helps, doctors = ["train_help", "doctor_help", "interpolate_help"], ["doctor_begins", "doctor_new", "doctor_again"]
+    names = ["imports", *helps, *doctors, "first_step_new"]
     assert report["rounds"] == 1 and report["threads"] >= 1 and list(report["starts"]) == names
     for row in report["starts"].values():
         assert row.keys() == {"s", "ratio", "cpu_s", "cpu_ratio"} and min(row.values()) > 0

@@ -11,7 +11,7 @@ from toolkit.config import RunConfig, load_config
 from toolkit.model.tiny import build_unet
 from toolkit.model.unet import SVD_CONFIG
 from toolkit.run import memory
-from toolkit.run.memory import USABLE, choose_plan, predict_bytes
+from toolkit.run.memory import USABLE, choose_plan, choose_replay, predict_bytes
 from toolkit.run.meter import Cost
 
 CPU = torch.device("cpu")
@@ -63,3 +63,23 @@ def test_auto_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> No
 
     assert choose(needed / USABLE + 1) == "fast" and choose(needed / USABLE - 1) == "small"
     assert choose(0, model__memory="fast") == "fast" and choose(1e15, model__memory="small") == "small"
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "replayed"),
+    [
+        ({}, "cuda", True),
+        ({}, "cpu", False),
+        ({"model.cuda_graphs": False}, "cuda", False),
+        ({"model.blocks": "stock"}, "cuda", False),
+        ({"lora.dropout": 0.1}, "cuda", False),
+        ({"lora.extra_trainable": ["conv_in"]}, "cuda", True),
+        ({"lora.extra_trainable": ["mask_token"]}, "cuda", False),
+        ({"diffusion.control": True, "model.controlnet": "somewhere"}, "cuda", False),
+    ],
+    ids=str,
+)
+def test_what_is_replayed(changes: dict[str, Any], device: str, replayed: bool) -> None:
+    """Nothing that draws anew, steers from outside or is read outside of the pass: a graph would not see it change."""
+    config = load_config("launch/recipes/sign_framer.yaml", changes)
+    assert choose_replay(config, torch.device(device)) == replayed

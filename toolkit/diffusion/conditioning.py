@@ -20,13 +20,15 @@ def build_input(x_BTCHW: Tensor, ends_B2CHW: Tensor, mask_token_11C11: Tensor, l
     returns           (B, T, 9, H, W)
     """
     B, T, C, H, W = x_BTCHW.shape
-    known_T = layout.known_T  # on the CPU: a mask on the GPU would make the host wait for it
+    mask_BT1HW = x_BTCHW.new_ones(B, T, 1, H, W)
     if layout.name == "spec_middle":
         cond_BTCHW = ends_B2CHW.mean(1, keepdim=True)
     else:
         cond_BTCHW = mask_token_11C11.to(x_BTCHW).expand(B, T, C, H, W).clone()
-        cond_BTCHW[:, known_T] = ends_B2CHW.to(x_BTCHW)
-    mask_BT1HW = (~known_T).to(x_BTCHW).view(1, T, 1, 1, 1).expand(B, T, 1, H, W)
+        # frame by frame: for a mask over the frames the host would wait until a GPU has done all before
+        known = [frame for frame, is_known in enumerate(layout.known_T.tolist()) if is_known]
+        for frame, end_BCHW in zip(known, ends_B2CHW.unbind(1), strict=True):
+            cond_BTCHW[:, frame], mask_BT1HW[:, frame] = end_BCHW.to(x_BTCHW), 0
     return torch.cat([x_BTCHW, cond_BTCHW.to(x_BTCHW), mask_BT1HW], dim=2)
 
 

@@ -134,4 +134,7 @@ def _predicts_epsilon(parameterization: str) -> bool:
 
 
 def _mean_square(error_BTCHW: Tensor, scored_T: Tensor) -> Tensor:
-    return torch.mean(error_BTCHW[:, scored_T] ** 2, dim=(1, 2, 3, 4))
+    scored = [frame for frame, counts in enumerate(scored_T.tolist()) if counts]
+    if len(scored) < len(scored_T):  # frame by frame: for a mask the host would wait until a GPU has done all before
+        error_BTCHW = torch.stack([error_BTCHW[:, frame] for frame in scored], 1)
+    return torch.mean(error_BTCHW**2, dim=(1, 2, 3, 4))

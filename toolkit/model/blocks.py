@@ -7,6 +7,7 @@ the context copied for each pixel. Constants of the frozen network are computed 
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import TemporalBasicTransformerBlock
 from diffusers.models.resnet import AlphaBlender, SpatioTemporalResBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from toolkit.model.attention import FRAME_DIMS, MAX_FRAMES, Kernel, attend_in_chunks
 from toolkit.model.flat import Stack
 from toolkit.model.projection import Projection, find_kind
 
 PLACES = 128  # frames that a clip may have
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class ResBlock(SpatioTemporalResBlock):
@@ -35,17 +37,50 @@ class ResBlock(SpatioTemporalResBlock):
         clips, frames = image_only_indicator.shape
         space, time = self.spatial_res_block, self.temporal_res_block
         temb = F.silu(temb)
-        x = _residual(space, hidden_states, space.time_emb_proj(temb)[:, :, None, None])
+        x = _residual(space, hidden_states, space.time_emb_proj(temb))
         x_BCTHW = x.unflatten(0, (clips, frames)).transpose(1, 2)
-        shift_BCT = time.time_emb_proj(temb).unflatten(0, (clips, frames)).transpose(1, 2)
-        y_BCTHW = _residual(time, x_BCTHW, shift_BCT[..., None, None])
+        y_BCTHW = _residual(time, x_BCTHW, time.time_emb_proj(temb))
         return mix(self, y_BCTHW, x_BCTHW).transpose(1, 2).flatten(0, 1)
 
 
-def _residual(block: Any, x: Tensor, shift: Tensor) -> Tensor:
-    y = block.conv1(F.silu(block.norm1(x))) + shift
-    y = block.conv2(F.silu(block.norm2(y)))
+def _residual(block: Any, x: Tensor, shift_FC: Tensor) -> Tensor:
+    y = norm(block.norm1, x, silu=True)
+    if fuses(y):  # what is added to the convolution's result is added where that is read
+        y = norm(block.norm2, _convolve(block.conv1, y, None), silu=True, shift_FC=shift_FC + block.conv1.bias)
+    else:
+        y = norm(block.norm2, _convolve(block.conv1, y, block.conv1.bias), silu=True, shift_FC=shift_FC)
+    y = _convolve(block.conv2, y, block.conv2.bias)
     return (x if block.conv_shortcut is None else block.conv_shortcut(x)) + y
+
+
+def _convolve(conv: Any, x: Tensor, bias_C: Tensor | None) -> Tensor:
+    """In space, (F, C, H, W); or along the frames, (B, C, T, H, W), in the two dimensions that libraries do better."""
+    if x.ndim == 4:
+        return F.conv2d(x, conv.weight, bias_C, padding=conv.padding)
+    y_BCTN = F.conv2d(x.flatten(3), conv.weight.squeeze(-1), bias_C, padding=conv.padding[:2])
+    return y_BCTN.unflatten(3, x.shape[3:])
+
+
+def norm(layer: nn.GroupNorm, x: Tensor, silu: bool, shift_FC: Tensor | None = None) -> Tensor:
+    """Group norm, and SiLU if wanted, of x (N, C, ...), to which shift_FC is added before: a row for each frame."""
+    if not fuses(x):
+        if shift_FC is not None:
+            per_clip = shift_FC.unflatten(0, (len(x), -1)).transpose(1, 2)
+            x = x + per_clip.view(*per_clip.shape[: x.ndim - 2], *[1] * 2)
+        y = layer(x)
+        return F.silu(y) if silu else y
+    from toolkit.model.fused import GroupNorm
+
+    x_last = x.movedim(1, -1)
+    y_NMC = GroupNorm.apply(
+        x_last.flatten(1, -2).contiguous(), shift_FC, layer.weight, layer.bias, layer.num_groups, layer.eps, silu
+    )
+    return y_NMC.view(x_last.shape).movedim(-1, 1)
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether the kernels of fused.py compute this."""
+    return x.is_cuda and HAS_TRITON and x.dtype != torch.float64
 
 
 class Transformer(TransformerSpatioTemporalModel):
@@ -66,7 +101,7 @@ class Transformer(TransformerSpatioTemporalModel):
         assert not return_dict
         clips, frames = image_only_indicator.shape
         height, width = hidden_states.shape[-2:]
-        x_FNC = self.proj_in(self.norm(hidden_states).flatten(2).transpose(1, 2).contiguous())
+        x_FNC = self.proj_in(norm(self.norm, hidden_states, silu=False).flatten(2).transpose(1, 2).contiguous())
         for space, time in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
             x_FNC = space(x_FNC, encoder_hidden_states=encoder_hidden_states)
             x_BTNC = x_FNC.unflatten(0, (clips, frames))
@@ -112,6 +147,10 @@ class Gate(GEGLU):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = self.proj(hidden_states)
+        if fuses(x):
+            from toolkit.model.fused import Gated as FusedGated
+
+            return FusedGated.apply(x)
         if torch.compiler.is_compiling():  # a compiler chooses by itself what is kept
             h, gate = x.chunk(2, -1)
             return h * F.gelu(gate)
@@ -159,6 +198,8 @@ class SelfAttention:
 
 def install_blocks(unet: Any) -> None:
     """Give a frozen network these forward passes; its attention layers still need SelfAttention."""
+    if fuses(unet.conv_in.weight):
+        lay_channels_last(unet)
     for module in unet.modules():
         if type(module) is SpatioTemporalResBlock:
             module.__class__ = ResBlock
@@ -173,6 +214,16 @@ def install_blocks(unet: Any) -> None:
             module.__class__ = TemporalBlock
         elif type(module) is GEGLU:
             module.__class__ = Gate
+
+
+def lay_channels_last(unet: nn.Module) -> None:
+    """Lay the weights of convolutions out as the matrix units want them, and with them all that comes out of these."""
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        elif isinstance(module, nn.Conv3d):  # along the frames, in two dimensions
+            weight = module.weight.data.squeeze(-1).contiguous(memory_format=torch.channels_last)
+            module.weight.data = weight.unsqueeze(-1)
 
 
 def find_place(module: TransformerSpatioTemporalModel, frames: int) -> Tensor:

@@ -72,11 +72,11 @@ class FlatAdapter(nn.Module):
         self._singles = [(self.shapes[name], place) for name, place in places.items() if name not in stacked]
         sizes = (*(size for _, size, _ in self._stacks), *(size for size, _ in self._singles))
         self._lengths = [size.numel() for size in sizes]
-        self.spread()
+        self.spread(self())
 
-    def spread(self) -> None:
-        """Give the network its weights as they are now; before each forward pass."""
-        parts = iter(self().split(self._lengths))
+    def spread(self, flat: Tensor) -> None:
+        """Give the network the weights in what a call returned; before each forward pass."""
+        parts = iter(flat.split(self._lengths))
         for stack, size, places in self._stacks:
             stack.value = next(parts).view(size)
             for place, value in zip(places, stack.value.unbind(), strict=True):

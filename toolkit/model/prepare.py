@@ -16,6 +16,7 @@ from toolkit.model.attention import KERNELS, set_attention
 from toolkit.model.blocks import SelfAttention, install_blocks
 from toolkit.model.cross import CollapsedAttention, CrossTables, group_layers
 from toolkit.model.flat import FlatAdapter, Stack
+from toolkit.model.graphs import Capture, Replayed
 from toolkit.model.lora import compute_dtypes
 from toolkit.model.quantize import quantize_weights
 from toolkit.model.recompute import recompute_whole_modules
@@ -33,11 +34,21 @@ class Trainable:
 
     def __init__(self, adapter: FlatAdapter, tables: list[CrossTables]) -> None:
         self.adapter, self.tables = adapter, tables
+        self.replayed: Replayed | None = None
 
     def begin(self, tokens_BLE: Tensor) -> None:
         """Before each forward pass; tokens_BLE  what the UNet attends to, in its precision."""
-        self.adapter.spread()
+        if self.replayed is None or not torch.is_grad_enabled():  # else the pass itself begins with this
+            self._make_ready(self.adapter(), tokens_BLE)
+
+    def _make_ready(self, flat: Tensor, tokens_BLE: Tensor) -> None:
+        self.adapter.spread(flat)
         build_tables(self.tables, tokens_BLE)
+
+    def replay(self, unet: nn.Module, capture: Capture = torch.cuda.make_graphed_callables) -> None:
+        """Have the UNet's training passes captured at the first and replayed; nothing that trains may be read outside."""
+        self.replayed = Replayed(unet.forward, self._make_ready, self.adapter, capture)
+        unet.forward = self.replayed
 
 
 def prepare_unet(

@@ -57,7 +57,7 @@ class AdapterAlone(nn.Module):
     def forward(self, k: int) -> Tensor:
         """Loss of micro-batch k: what the pairs make of a few tokens of noise, squared."""
         if self.flat is not None:
-            self.flat.spread()
+            self.flat.spread(self.flat())
         dtype, device = self.pairs[0][0].weight.dtype, self.pairs[0][0].weight.device
         noise_NI = torch.randn(TOKENS, 2048, generator=rng(0, "bench_tokens", k)).to(device, dtype)
         outputs = [b(a(noise_NI[:, : a.in_features])) for a, b in self.pairs]

@@ -84,6 +84,7 @@ def list_starts(folder: Path, own: Path) -> Iterator[tuple[str, Start]]:
     yield IMPORTS, Start([sys.executable, "-c", LIBRARIES])
     for script in HELP:
         yield f"{script}_help", Start([sys.executable, f"launch/{script}.py", "--help"])
+    yield "doctor_begins", Start(doctor.command, until="name: ")  # to answer, with the recipe that it counts
     yield from (("doctor_new", doctor), ("doctor_again", doctor))
     yield step("first_step_new", "zero2")
     yield from (step(f"first_step_{engine}_again", engine) for engine in ENGINES)

@@ -46,7 +46,7 @@ from toolkit.run.skips import cut_skips
 FREE_FIELDS = ("runs_dir", "log_every_steps", "lora.init_from", "checkpoint.", "validation.", "data.shards", "data.mix",
                "data.remote", "data.cache_", "data.debug", "data.workers", "data.max_bad_fraction", "engine.kind",
                "engine.deepspeed", "engine.shard_ranks", "engine.hang_timeout_s", "optimizer.max_skipped_steps",
-               "model.attention", "model.blocks", "model.memory", "model.compile")  # fmt: skip
+               "model.attention", "model.blocks", "model.memory", "model.compile", "model.cuda_graphs")  # fmt: skip
 _SHARED_DISK_S = 60  # for which a network disk may go on saying that a file is not there
 # what a kill at the very start can leave, and what is there of a job that was submitted
 _OWN_FIRST_FILES = ("lock", "config.yaml.tmp", "slurm", "code")

@@ -52,6 +52,7 @@ from toolkit.model.base import Base
 from toolkit.model.controlnet import steer
 from toolkit.model.encoders import decode_latents, embed_stills, encode_frames
 from toolkit.rng import normal_like, rng
+from toolkit.run.beside import Beside
 
 OnStep = Callable[[int, Tensor], Tensor]
 FOUND_SCALE = 0.5  # of the ControlNet's residuals where trajectories were found, not drawn: Framer's autopilot
@@ -129,13 +130,14 @@ class Framer:
             base.scheduler["beta_start"], base.scheduler["beta_end"], base.scheduler["num_train_timesteps"]
         )
         self.device = base.unet.device if device is None else device
+        self.beside = Beside(self.device)
 
     def compute_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Noise a batch and score the network's answer.
 
         returns  loss_B, zero_B: (B,) fp32, the loss and what a prediction of zero scores on the same noise
         """
-        task = self.prepare(batch)
+        task = self.beside(lambda: self.prepare(batch))
         self.begin(task.condition)
         raw_BTCHW = self.predict(task.x_BTCHW, task.sigma_B, task.condition)
         scored_T, space = self.layout.scored_T, self.settings.loss_space

@@ -52,7 +52,7 @@ from toolkit.run.folder import (
 from toolkit.run.framer import Framer, check_objective
 from toolkit.run.inference import load_control
 from toolkit.run.ledger import bad_limit
-from toolkit.run.memory import choose_blocks, choose_plan
+from toolkit.run.memory import choose_blocks, choose_plan, choose_replay
 from toolkit.run.pretrain import find_base
 from toolkit.run.validate import Validator
 from toolkit.run.writer import CheckpointWriter
@@ -222,6 +222,8 @@ def make_framer(
     )
     if config.model.compile:
         compile_blocks(base.unet)
+    if choose_replay(config, base.unet.device):
+        trainable.replay(base.unet)
     window, before = config.data.frames, trainable.begin
     return Framer(base, config.diffusion, window, config.seed, controlnet, before=before), trainable.adapter
 

@@ -82,6 +82,12 @@ def choose_blocks(config: RunConfig) -> Blocks:
     return "stock" if given else "lean"
 
 
+def choose_replay(config: RunConfig, device: torch.device) -> bool:
+    """Whether a training pass is replayed as CUDA graphs: where nothing steers it from outside, or is read outside of it."""
+    steered = config.diffusion.control or "mask_token" in config.lora.extra_trainable
+    return config.model.cuda_graphs and device.type == "cuda" and choose_blocks(config) == "lean" and not steered
+
+
 def predict_bytes(config: RunConfig, unet: dict[str, Any], latent_px: int, plan: Plan) -> int:
     """Peak bytes of a step beside the frozen weights: activations, gradients, and the state of what trains."""
     shape, blocks = find_shape(config, latent_px), choose_blocks(config)

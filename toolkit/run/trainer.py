@@ -83,7 +83,7 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
                     job.engine.backward(loss_B.mean())
                 own.append((batch.keys, loss_B.detach()))
                 substitutes += batch.substitutes
-                sums += torch.stack([loss_B.detach().sum(), zero_B.sum(), loss_B.new_tensor(len(batch.substitutes))])
+                sums += torch.stack([loss_B.detach().sum(), zero_B.sum(), loss_B.new_full((), len(batch.substitutes))])
             asked = sums.new_tensor(requests.read(config.folder if world.is_main else None))
             loss, zero, replaced, *wished = world.all_reduce_sum(torch.cat([sums / config.engine.global_batch, asked]))
             wishes = Wishes(*wished)

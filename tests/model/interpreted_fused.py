@@ -1,0 +1,51 @@
+"""Runs the kernels of fused.py on a CPU, as interpreted.py does those of temporal.py; started by test_fused.py,
+
+which sets TRITON_INTERPRET.
+"""
+
+import sys
+
+import torch
+
+from tests.model.adapters import settings
+from tests.model.conftest import make_inputs, make_unet, wake
+from tests.model.fused_reference import DTYPES, GATES, NORMS, compare_gate, compare_norm
+from tests.model.interpreted import report
+from toolkit.model import blocks
+from toolkit.model.lora import inject_lora
+from toolkit.model.prepare import prepare_unet
+
+
+def run_kernels() -> None:
+    for name, dtype in DTYPES.items():
+        for norm in NORMS:
+            report(f"norm {norm}, {name}", compare_norm(*norm, dtype, "cpu"))
+        for gate in GATES:
+            report(f"gate {gate}, {name}", compare_gate(gate, dtype, "cpu"))
+
+
+def run_blocks() -> None:
+    """A residual block and a transformer in fp32, laid out as on a GPU, beside what a CPU does."""
+    found = []
+    for fuses in (False, True):
+        blocks.fuses = lambda x, fuses=fuses: fuses
+        unet = make_unet()
+        parameters = inject_lora(unet, settings(), 0)
+        wake(parameters)
+        trainable = prepare_unet(unet, parameters, torch.float32, "sdpa", "fast", "lean")
+        inputs = make_inputs()
+        trainable.begin(inputs["encoder_hidden_states"])
+        block = unet.down_blocks[0]
+        x = torch.randn(6, 32, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        temb = torch.randn(6, 128, generator=torch.Generator().manual_seed(1))
+        tokens = inputs["encoder_hidden_states"].repeat_interleave(3, 0)
+        y, _ = block(x, temb, tokens, torch.zeros(2, 3))
+        y.square().mean().backward()
+        found.append((y.detach(), trainable.adapter.flat.grad, x.grad))
+    errors = [((got - want).abs().max() / want.abs().max()).item() for want, got in zip(*found, strict=True)]
+    report("blocks", max(errors))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"kernels": run_kernels, "blocks": run_blocks}[sys.argv[1]]()

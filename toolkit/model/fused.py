@@ -1,0 +1,257 @@
+"""What the blocks compute number by number, in Triton kernels: group norm with SiLU, the gate of a feed-forward.
+
+Test: pytest tests/model/test_fused.py (torch's own, in float64). torch's group norm gives a GPU 32 things to do at once for
+a clip, and wants channels first where convolutions want them last; its gate is three passes over parts of a tensor. Layers
+are frozen, so no gradient is made of their weights. Imported where it runs only: Triton is there with CUDA only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK, ROWS, CHANNELS = tl.constexpr(128), tl.constexpr(32), tl.constexpr(64)  # a program's tile: to sum, to apply
+TILE = 1024  # numbers that a program gates
+
+
+@triton.jit
+def _at(start, rows, channels, block, HEIGHT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of a clip's (M, C): its rows, its channels, and where both exist."""
+    row, channel = start + tl.arange(0, HEIGHT), block * CHANNELS + tl.arange(0, CHANNELS)
+    return row, channel, (row < rows)[:, None] & (channel < channels)[None, :]
+
+
+@triton.jit
+def _shifted(x, shift, clip, row, channel, there, rows, channels, per_shift):  # type: ignore[no-untyped-def]
+    """x + shift, as fp32; a row of shifts serves per_shift rows of x."""
+    first = clip.to(tl.int64) * rows + row  # more than 2^31 numbers may stand before a row
+    value = tl.load(x + first[:, None] * channels + channel[None, :], there, 0.0).to(tl.float32)
+    if shift is not None:
+        at = (first // per_shift)[:, None] * channels + channel[None, :]
+        value += tl.load(shift + at, there, 0.0).to(tl.float32)
+    return tl.where(there, value, 0.0)
+
+
+@triton.jit
+def _slope(gradient, z, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The gradient of z, from that of what is made of it."""
+    if SILU:
+        share = tl.sigmoid(z)
+        gradient = gradient * share * (1 + z * (1 - share))
+    return gradient
+
+
+@triton.jit
+def sum_chunks(  # type: ignore[no-untyped-def]
+    x, shift, gradient, scale, offset, sums, rows, channels, per_shift, BACKWARD: tl.constexpr, SILU: tl.constexpr
+):
+    """Of a chunk of rows, sums over it of each channel: of x and x^2, or of z's gradient and of that times x."""
+    clip, chunk, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, channel, there = _at(chunk * CHUNK, rows, channels, block, CHUNK)
+    exists = channel < channels
+    value = _shifted(x, shift, clip, row, channel, there, rows, channels, per_shift)
+    weight = value
+    if BACKWARD:
+        a = tl.load(scale + clip * channels + channel, exists, 0.0)[None, :]
+        b = tl.load(offset + clip * channels + channel, exists, 0.0)[None, :]
+        at = (clip.to(tl.int64) * rows + row)[:, None] * channels + channel[None, :]
+        weight = _slope(tl.load(gradient + at, there, 0.0).to(tl.float32), value * a + b, SILU)
+    out = sums + (clip * tl.num_programs(1) + chunk) * 2 * channels + channel
+    tl.store(out, tl.sum(weight, 0), exists)
+    tl.store(out + channels, tl.sum(weight * value, 0), exists)
+
+
+@triton.jit
+def finish_forward(  # type: ignore[no-untyped-def]
+    sums, weight, bias, mean, rstd, scale, offset, rows, channels, chunks, eps,
+    SIZE: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Of a group: mean and 1 / deviation; of its channels the scale and the offset that norm them."""
+    clip, group = tl.program_id(0), tl.program_id(1)
+    one, two, channel, exists = _sum_group(sums, clip, group, channels, chunks, SIZE, STEPS)
+    count = (rows * (channels // tl.num_programs(1))).to(tl.float32)
+    middle = tl.sum(one, 0) / count
+    spread = 1 / tl.sqrt(tl.maximum(tl.sum(two, 0) / count - middle * middle, 0.0) + eps)
+    tl.store(mean + clip * tl.num_programs(1) + group, middle)
+    tl.store(rstd + clip * tl.num_programs(1) + group, spread)
+    a = tl.load(weight + channel, exists, 0.0).to(tl.float32) * spread
+    tl.store(scale + clip * channels + channel, a, exists)
+    tl.store(
+        offset + clip * channels + channel, tl.load(bias + channel, exists, 0.0).to(tl.float32) - middle * a, exists
+    )
+
+
+@triton.jit
+def finish_backward(  # type: ignore[no-untyped-def]
+    sums, weight, mean, rstd, of_x, constant, rows, channels, chunks, SIZE: tl.constexpr, STEPS: tl.constexpr
+):
+    """Of a group, what of x, and what constant, is in x's gradient beside scale times z's."""
+    clip, group = tl.program_id(0), tl.program_id(1)
+    one, two, channel, exists = _sum_group(sums, clip, group, channels, chunks, SIZE, STEPS)
+    count = (rows * (channels // tl.num_programs(1))).to(tl.float32)
+    w = tl.load(weight + channel, exists, 0.0).to(tl.float32)
+    own, with_x = tl.sum(w * one, 0), tl.sum(w * two, 0)
+    middle = tl.load(mean + clip * tl.num_programs(1) + group)
+    spread = tl.load(rstd + clip * tl.num_programs(1) + group)
+    slope = -spread * spread * spread * (with_x - middle * own) / count
+    nothing = tl.zeros((SIZE,), tl.float32)
+    tl.store(of_x + clip * channels + channel, nothing + slope, exists)
+    tl.store(constant + clip * channels + channel, nothing - slope * middle - spread * own / count, exists)
+
+
+@triton.jit
+def _sum_group(sums, clip, group, channels, chunks, SIZE: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Over all chunks the two sums of each channel of a group; these channels, and which of SIZE exist."""
+    size = channels // tl.num_programs(1)
+    place = tl.arange(0, SIZE)
+    channel, exists = group * size + place, place < size
+    one, two = tl.zeros((SIZE,), tl.float32), tl.zeros((SIZE,), tl.float32)
+    for step in range(STEPS):
+        chunk = step * ROWS + tl.arange(0, ROWS)
+        there = (chunk < chunks)[:, None] & exists[None, :]
+        at = sums + ((clip * chunks + chunk) * 2 * channels)[:, None] + channel[None, :]
+        one += tl.sum(tl.load(at, there, 0.0), 0)
+        two += tl.sum(tl.load(at + channels, there, 0.0), 0)
+    return one, two, channel, exists
+
+
+@triton.jit
+def apply_norm(  # type: ignore[no-untyped-def]
+    x, shift, gradient, scale, offset, of_x, constant, out, rows, channels, per_shift,
+    BACKWARD: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """silu(scale x + offset), or the gradient of x."""
+    clip, block = tl.program_id(1), tl.program_id(2)
+    row, channel, there = _at(tl.program_id(0) * ROWS, rows, channels, block, ROWS)
+    exists = channel < channels
+    value = _shifted(x, shift, clip, row, channel, there, rows, channels, per_shift)
+    a = tl.load(scale + clip * channels + channel, exists, 0.0)[None, :]
+    z = value * a + tl.load(offset + clip * channels + channel, exists, 0.0)[None, :]
+    at = (clip.to(tl.int64) * rows + row)[:, None] * channels + channel[None, :]
+    if BACKWARD:
+        y = a * _slope(tl.load(gradient + at, there, 0.0).to(tl.float32), z, SILU)
+        y += value * tl.load(of_x + clip * channels + channel, exists, 0.0)[None, :]
+        y += tl.load(constant + clip * channels + channel, exists, 0.0)[None, :]
+    elif SILU:
+        y = z * tl.sigmoid(z)
+    else:
+        y = z
+    tl.store(out + at, y.to(out.dtype.element_ty), there)
+
+
+class GroupNorm(torch.autograd.Function):
+    """Group norm, and SiLU if wanted, of x + shift, over the rows of a clip and the channels of a group."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NMC: Tensor,
+        shift_FC: Tensor | None,
+        weight_C: Tensor,
+        bias_C: Tensor,
+        groups: int,
+        eps: float,
+        silu: bool,
+    ) -> Tensor:
+        """
+        x_NMC     contiguous
+        shift_FC  added before to as many rows each as there are rows to one of F; it gets no gradient
+        """
+        clips, rows, channels = x_NMC.shape
+        chunks = triton.cdiv(rows, CHUNK.value)
+        sums = x_NMC.new_empty(clips, chunks, 2, channels, dtype=torch.float32)
+        scale, offset = (x_NMC.new_empty(clips, channels, dtype=torch.float32) for _ in range(2))
+        mean, rstd = (x_NMC.new_empty(clips, groups, dtype=torch.float32) for _ in range(2))
+        out = torch.empty_like(x_NMC)
+        per_shift = 1 if shift_FC is None else clips * rows // len(shift_FC)
+        by_chunk, by_row, sizes = _grids(x_NMC, groups)
+        sum_chunks[by_chunk](
+            x_NMC, shift_FC, None, None, None, sums, rows, channels, per_shift, False, silu, num_warps=8
+        )
+        finish_forward[(clips, groups)](
+            sums, weight_C, bias_C, mean, rstd, scale, offset, rows, channels, chunks, eps, *sizes
+        )
+        apply_norm[by_row](
+            x_NMC, shift_FC, None, scale, offset, None, None, out, rows, channels, per_shift, False, silu
+        )
+        ctx.save_for_backward(x_NMC, shift_FC, weight_C, mean, rstd, scale, offset)
+        ctx.groups, ctx.silu, ctx.per_shift = groups, silu, per_shift
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x_NMC, shift_FC, weight_C, mean, rstd, scale, offset = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        clips, rows, channels = x_NMC.shape
+        chunks = triton.cdiv(rows, CHUNK.value)
+        sums = scale.new_empty(clips, chunks, 2, channels)
+        of_x, constant, out = torch.empty_like(scale), torch.empty_like(scale), torch.empty_like(x_NMC)
+        by_chunk, by_row, sizes = _grids(x_NMC, ctx.groups)
+        given = x_NMC, shift_FC, gradient, scale, offset
+        sum_chunks[by_chunk](*given, sums, rows, channels, ctx.per_shift, True, ctx.silu, num_warps=8)
+        finish_backward[(clips, ctx.groups)](sums, weight_C, mean, rstd, of_x, constant, rows, channels, chunks, *sizes)
+        apply_norm[by_row](*given, of_x, constant, out, rows, channels, ctx.per_shift, True, ctx.silu)
+        return out, None, None, None, None, None, None
+
+
+def _grids(x_NMC: Tensor, groups: int) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int]]:
+    """Programs that sum, programs that apply; a power of two that holds a group's channels, and steps over all chunks."""
+    clips, rows, channels = x_NMC.shape
+    blocks = triton.cdiv(channels, CHANNELS.value)
+    by_chunk = clips, triton.cdiv(rows, CHUNK.value), blocks
+    by_row = triton.cdiv(rows, ROWS.value), clips, blocks  # the first dimension alone goes beyond 65,535
+    return by_chunk, by_row, (triton.next_power_of_2(channels // groups), triton.cdiv(by_chunk[1], ROWS.value))
+
+
+@triton.jit
+def gate_rows(  # type: ignore[no-untyped-def]
+    x, gradient, out, rows, channels, BACKWARD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
+):
+    """h gelu(gate) of a row's h and gate, or the gradients of both side by side."""
+    row = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)
+    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    there = (row < rows)[:, None] & (channel < channels)[None, :]
+    at = (row * 2 * channels)[:, None] + channel[None, :]
+    half = (row * channels)[:, None] + channel[None, :]
+    h, gate = tl.load(x + at, there, 0.0).to(tl.float32), tl.load(x + at + channels, there, 0.0).to(tl.float32)
+    share = 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
+    if BACKWARD:
+        g = tl.load(gradient + half, there, 0.0).to(tl.float32)
+        slope = share + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+        tl.store(out + at, (g * gate * share).to(out.dtype.element_ty), there)
+        tl.store(out + at + channels, (g * h * slope).to(out.dtype.element_ty), there)
+    else:
+        tl.store(out + half, (h * gate * share).to(out.dtype.element_ty), there)
+
+
+class Gated(torch.autograd.Function):
+    """h gelu(gate) of h and gate side by side, (..., 2 C) to (..., C), which alone are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+        _gate(x, None, out, out, False)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        out, gradient = torch.empty_like(x), gradients[0].contiguous()
+        _gate(x, gradient, out, gradient, True)
+        return out
+
+
+def _gate(x: Tensor, gradient: Tensor | None, out: Tensor, like: Tensor, backward: bool) -> None:
+    channels = like.shape[-1]
+    rows = like.numel() // channels
+    width = max(64, min(TILE, channels & -channels))  # the largest power of two that divides them: 256 and more in SVD
+    height = TILE // width
+    gate_rows[(triton.cdiv(rows, height), triton.cdiv(channels, width))](
+        x, gradient, out, rows, channels, backward, height, width
+    )
