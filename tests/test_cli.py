@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from pydantic import PositiveInt
 
 from tests.launching import HEAVY, ROOT, run
@@ -114,6 +115,35 @@ def test_a_wrong_flag_is_one_line_and_no_work(monkeypatch, capsys, arguments, wo
     error = capsys.readouterr().err
     assert ended.value.code == 2 and CALLS == []
     assert words in error and error.count("\n") == 1
+
+
+def test_memory_that_is_used_up_is_one_line() -> None:
+    """Of the host, which has no four terabytes; a GPU's lack is an error of torch's own kind."""
+    code = "import torch; from toolkit.cli import main; main(lambda: torch.empty(1 << 40))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert (
+        "memory is used up; to train in less take model.memory small" in done.stderr
+        and "you tried to allocate" in done.stderr
+    )
+
+
+def test_a_gpu_without_room_is_one_line(monkeypatch, capsys):
+    """As above, raised by hand, for want of a GPU."""
+
+    def fill() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has no more.")
+
+    monkeypatch.setattr(sys, "argv", ["job.py"])
+    with pytest.raises(SystemExit) as ended:
+        main(fill)
+    said = capsys.readouterr().err
+    assert (
+        ended.value.code == 2
+        and "memory is used up" in said
+        and "allocate 2.00 GiB. GPU 0 has" in said
+        and said.count("\n") == 1
+    )
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

@@ -20,6 +20,10 @@ from pydantic import ConfigDict, ValidationError, validate_call
 from toolkit.errors import UserError, in_one_line, in_words, printable
 
 _FULL_DISK = "the disk is full; what was published so far is whole, so free some space and start the same command again"
+_FULL_MEMORY = (
+    "memory is used up; to train in less take model.memory small, then model.quantize int8, fewer data.frames or a smaller "
+    "data.height and data.width (doctor.py counts what each takes), to interpolate --chunk_frames 2 and --batch 1"
+)
 
 
 def main(function: Callable[..., Any]) -> None:
@@ -62,9 +66,12 @@ def main(function: Callable[..., Any]) -> None:
             raise
         _end(f"{error.filename or _FULL_DISK}: {error.strerror}")
     except Exception as error:
-        if f"(os error {errno.ENOSPC})" not in str(error):  # how safetensors says it
-            raise
-        _end(f"{_FULL_DISK}: {in_one_line(error)}")
+        if f"(os error {errno.ENOSPC})" in str(error):  # how safetensors says it
+            _end(f"{_FULL_DISK}: {in_one_line(error)}")
+        # how PyTorch says it, of a GPU and of the host
+        if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate" in str(error):
+            _end(f"{_FULL_MEMORY}: {in_one_line(error)}")
+        raise
     except KeyboardInterrupt:
         print(f"{sys.argv[0]}: stopped; what was published so far is whole", file=sys.stderr)
         _leave(130)
