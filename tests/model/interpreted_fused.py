@@ -28,7 +28,7 @@ def run_blocks() -> None:
     """A residual block and a transformer in fp32, laid out as on a GPU, beside what a CPU does."""
     found = []
     for fuses in (False, True):
-        blocks.fuses = lambda x, fuses=fuses: fuses
+        blocks.fuses = lambda weight, fuses=fuses: fuses
         unet = make_unet()
         parameters = inject_lora(unet, settings(), 0)
         wake(parameters)

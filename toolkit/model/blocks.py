@@ -8,6 +8,7 @@ the context copied for each pixel. Constants of the frozen network are computed 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from typing import Any
 
 import torch
@@ -18,17 +19,18 @@ from diffusers.models.resnet import AlphaBlender, SpatioTemporalResBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from torch import Tensor, nn
 
+from toolkit.errors import in_one_line
 from toolkit.model.attention import FRAME_DIMS, MAX_FRAMES, Kernel, attend_in_chunks
 from toolkit.model.flat import Stack
 from toolkit.model.projection import Projection, find_kind
 
 PLACES = 128  # frames that a clip may have
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class ResBlock(SpatioTemporalResBlock):
     """Convolutions in space, then along the frames, mixed."""
 
+    fused: bool  # whether fused.py's kernels compute its norms
     alpha: float  # the share of the spatial part in the mix
     alpha_tensor: Tensor  # the same number; a compiled module would be another one for each float
 
@@ -37,18 +39,18 @@ class ResBlock(SpatioTemporalResBlock):
         clips, frames = image_only_indicator.shape
         space, time = self.spatial_res_block, self.temporal_res_block
         temb = F.silu(temb)
-        x = _residual(space, hidden_states, space.time_emb_proj(temb))
+        x = _residual(space, hidden_states, space.time_emb_proj(temb), self.fused)
         x_BCTHW = x.unflatten(0, (clips, frames)).transpose(1, 2)
-        y_BCTHW = _residual(time, x_BCTHW, time.time_emb_proj(temb))
+        y_BCTHW = _residual(time, x_BCTHW, time.time_emb_proj(temb), self.fused)
         return mix(self, y_BCTHW, x_BCTHW).transpose(1, 2).flatten(0, 1)
 
 
-def _residual(block: Any, x: Tensor, shift_FC: Tensor) -> Tensor:
-    y = norm(block.norm1, x, silu=True)
-    if fuses(y):  # what is added to the convolution's result is added where that is read
-        y = norm(block.norm2, _convolve(block.conv1, y, None), silu=True, shift_FC=shift_FC + block.conv1.bias)
-    else:
-        y = norm(block.norm2, _convolve(block.conv1, y, block.conv1.bias), silu=True, shift_FC=shift_FC)
+def _residual(block: Any, x: Tensor, shift_FC: Tensor, fused: bool) -> Tensor:
+    bias_C = block.conv1.bias
+    if fused:  # what is added to the convolution's result is added where that is read
+        shift_FC, bias_C = shift_FC + bias_C, None
+    y = _convolve(block.conv1, norm(block.norm1, x, fused, silu=True), bias_C)
+    y = norm(block.norm2, y, fused, silu=True, shift_FC=shift_FC)
     y = _convolve(block.conv2, y, block.conv2.bias)
     return (x if block.conv_shortcut is None else block.conv_shortcut(x)) + y
 
@@ -61,9 +63,9 @@ def _convolve(conv: Any, x: Tensor, bias_C: Tensor | None) -> Tensor:
     return y_BCTN.unflatten(3, x.shape[3:])
 
 
-def norm(layer: nn.GroupNorm, x: Tensor, silu: bool, shift_FC: Tensor | None = None) -> Tensor:
+def norm(layer: nn.GroupNorm, x: Tensor, fused: bool, silu: bool, shift_FC: Tensor | None = None) -> Tensor:
     """Group norm, and SiLU if wanted, of x (N, C, ...), to which shift_FC is added before: a row for each frame."""
-    if not fuses(x):
+    if not fused:
         if shift_FC is not None:
             per_clip = shift_FC.unflatten(0, (len(x), -1)).transpose(1, 2)
             x = x + per_clip.view(*per_clip.shape[: x.ndim - 2], *[1] * 2)
@@ -78,15 +80,27 @@ def norm(layer: nn.GroupNorm, x: Tensor, silu: bool, shift_FC: Tensor | None = N
     return y_NMC.view(x_last.shape).movedim(-1, 1)
 
 
-def fuses(x: Tensor) -> bool:
-    """Whether the kernels of fused.py compute this."""
-    return x.is_cuda and HAS_TRITON and x.dtype != torch.float64
+def fuses(weight: Tensor) -> bool:
+    """Whether fused.py's kernels run where a network's weights are; without a C compiler Triton makes none."""
+    if not weight.is_cuda or weight.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from toolkit.model import fused
+
+        with torch.enable_grad():
+            x_NMC, ones_C = weight.new_ones(1, 2, 64).requires_grad_(), weight.new_ones(64)
+            fused.Gated.apply(fused.GroupNorm.apply(x_NMC, None, ones_C, ones_C, 32, 1e-5, True)).sum().backward()
+    except Exception as error:  # each compiler's own
+        print(f"slower without Triton's kernels, which do not run here: {in_one_line(error)}", file=sys.stderr)
+        return False
+    return True
 
 
 class Transformer(TransformerSpatioTemporalModel):
     """Attention in space, then along the frames, mixed."""
 
-    alpha: float  # as a ResBlock's
+    fused: bool  # as a ResBlock's
+    alpha: float
     alpha_tensor: Tensor
     place_TNC: Tensor | None  # what is added to tell PLACES frames apart, (T, 1, C), where that is frozen
 
@@ -101,7 +115,9 @@ class Transformer(TransformerSpatioTemporalModel):
         assert not return_dict
         clips, frames = image_only_indicator.shape
         height, width = hidden_states.shape[-2:]
-        x_FNC = self.proj_in(norm(self.norm, hidden_states, silu=False).flatten(2).transpose(1, 2).contiguous())
+        x_FNC = self.proj_in(
+            norm(self.norm, hidden_states, self.fused, silu=False).flatten(2).transpose(1, 2).contiguous()
+        )
         for space, time in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
             x_FNC = space(x_FNC, encoder_hidden_states=encoder_hidden_states)
             x_BTNC = x_FNC.unflatten(0, (clips, frames))
@@ -145,9 +161,11 @@ class Gated(torch.autograd.Function):
 class Gate(GEGLU):
     """The first half of a feed-forward layer."""
 
+    fused: bool
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         x = self.proj(hidden_states)
-        if fuses(x):
+        if self.fused:
             from toolkit.model.fused import Gated as FusedGated
 
             return FusedGated.apply(x)
@@ -198,22 +216,24 @@ class SelfAttention:
 
 def install_blocks(unet: Any) -> None:
     """Give a frozen network these forward passes; its attention layers still need SelfAttention."""
-    if fuses(unet.conv_in.weight):
+    fused = fuses(unet.conv_in.weight)
+    if fused:
         lay_channels_last(unet)
     for module in unet.modules():
         if type(module) is SpatioTemporalResBlock:
             module.__class__ = ResBlock
-            module.__dict__ |= read_mix(module.time_mixer)
+            module.__dict__ |= read_mix(module.time_mixer) | {"fused": fused}
         elif type(module) is TransformerSpatioTemporalModel:
             module.__class__ = Transformer
             adapted = any(hasattr(layer, "lora_A") for layer in module.time_pos_embed.modules())
             place_TNC = None if adapted else find_place(module, PLACES).detach()
-            module.__dict__ |= read_mix(module.time_mixer) | {"place_TNC": place_TNC}
+            module.__dict__ |= read_mix(module.time_mixer) | {"place_TNC": place_TNC, "fused": fused}
         elif type(module) is TemporalBasicTransformerBlock:
             assert module.is_res
             module.__class__ = TemporalBlock
         elif type(module) is GEGLU:
             module.__class__ = Gate
+            module.fused = fused
 
 
 def lay_channels_last(unet: nn.Module) -> None:
