@@ -87,7 +87,7 @@ def test_posterior_is_the_vaes(noisy_vae: AutoencoderKLTemporalDecoder) -> None:
 def test_decoding_equals_the_pipelines(
     pipeline: StableVideoDiffusionPipeline, noisy_vae: AutoencoderKLTemporalDecoder
 ) -> None:
-    """A clip decodes to what StableVideoDiffusionPipeline.decode_latents gives, with all frames in one chunk."""
+    """A clip decodes to what StableVideoDiffusionPipeline.decode_latents gives, with all frames at once."""
     latents = torch.randn(1, 5, 4, 8, 12, generator=torch.Generator().manual_seed(0)) * 5
     pipeline = StableVideoDiffusionPipeline(**{**pipeline.components, "vae": noisy_vae})
     mine = decode_latents(noisy_vae, latents)
@@ -98,7 +98,7 @@ def test_decoding_equals_the_pipelines(
 
 
 def test_clips_decode_apart_and_frames_together(noisy_vae: AutoencoderKLTemporalDecoder) -> None:
-    """Two clips decode as each alone; a frame does depend on its neighbours, so a clip must not be cut."""
+    """Two clips decode as each alone; a frame does depend on its neighbours."""
     latents = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 5
     both = decode_latents(noisy_vae, latents)
     assert torch.allclose(both[0], decode_latents(noisy_vae, latents[:1])[0], atol=1e-5)
@@ -112,24 +112,10 @@ def test_decoded_frames_are_clamped(pipeline: StableVideoDiffusionPipeline) -> N
     assert frames.abs().max() <= 1 and frames.dtype == torch.float32 and not frames.requires_grad
 
 
-@pytest.mark.parametrize("frames", [1, 2, 5, 8])
-def test_chunks_cover_every_frame(pipeline: StableVideoDiffusionPipeline, frames: int) -> None:
-    """A decoder that does not mix frames, as the tiny base's, gives in chunks of any size what it gives at once."""
-    latents = torch.randn(1, frames, 4, 4, 4, generator=torch.Generator().manual_seed(0)) * 5
-    whole = decode_latents(pipeline.vae, latents)
-    for chunk_frames in range(1, frames + 2):
-        assert torch.allclose(decode_latents(pipeline.vae, latents, chunk_frames), whole, atol=1e-5)
-
-
-def test_chunks_that_share_frames_are_nearer_to_the_whole(noisy_vae: AutoencoderKLTemporalDecoder) -> None:
-    """On random weights, which mix more than an eye would bear, they err by 0.6 at most of what chunks cut apart do."""
-    generator = torch.Generator().manual_seed(0)
-    ends = torch.randn(2, 4, 8, 8, generator=generator) * 5
-    shares = torch.linspace(0, 1, 12)[:, None, None, None]
-    latents = torch.lerp(ends[:1], ends[1:], shares) + 0.3 * torch.randn(12, 4, 8, 8, generator=generator)
-    whole = decode_latents(noisy_vae, latents[None])[0]
-    for chunk_frames in (4, 6):
-        joined = decode_latents(noisy_vae, latents[None], chunk_frames)[0]
-        parts = [decode_latents(noisy_vae, part[None])[0] for part in latents.split(chunk_frames)]
-        errors = [(made - whole).square().mean().sqrt() for made in (joined, torch.cat(parts))]
-        assert errors[0] < 0.6 * errors[1]
+def test_chunks_change_nothing(noisy_vae: AutoencoderKLTemporalDecoder) -> None:
+    """Two clips decode in chunks of any size to what they decode to at once."""
+    latents = torch.randn(2, 5, 4, 4, 6, generator=torch.Generator().manual_seed(0)) * 5
+    whole = decode_latents(noisy_vae, latents)
+    for chunk_frames in range(1, 7):
+        made = decode_latents(noisy_vae, latents.clone().requires_grad_(), chunk_frames)
+        assert torch.allclose(made, whole, atol=1e-5) and made.dtype == torch.float32 and not made.requires_grad

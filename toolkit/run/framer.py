@@ -88,7 +88,7 @@ class Sampling:
     sampler: Literal["euler", "lcm"] = "euler"
     min_guidance: float = 1.0  # classifier-free guidance rises over the window from this ...
     max_guidance: float = 1.0  # ... to this; 1 and 1 is none, at half the cost
-    chunk_frames: int | None = None  # frames that the VAE decodes at once; fewer need less memory
+    chunk_frames: int | None = None  # decoded at once: fewer need less memory, take longer, give the same frames
 
     def __post_init__(self) -> None:
         most = LCM_LEVELS if self.sampler == "lcm" else 1000
