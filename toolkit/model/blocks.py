@@ -47,7 +47,7 @@ class ResBlock(SpatioTemporalResBlock):
 
 def _residual(block: Any, x: Tensor, shift_FC: Tensor, fused: bool) -> Tensor:
     bias_C = block.conv1.bias
-    if fused:  # what is added to the convolution's result is added where that is read
+    if fused and not shift_FC.requires_grad:  # what is added to the convolution's result is added where that is read
         shift_FC, bias_C = shift_FC + bias_C, None
     y = _convolve(block.conv1, norm(block.norm1, x, fused, silu=True), bias_C)
     y = norm(block.norm2, y, fused, silu=True, shift_FC=shift_FC)
@@ -65,10 +65,10 @@ def _convolve(conv: Any, x: Tensor, bias_C: Tensor | None) -> Tensor:
 
 def norm(layer: nn.GroupNorm, x: Tensor, fused: bool, silu: bool, shift_FC: Tensor | None = None) -> Tensor:
     """Group norm, and SiLU if wanted, of x (N, C, ...), to which shift_FC is added before: a row for each frame."""
+    if shift_FC is not None and (not fused or shift_FC.requires_grad):  # to which the kernels give no gradient
+        per_clip = shift_FC.unflatten(0, (len(x), -1)).transpose(1, 2)
+        x, shift_FC = x + per_clip.view(*per_clip.shape[: x.ndim - 2], *[1] * 2), None
     if not fused:
-        if shift_FC is not None:
-            per_clip = shift_FC.unflatten(0, (len(x), -1)).transpose(1, 2)
-            x = x + per_clip.view(*per_clip.shape[: x.ndim - 2], *[1] * 2)
         y = layer(x)
         return F.silu(y) if silu else y
     from toolkit.model.fused import GroupNorm

@@ -161,6 +161,7 @@ class GroupNorm(torch.autograd.Function):
         x_NMC     contiguous
         shift_FC  added before to as many rows each as there are rows to one of F; it gets no gradient
         """
+        assert not any(ctx.needs_input_grad[1:4])
         clips, rows, channels = x_NMC.shape
         chunks = triton.cdiv(rows, CHUNK.value)
         sums = x_NMC.new_empty(clips, chunks, 2, channels, dtype=torch.float32)
