@@ -1,5 +1,6 @@
 # make demo [VIDEOS=folder]   the whole job on a tiny base: videos -> shards -> LoRA -> pictures and a video
 # make test                   format, lint, types, tests
+# make gpu                    the tests that need a GPU, on one
 # make faults                 kill, cut, flip, fill and attack, in full: one line a test, and runs/faults.json
 # make setup                  what both need, once: .venv from the lock file, and the tiny base
 # make lock                   renew requirements.lock from the newest versions that setup.py allows
@@ -11,7 +12,7 @@ PIP = .venv/bin/python -m pip install --disable-pip-version-check
 EXTRAS = dev$(if $(shell command -v nvidia-smi),$(comma)gpu)
 comma := ,
 
-.PHONY: demo test faults setup lock
+.PHONY: demo test gpu faults setup lock
 demo: setup
 	@.venv/bin/python launch/demo.py $(if $(VIDEOS),--videos "$(VIDEOS)")
 
@@ -20,6 +21,9 @@ test: .venv/ready
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
 	@.venv/bin/python -m pytest $(ARGS)
+
+gpu: .venv/ready
+	@FRAMER_GPU=1 .venv/bin/python -m pytest -m gpu $(ARGS)
 
 faults: .venv/ready
 	@.venv/bin/python -m pytest tests/faults --long $(ARGS)

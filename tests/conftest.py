@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is compared bit by bit here is the CPU; benchmarks are for the GPU
+if "FRAMER_GPU" not in os.environ:  # which `make gpu` sets, for the tests marked so
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is compared bit by bit here is the CPU
 
 from tests.faults.forked import Warm  # noqa: E402
 from tests.launching import TINY, launch  # noqa: E402

@@ -32,6 +32,7 @@ def interpret(part: str) -> dict[str, float]:
     return {row["case"]: row["error"] for row in map(json.loads, run.stdout.splitlines())}
 
 
+@pytest.mark.gpu
 @needs_triton
 def test_they_are_the_formulas() -> None:
     """Output and gradient of norm and gate, whatever part of a tile is filled, with a shift and SiLU or without."""

@@ -16,7 +16,7 @@ from toolkit.model.graphs import Capture
 from toolkit.model.lora import inject_lora
 from toolkit.model.prepare import Plan, Trainable, prepare_unet
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU; make gpu runs this on one")
 
 
 def as_they_are(passes: Callable[..., Tensor], examples: tuple[Tensor, ...]) -> Callable[..., Tensor]:
@@ -67,11 +67,22 @@ def test_what_changes_goes_in(plan: Any) -> None:
     assert agree(learn(plan, "cpu", as_they_are), learn(plan, "cpu", None))
 
 
-@on_gpu
+@pytest.mark.gpu
+@no_gpu
 @pytest.mark.parametrize("plan", ["fast", "small"])
 def test_captured_passes_are_the_networks_own(plan: Any) -> None:
     """As above, by graphs: their memory is written anew each time, and gradients that were given away stay."""
     assert agree(learn(plan, "cuda", torch.cuda.make_graphed_callables), learn(plan, "cuda", None))
+
+
+@pytest.mark.gpu
+@no_gpu
+@pytest.mark.parametrize("plan", ["fast", "small"])
+def test_a_gpu_computes_what_a_cpu_does(plan: Any) -> None:
+    """Fused kernels, channels last, graphs: in fp32 the same outputs and gradients."""
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        on_gpu = learn(plan, "cuda", torch.cuda.make_graphed_callables)
+    assert agree([x.cpu() for x in on_gpu], learn(plan, "cpu", None))
 
 
 def test_it_is_captured_once_and_for_gradients_only() -> None:

@@ -30,7 +30,8 @@ def test_without_a_gpu_it_is_a_call() -> None:
     assert torch.equal(made.numbers, torch.ones(2))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="streams are a GPU's")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="streams are a GPU's; make gpu runs this on one")
 def test_it_does_not_wait_for_the_main_work() -> None:
     """A copy from the host is there while the main stream is still busy; the main stream reads it when it is whole."""
     beside, device = Beside(torch.device("cuda")), torch.device("cuda")
