@@ -96,6 +96,8 @@ def init_world(join: bool = True, hang_timeout_s: float = 0) -> World:
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo", timeout=timeout, store=store, rank=rank, world_size=size
             )
+            if size > 1:
+                dist.barrier()  # else the main rank might end on a refusal, and its store with it, while others still meet
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"rank {rank} of {size} could not meet the others at {os.environ.get('MASTER_ADDR')}, port "
