@@ -61,6 +61,7 @@ engine.kind
 engine.micro_batch
 engine.precision
 engine.shard_ranks
+full.parameters
 log_every_steps
 lora.alpha
 lora.alpha_pattern
@@ -99,6 +100,7 @@ schedule.shape
 schedule.steps
 schedule.warmup_steps
 seed
+tuning
 validation.clips
 validation.every_steps
 validation.max_guidance

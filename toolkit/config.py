@@ -96,6 +96,14 @@ class LoraConfig(Section):
         return self
 
 
+Stride = Annotated[int, Field(ge=1, le=64)]
+
+
+class FullConfig(Section):
+    # of the UNet: all, or a regular expression over whole names of parameters, such as up_blocks\..* ; mask_token is one
+    parameters: str = "all"
+
+
 class DataConfig(Section):
     # folder written by shards/pack.py or cache.py, or an address: https://host/train-{000000..000011}.tar, s3://, hf://
     shards: Place | None = None
@@ -106,7 +114,8 @@ class DataConfig(Section):
     cache_gb: float = Field(50, ge=0)
     # T: frames of one sample's window, both ends included; even in layout framer_clip only
     frames: int = Field(5, ge=3, le=128)
-    stride: int = Field(4, ge=1, le=64)  # source frames between two frames of the window
+    # source frames between two frames of the window; of a list, each clip draws one
+    stride: Stride | Annotated[list[Stride], Field(min_length=1)] = 4
     height: int = Field(576, ge=16, le=2048)
     width: int = Field(576, ge=16, le=2048)
     flip: bool = False  # mirror half of the clips; off by default, because a mirrored sign can be another sign
@@ -115,10 +124,15 @@ class DataConfig(Section):
     debug: bool = False  # draw the first clips as the network is fed them: samples/batch.png in the run folder
     max_bad_fraction: float = Field(0.05, ge=0, le=1)  # more unreadable clips than this share of the data stop the run
 
-    @field_validator("mix", "remote", mode="before")
+    @field_validator("mix", "remote", "stride", mode="before")
     @classmethod
     def read_text(cls, value: Any) -> Any:
         return _read_text(value)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Those that a clip draws from, ascending."""
+        return (self.stride,) if isinstance(self.stride, int) else tuple(sorted(set(self.stride)))
 
     @property
     def sources(self) -> dict[str, int]:
@@ -212,7 +226,9 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0)
     log_every_steps: int = Field(10, ge=1)
     model: ModelConfig = ModelConfig()
+    tuning: Literal["lora", "full"] = "lora"  # adapters beside the UNet's frozen weights, or these weights themselves
     lora: LoraConfig = LoraConfig()
+    full: FullConfig = FullConfig()
     data: DataConfig
     diffusion: DiffusionConfig = DiffusionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -243,6 +259,8 @@ class RunConfig(Section):
             raise ValueError("schedule gives neither epochs nor steps; give one")
         if self.diffusion.control and self.model.controlnet is None:
             raise ValueError("diffusion.control is on, but model.controlnet names none; give one, or switch it off")
+        if self.model.quantize is not None and self.tuning == "full":
+            raise ValueError("model.quantize is for frozen weights, and tuning full trains them; leave one of them out")
         if self.model.quantize is not None and self.engine.kind == "zero3":
             raise ValueError(
                 f"model.quantize is {self.model.quantize}, but engine.kind zero3 shards whole weights; take zero2"

@@ -176,7 +176,7 @@ class FramerPipeline(DiffusionPipeline):
         config = source.config
         scheduler = {"euler": "EulerDiscreteScheduler", "lcm": "LCMScheduler"}[config.validation.sampler]
         settings = _follow(config, source.about)
-        pipeline = cls._from_model(config.model, PRECISIONS[config.engine.precision], scheduler, settings)
+        pipeline = cls._from_model(source.model, PRECISIONS[config.engine.precision], scheduler, settings)
         for path, scale in source.adapters:
             pipeline.load_lora_weights(path, "run")
             pipeline.set_adapters("run", scale)

@@ -7,6 +7,7 @@ Lengths are shares of the frame's side, x to the right, y down; angles in radian
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -38,9 +39,18 @@ _PLACES = np.array([[0.08, 0.19], [0.04, 0.36], [0.05, 0.55], [0.06, 0.75], [0.2
 
 
 def synth(
-    out: str | Path, clips: int = 24, seconds: float = 2.0, size: int = 128, seed: int = 0, fps: float = 30.0
+    out: str | Path,
+    clips: int = 24,
+    seconds: float = 2.0,
+    size: int = 128,
+    seed: int = 0,
+    fps: float = 30.0,
+    kind: Literal["signing", "motion"] = "signing",
 ) -> str:
-    """Write `clips` videos of one sign by one signer each, size px square. Raises UserError if `out` is not empty."""
+    """Write `clips` videos, size px square: of one sign by one signer each, or of things that move.
+
+    raises  UserError if `out` is not empty
+    """
     out, frames = Path(str(out)), round(seconds * fps)
     if clips < 1 or frames < 3 or size < 32 or size % 2:
         raise UserError(
@@ -50,7 +60,11 @@ def synth(
         raise UserError(f"{out} is not empty; give a new folder")
     out.mkdir(parents=True, exist_ok=True)
     for index in tqdm(range(clips), desc="synth", unit="clip"):
-        write_video(out / f"{clip_name(index)}.mp4", render_clip(seed, index, frames, size, fps), fps)
+        if kind == "motion":
+            name, frames_THWC = f"motion_{index:05d}", render_motion(seed, index, frames, size)
+        else:
+            name, frames_THWC = clip_name(index), render_clip(seed, index, frames, size, fps)
+        write_video(out / f"{name}.mp4", frames_THWC, fps)
     return f"{clips} videos of {frames / fps:.1f} s in {out}\nnext: python shards/pack.py {out} SHARDS"
 
 

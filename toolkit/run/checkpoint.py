@@ -1,7 +1,7 @@
 """Checkpoints: written aside, hashed, renamed, then pointed to; loading takes the newest that verifies.
 
 Test: pytest tests/run/test_checkpoint.py, tests/faults/test_checkpoints.py. A folder per checkpoint, no pickle in it:
-    adapter_model.safetensors, adapter_config.json   PEFT's files, fp32
+    adapter_model.safetensors, adapter_config.json   PEFT's files, fp32; with tuning full the whole UNet as diffusers has it
     optimizer.safetensors                            fp32 masters and moments by parameter name, whole tensors
     state.json                                       optimizer step, what the run was then, its fingerprints
     manifest.json                                    sha256 and size of each of these (manifest.py)
@@ -28,7 +28,7 @@ from torch import nn
 from toolkit.config import CheckpointConfig
 from toolkit.engine.plain import STATE_KEYS, State
 from toolkit.errors import UserError
-from toolkit.model.lora import save_adapter
+from toolkit.model.tuning import save_tuned
 from toolkit.run.manifest import find_fault, write_manifest
 
 _STEP_NAME = re.compile(r"step_\d{6,}")
@@ -80,7 +80,7 @@ def _publish(folder: Path, tensors: State, unet: nn.Module, state: dict[str, Any
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        save_adapter(aside, {name: saved["master"] for name, saved in tensors.items()}, unet, about)
+        save_tuned(aside, {name: saved["master"] for name, saved in tensors.items()}, unet, about)
         flat = {f"{name}/{key}": saved[key].contiguous() for name, saved in tensors.items() for key in STATE_KEYS}
         save_file(flat, aside / "optimizer.safetensors")
         (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")

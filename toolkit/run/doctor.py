@@ -16,9 +16,10 @@ from toolkit.data.remote import is_remote
 from toolkit.diffusion.layout import make_layout
 from toolkit.model.base import PRECISIONS, build_unet_on_meta, check_weights, describe_unet, read_parameterization
 from toolkit.model.controlnet import find_controlnet
-from toolkit.model.lora import dead_targets, inject_lora, match_targets
+from toolkit.model.lora import dead_targets, match_targets
 from toolkit.model.sources import is_hub_id
 from toolkit.model.tiny import build_unet
+from toolkit.model.tuning import choose_trainable
 from toolkit.run.folder import find_adapter
 from toolkit.run.framer import check_objective
 from toolkit.run.job import check_clips, check_engine, total_steps
@@ -42,7 +43,7 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
     is_tiny, channels, model = config.model.base == "tiny", 9, config.model
     check_objective(config.diffusion, "v" if is_tiny else read_parameterization(model))
     away = [source for source in check_weights(model) if source != "tiny"]
-    if config.lora.init_from is not None:
+    if config.lora.init_from is not None and config.tuning == "lora":
         find_adapter(Path(config.lora.init_from))
     if config.diffusion.control and model.controlnet is not None:
         if is_hub_id(model.controlnet):
@@ -57,9 +58,9 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
         channels = describe_unet(model).get("in_channels", 8)
     base_params = sum(p.numel() for p in unet.parameters())
     unet.requires_grad_(False)
-    modules = match_targets(unet, config.lora.targets)
+    modules = match_targets(unet, config.lora.targets) if config.tuning == "lora" else []
     dead = find_dead(modules, config)
-    parameters = inject_lora(unet, config.lora, config.seed)
+    parameters = choose_trainable(unet, config)
     lora_params = sum(p.numel() for name, p in parameters.items() if ".lora_" in name)
     trainable = sum(p.numel() for p in parameters.values())
     weight_bytes = 1 if config.model.quantize else PRECISIONS[config.engine.precision].itemsize

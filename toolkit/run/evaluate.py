@@ -77,7 +77,7 @@ def load_held_out(config: RunConfig, clips: int) -> list[Clip]:
     """Load the centre window of the first clips of the validation split; unusable ones are passed over."""
     index = open_sources(config.data, "val")
     data = config.data
-    settings = ClipSettings(data.frames, data.height, data.width, (data.stride,), window="centre")
+    settings = ClipSettings(data.frames, data.height, data.width, data.strides, window="centre")
     loaded = []
     for sample in range(len(index)):
         try:

@@ -22,9 +22,10 @@ from toolkit.model.formats import AdapterFile, read_metadata, read_peft, write_d
 from toolkit.model.lora import load_adapter, merge_adapters, refuse_other_base
 from toolkit.model.quiet import quiet_libraries
 from toolkit.model.sources import is_hub_id
+from toolkit.model.tuning import ABOUT_FILE
 from toolkit.model.unet import FramerUNet
 from toolkit.run.checkpoint import best_checkpoint, list_checkpoints
-from toolkit.run.inference import ABOUT_FILE, read_run
+from toolkit.run.inference import read_merged, read_run
 from toolkit.run.manifest import MANIFEST, find_fault
 from toolkit.run.pretrain import find_base
 
@@ -77,19 +78,25 @@ def export_run(run: str | None, to: str, out: str, checkpoint: str | None = None
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{out} is there already; give --out a folder that is new or empty")
     source, config = find_checkpoint(Path(run) if run is not None else None, checkpoint)
-    adapter = read_peft(source)
+    if config.tuning == "full" and to != "merged":
+        raise UserError(
+            f"{source} holds a whole UNet (tuning full) and no adapter that could be written in the form {to}; give --to "
+            "merged"
+        )
+    adapter = None if config.tuning == "full" else read_peft(source)
+    about = read_about(source) if adapter is None else adapter.metadata
     aside = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
     aside.mkdir(parents=True)
     try:
-        if to == "peft":
+        if adapter is None or to == "merged":
+            _write_merged(aside, source, about | {"precision": precision or "fp16"}, config)
+        elif to == "peft":
             write_peft(aside, adapter)
         elif to == "diffusers":
             write_diffusers(aside, adapter)
-        elif to == "kohya":
-            _write_kohya(aside / f"{config.name}.safetensors", adapter, source, config)
         else:
-            _write_merged(aside, source, adapter.metadata | {"precision": precision or "fp16"}, config)
-        (aside / "README.md").write_text(make_card(adapter, config, to))
+            _write_kohya(aside / f"{config.name}.safetensors", adapter, source, config)
+        (aside / "README.md").write_text(make_card(adapter, about, config, to))
         os.replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -105,7 +112,7 @@ def find_checkpoint(run: Path | None, name: str | None) -> tuple[Path, RunConfig
     if name is not None and (os.sep in name or run is None):
         folder = Path(name).expanduser()
         _refuse_damaged(folder, "give another one")
-        return folder, parse_config(read_metadata(folder).get("recipe"), folder)
+        return folder, parse_config(read_about(folder).get("recipe"), folder)
     if run is None:
         raise UserError("nothing to export; give --run, a run folder, or --checkpoint with the path of a checkpoint")
     if name in (None, "latest"):
@@ -120,6 +127,11 @@ def find_checkpoint(run: Path | None, name: str | None) -> tuple[Path, RunConfig
     return known[name], config
 
 
+def read_about(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint tells of what it holds: a whole UNet beside it, an adapter in its header."""
+    return read_merged(checkpoint) or read_metadata(checkpoint)
+
+
 def _refuse_damaged(folder: Path, remedy: str) -> None:
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} is no checkpoint: it has no {MANIFEST}; {remedy}")
@@ -127,36 +139,47 @@ def _refuse_damaged(folder: Path, remedy: str) -> None:
         raise UserError(f"{folder} is damaged: {fault}; {remedy}")
 
 
-def make_card(adapter: AdapterFile, config: RunConfig, to: str) -> str:
-    """A model card in Markdown with front matter for the hub: what it is, how it was trained, how it is used."""
-    lora, about = config.lora, adapter.metadata
+def make_card(adapter: AdapterFile | None, about: dict[str, Any], config: RunConfig, to: str) -> str:
+    """A model card in Markdown with front matter for the hub: what it is, how it was trained, how it is used.
+
+    adapter  None: the UNet's own weights were tuned
+    about    what the checkpoint tells of itself
+    """
+    lora = config.lora
     base = about.get("base") or name_base(config.model)
     front: dict[str, Any] = {
         "library_name": "peft" if to == "peft" else "diffusers",
         "license": "other",
         "license_name": "licence-of-the-base-model",
         "pipeline_tag": "image-to-video",
-        "tags": ["framer", "stable-video-diffusion", "frame-interpolation", "lora"],
+        "tags": ["framer", "stable-video-diffusion", "frame-interpolation", *["lora"] * (adapter is not None)],
     }
     if is_hub_id(base):  # the hub wants the id of a model there, and no path
         front["base_model"] = base
     kind = "DoRA" if lora.dora else "LoRA"
     what = f"The UNet of {base} with a {kind} merged into it" if to == "merged" else f"A {kind} for the UNet of {base}"
+    if adapter is None:
+        what = f"A UNet tuned from that of {base}"
     patterns = {f"{name} of {key}": value for name in ("rank", "alpha")
                 for key, value in getattr(lora, f"{name}_pattern").items()}  # fmt: skip
-    facts = {
+    facts: dict[str, Any] = {
         "base": base,
         "weights of the base": about.get("base_files", {}).get("unet", "unknown"),
-        "rank": lora.rank,
-        "alpha": f"{lora.alpha:g}" + " (rsLoRA)" * lora.rslora,
-        **patterns,
-        "targets": lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets),
-        "adapted layers": len(adapter.kind.ranks),
-        "trained whole": ", ".join(lora.extra_trainable) or "nothing",
-        "optimizer steps": about.get("step", "unknown"),
     }
+    if adapter is None:
+        facts["trained parameters"] = config.full.parameters
+    else:
+        facts |= {
+            "rank": lora.rank,
+            "alpha": f"{lora.alpha:g}" + " (rsLoRA)" * lora.rslora,
+            **patterns,
+            "targets": lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets),
+            "adapted layers": len(adapter.kind.ranks),
+            "trained whole": ", ".join(lora.extra_trainable) or "nothing",
+        }
+    facts["optimizer steps"] = about.get("step", "unknown")
     table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items())
-    notes = "".join(f"\n- {note}" for note in _list_notes(adapter, to))
+    notes = "".join(f"\n- {note}" for note in _list_notes(adapter, to)) if adapter is not None else ""
     return f"""\
 ---
 {yaml.safe_dump(front, sort_keys=False)}---
@@ -178,7 +201,7 @@ In Framer Toolkit:
 Elsewhere:
 
 ```python
-{_show_use(to, base, _count_channels(config), bool(adapter.extras))}
+{_show_use(to, base, _count_channels(config), adapter is not None and bool(adapter.extras))}
 ```
 {notes}
 
@@ -259,9 +282,11 @@ def _write_kohya(file: Path, adapter: AdapterFile, source: Path, config: RunConf
 
 def _write_merged(folder: Path, source: Path, metadata: dict[str, Any], config: RunConfig) -> None:
     model = find_base(config.model, init_world(join=False))
-    unet: FramerUNet = load_unet(find_unet(model), torch.float32, model.variant)  # so that sums are rounded once
-    load_adapter(unet, source, sign_unet(unet))
-    merge_adapters(unet)
+    whole = config.tuning == "full"
+    unet: FramerUNet = load_unet(source if whole else find_unet(model), torch.float32, model.variant)
+    if not whole:  # in fp32, so that sums are rounded once
+        load_adapter(unet, source, sign_unet(unet))
+        merge_adapters(unet)
     with quiet_libraries():
         unet.to(PRECISIONS[metadata["precision"]]).save_pretrained(folder / "unet", safe_serialization=True)
     (folder / ABOUT_FILE).write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n")

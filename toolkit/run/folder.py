@@ -28,6 +28,7 @@ from toolkit.engine.plain import State
 from toolkit.engine.world import World
 from toolkit.errors import UserError
 from toolkit.model.formats import find_file
+from toolkit.model.tuning import ABOUT_FILE
 from toolkit.run.checkpoint import (
     checkpoint_folder,
     checkpoint_step,
@@ -209,6 +210,8 @@ def find_adapter(source: Path) -> Path:
             f"{source} holds a whole UNet, such as a merged export, and no adapter; give it as the UNet: --unet"
         )
     place = newest_adapter(source) if (source / "config.yaml").exists() else source
+    if (place / ABOUT_FILE).is_file():
+        raise UserError(f"{place} holds a whole UNet, of tuning full, and no adapter; give it as the UNet: model.unet")
     find_file(place)
     return place
 

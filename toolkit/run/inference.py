@@ -25,12 +25,12 @@ from toolkit.model.formats import read_metadata
 from toolkit.model.lora import load_adapter, merge_adapters
 from toolkit.model.prepare import prepare_frozen
 from toolkit.model.quiet import quiet_libraries
+from toolkit.model.tuning import ABOUT_FILE
 from toolkit.run.attention import choose_kernel
 from toolkit.run.folder import find_adapter, newest_adapter
 from toolkit.run.framer import Framer, Sampling
 from toolkit.run.pretrain import find_base
 
-ABOUT_FILE = "framer_toolkit.json"  # beside a merged UNet, whose weights' header belongs to diffusers
 # of diffusion: where a network and its adapters must agree
 FED_BY = ("layout", "clip_tokens", "scale_conditioning", "noise_augmentation")
 
@@ -41,7 +41,20 @@ class Source:
 
     config: RunConfig
     adapters: tuple[tuple[Path, float], ...]
-    about: dict[str, Any]  # what the first adapter, or the merged UNet, tells of itself
+    about: dict[str, Any]  # what the first adapter, or the whole UNet, tells of itself
+    tuned_unet: Path | None = None  # in place of the recipe's: what a run with tuning full made of it
+
+    @property
+    def model(self) -> ModelConfig:
+        """What is loaded before adapters are put in."""
+        if self.tuned_unet is None:
+            return self.config.model
+        return self.config.model.model_copy(update={"unet": str(self.tuned_unet), "unet_revision": None})
+
+    @property
+    def untuned(self) -> Source:
+        """The base alone, as the recipe feeds it."""
+        return replace(self, adapters=(), tuned_unet=None)
 
     @property
     def precision(self) -> str:
@@ -58,7 +71,8 @@ class Source:
         if "controlnet" in changes:
             changes = {"controlnet_revision": None} | changes
         model = ModelConfig.model_validate(self.config.model.model_dump() | changes)
-        return replace(self, config=self.config.model_copy(update={"model": model}))
+        tuned = None if changes.get("unet") is not None else self.tuned_unet
+        return replace(self, config=self.config.model_copy(update={"model": model}), tuned_unet=tuned)
 
 
 def read_run(run: str | Path) -> tuple[Path, RunConfig]:
@@ -90,7 +104,14 @@ def read_source(
         raise UserError(f"{len(weights)} weights for {len(adapters)} adapters; give --weights one number per --adapter")
     found = [find_adapter(Path(adapter)) for adapter in adapters]
     if run is not None:
-        found = [newest_adapter(Path(run).expanduser())]
+        place, own = read_run(Path(run).expanduser())
+        if own.tuning == "full" and lora_scale != 1:
+            raise UserError(
+                f"--lora_scale is given, but {run} tuned the UNet's own weights (tuning full); leave it out"
+            )
+        if own.tuning == "full":
+            return Source(own, (), read_merged(place), place)
+        found = [place]
     if not found and unet is None:
         raise UserError(
             "nothing to interpolate with; give --run, a run folder, or --adapter, or --unet, a merged export"
@@ -150,7 +171,7 @@ def load_framer(source: Source, steered: bool = False, compiled: bool = False) -
     the small part (docs/LEDGER.md, merging).
     """
     world, config = init_world(join=False), source.config
-    model, device = config.model, world.device
+    model, device = source.model, world.device
     if compiled and model.blocks != "lean":
         raise UserError("--compile is for lean blocks, and model.blocks of this recipe is stock; leave --compile out")
     # on a CPU, half precision would be slower than full

@@ -32,9 +32,10 @@ from toolkit.model.controlnet import find_controlnet
 from toolkit.model.flat import NAME as FLAT
 from toolkit.model.flat import FlatAdapter
 from toolkit.model.formats import EXTRA_TENSORS
-from toolkit.model.lora import choose_kind, inject_lora, match_targets, start_from
+from toolkit.model.lora import match_targets, start_from
 from toolkit.model.prepare import Plan, prepare_unet
 from toolkit.model.sources import find_weights, fingerprint_files
+from toolkit.model.tuning import check_tuning, choose_trainable
 from toolkit.rng import RNG_VERSION
 from toolkit.run.attention import choose_kernel
 from toolkit.run.cache import check_cache
@@ -99,12 +100,12 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     held_out = open_sources(config.data, "val") if config.validation.every_steps is not None else None
     changed = "" if fresh else check_folder(config, allow_change)
     begun = not fresh and list_checkpoints(config.folder)  # its own adapter is further than the one it started from
-    start = find_adapter(Path(config.lora.init_from)) if config.lora.init_from is not None and not begun else None
+    start = find_start(config) if not begun else None
     model = find_base(config.model, world)
     if index.cached:
         check_cache(config, model)
     check_objective(config.diffusion, read_parameterization(model))
-    choose_kind(build_unet_on_meta(model), config.lora)  # refuses what matches nothing, before weights are read
+    check_tuning(build_unet_on_meta(model), config)  # before weights are read
     if config.diffusion.control:
         find_controlnet(str(config.model.controlnet), config.model.controlnet_revision)
     attention = choose_kernel(config.model.attention, config, world, PRECISIONS[config.engine.precision])
@@ -142,6 +143,12 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     return Job(
         framer, adapter, engine, index, validator, identity, about, computed_by, per_rank, resume, total, writer, lock
     )
+
+
+def find_start(config: RunConfig) -> Path | None:
+    """The adapter whose values a new one takes over, if the recipe names one."""
+    place = config.lora.init_from if config.tuning == "lora" else None
+    return find_adapter(Path(place)) if place is not None else None
 
 
 def goes_on_by_itself(folder: Path, world: World) -> bool:
@@ -188,7 +195,8 @@ def adam_settings(config: RunConfig) -> AdamSettings:
 
 def check_clips(config: RunConfig, index: DatasetIndex) -> None:
     """Refuse data that cannot fill a batch, or of which too much is too short for the window."""
-    span = (config.data.frames - 1) * config.data.stride + 1
+    stride = config.data.strides[0]  # a clip too short for the others takes this one
+    span = (config.data.frames - 1) * stride + 1
     usable = sum(row.clip.frames >= span for row in index.rows)
     if usable < config.engine.global_batch:
         raise UserError(
@@ -199,7 +207,7 @@ def check_clips(config: RunConfig, index: DatasetIndex) -> None:
     if len(index) - usable > bad_limit(config.data.max_bad_fraction, len(index)):
         raise UserError(
             f"{len(index) - usable} of {len(index)} training clips have fewer than the {span} frames that data.frames "
-            f"{config.data.frames} at data.stride {config.data.stride} need; lower one of them, or raise "
+            f"{config.data.frames} at data.stride {stride} need; lower one of them, or raise "
             "data.max_bad_fraction to train on the others"
         )
 
@@ -214,7 +222,7 @@ def make_framer(
     controlnet = load_control(config.model, base, attention) if config.diffusion.control else None
     if controlnet is not None and plan == "small":
         controlnet.enable_gradient_checkpointing()  # a trained mask_token sends gradients through it
-    parameters = inject_lora(base.unet, config.lora, config.seed)
+    parameters = choose_trainable(base.unet, config)
     if start is not None:
         start_from(base.unet, parameters, start, base.signature)
     trainable = prepare_unet(
@@ -244,12 +252,14 @@ def identify(config: RunConfig, base: Base, index: DatasetIndex) -> dict[str, An
 def describe_adapter(config: RunConfig, base: Base, index: DatasetIndex) -> dict[str, Any]:
     """What an adapter's file tells of itself wherever it goes: enough to feed its network as it was trained."""
     lora = config.lora
-    return {
-        "base": base.name, "base_files": base.sources, "base_signature": base.signature,
+    adapter = {} if config.tuning == "full" else {
         "rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets,
         "modules": len(match_targets(base.unet, lora.targets)),
         "extras": [name for extra in lora.extra_trainable for name in EXTRA_TENSORS[extra]],
-        "fps": statistics.median(row.clip.fps / config.data.stride for row in index.rows),
+    }  # fmt: skip
+    return adapter | {
+        "base": base.name, "base_files": base.sources, "base_signature": base.signature,
+        "fps": statistics.median(row.clip.fps / statistics.median(config.data.strides) for row in index.rows),
         "motion": statistics.median(row.clip.motion for row in index.rows),
         "licence": LICENCE_NOTE, "recipe": config.model_dump(mode="json"),
     }  # fmt: skip
@@ -275,7 +285,7 @@ def make_batches(config: RunConfig, job: Job, world: World) -> Iterator[Batch]:
 def clip_settings(config: RunConfig) -> ClipSettings:
     """How a recipe wants its windows cut."""
     data = config.data
-    return ClipSettings(data.frames, data.height, data.width, (data.stride,), data.flip, data.random_crop)
+    return ClipSettings(data.frames, data.height, data.width, data.strides, data.flip, data.random_crop)
 
 
 def total_steps(config: RunConfig, clips: int, done: int = 0, done_clips: int = 0) -> int:

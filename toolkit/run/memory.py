@@ -16,9 +16,9 @@ from toolkit.config import RunConfig
 from toolkit.diffusion.layout import make_layout
 from toolkit.errors import UserError
 from toolkit.model.base import PRECISIONS
-from toolkit.model.lora import inject_lora
 from toolkit.model.prepare import Blocks, Plan, Trainable, prepare_unet
 from toolkit.model.quiet import quiet_libraries
+from toolkit.model.tuning import choose_trainable
 from toolkit.model.unet import FramerUNet
 from toolkit.model.weights import build_on_meta
 from toolkit.run.meter import Cost, Meter
@@ -64,14 +64,16 @@ def choose_plan(config: RunConfig, unet: dict[str, Any], latent_px: int, device:
 
 
 def choose_blocks(config: RunConfig) -> Blocks:
-    """Whose forward passes a recipe trains with; ZeRO-3 and int8 know layers alone, and PEFT computes DoRA and dropout.
+    """Whose forward passes a recipe trains with.
+
+    ZeRO-3 and int8 know layers alone, PEFT computes DoRA and dropout, and lean blocks take all weights but LoRA's as frozen.
 
     raises  UserError where those that diffusers and PEFT have shall be compiled
     """
     reasons = {
         "model.blocks stock": config.model.blocks == "stock", "lora.dora": config.lora.dora,
         "lora.dropout": config.lora.dropout, "engine.kind zero3": config.engine.kind == "zero3",
-        "model.quantize": config.model.quantize,
+        "model.quantize": config.model.quantize, "tuning full": config.tuning == "full",
     }  # fmt: skip
     given = [name for name, applies in reasons.items() if applies]
     if given and config.model.compile:
@@ -93,7 +95,8 @@ def predict_bytes(config: RunConfig, unet: dict[str, Any], latent_px: int, plan:
     shape, blocks = find_shape(config, latent_px), choose_blocks(config)
     question = {
         "peak_bytes": {name: value for name, value in unet.items() if not name.startswith("_")},
-        "lora": config.lora.model_dump(mode="json"), "precision": config.engine.precision,
+        "tuning": config.tuning, "lora": config.lora.model_dump(mode="json"), "full": config.full.parameters,
+        "precision": config.engine.precision,
         "shape": asdict(shape), "plan": plan, "blocks": blocks, "quantize": config.model.quantize,
     }  # fmt: skip
     return recall(question, lambda: _count_bytes(config, unet, shape, plan, blocks))
@@ -103,7 +106,7 @@ def _count_bytes(config: RunConfig, unet: dict[str, Any], shape: Shape, plan: Pl
     dtype = PRECISIONS[config.engine.precision]
     with quiet_libraries():
         network = build_on_meta(FramerUNet, unet).to(dtype).requires_grad_(False).eval()
-    parameters = inject_lora(network, config.lora, config.seed)
+    parameters = choose_trainable(network, config)
     trainable = prepare_unet(network, parameters, dtype, "sdpa", plan, blocks, config.model.quantize)
     costs = count_step(network, shape, trainable)
     return max(cost.peak_bytes for cost in costs.values()) + STATE_BYTES * trainable.adapter.flat.numel()
