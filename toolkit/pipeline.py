@@ -34,7 +34,6 @@ from toolkit.config import DiffusionConfig, ModelConfig, RunConfig, parse_config
 from toolkit.data.clips import resize_cover
 from toolkit.data.stills import to_rgb
 from toolkit.diffusion.objective import time_input
-from toolkit.engine.world import init_world
 from toolkit.model.attention import set_attention
 from toolkit.model.base import PRECISIONS, Base, load_base, sign_unet
 from toolkit.model.formats import AdapterFile, linear_layers, read_adapter
@@ -51,7 +50,6 @@ from toolkit.model.quiet import quiet_libraries
 from toolkit.run.folder import find_adapter
 from toolkit.run.framer import Framer, Sampling, Steering, to_signed
 from toolkit.run.inference import FED_BY, list_differences, load_control, read_merged, read_source, recipe_sampling
-from toolkit.run.pretrain import find_base
 
 SAMPLERS = {"EulerDiscreteScheduler": "euler", "LCMScheduler": "lcm", "CMStochasticIterativeScheduler": "lcm"}
 Images = PIL.Image.Image | list[PIL.Image.Image] | Tensor
@@ -191,7 +189,7 @@ class FramerPipeline(DiffusionPipeline):
             raise ValueError(f"torch_dtype is {dtype}; it must be torch.float32, torch.bfloat16 or torch.float16")
         if scheduler not in SAMPLERS:
             raise ValueError(f"the scheduler is {scheduler}; this pipeline samples with {', '.join(SAMPLERS)}")
-        base = load_base(find_base(model, init_world(join=False)), torch.device("cpu"), precision)
+        base = load_base(model, torch.device("cpu"), precision)
         set_attention(base.unet, "sdpa")  # on any device that .to() may choose, and it splits what is too large for it
         control = load_control(model, base, "sdpa") if model.controlnet else None
         with quiet_libraries():  # a scheduler of another kind warns of each setting that it does not have

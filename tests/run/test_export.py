@@ -178,7 +178,7 @@ def test_card_names_the_base_on_the_hub(run: Path, exported: Exported) -> None:
         ({"model.base": "svd-xt"}, "stabilityai/stable-video-diffusion-img2vid-xt"),
         ({"model.base": "svd", "model.unet": "someone/else"}, "someone/else"),
     ):
-        card = ModelCard(export.make_card(adapter, load_config(run / "config.yaml", changes), "peft"))
+        card = ModelCard(export.make_card(adapter, adapter.metadata, load_config(run / "config.yaml", changes), "peft"))
         assert card.data.base_model == wanted
 
 
@@ -196,7 +196,7 @@ def test_card_shows_code_that_keeps_every_part(run: Path, exported: Exported) ->
             "class UNet",
         ),
     ):
-        card = export.make_card(of, load_config(run / "config.yaml", changes), "diffusers")
+        card = export.make_card(of, of.metadata, load_config(run / "config.yaml", changes), "diffusers")
         assert shown in card and hidden not in card.split("## Use")[1].split("```python")[1].split("```")[0]
 
 

@@ -187,7 +187,7 @@ def same_base(a: Sequence[float], b: Sequence[float]) -> bool:
 def name_base(model: ModelConfig) -> str:
     """Where a base's UNet comes from: the hub id behind a short name, or the folder, file or id as it was given."""
     base, unet = _resolve_names(model)
-    return unet or base
+    return unet or ("tiny" if model.base == "tiny" else base)  # a folder's place says nothing on another machine
 
 
 # ---- what a base consists of

@@ -18,11 +18,15 @@ from toolkit.errors import UserError, in_one_line
 
 WEIGHTED = ("unet", "vae", "image_encoder")
 PARTS = (*WEIGHTED, "scheduler")
-# name -> hub ids of the base and of the UNet that replaces its own; "tiny" is a folder (toolkit/run/pretrain.py)
+TINY_FOLDER = (
+    Path(__file__).resolve().parents[1] / "bases/tiny"
+)  # comes with the toolkit; its README tells how it was made
+# name -> hub ids of the base, or its folder, and of the UNet that replaces its own
 NAMED_BASES: dict[str, tuple[str, str | None]] = {
     "framer": ("stabilityai/stable-video-diffusion-img2vid-xt", "wwen1997/framer_512x320"),
     "svd": ("stabilityai/stable-video-diffusion-img2vid", None),
     "svd-xt": ("stabilityai/stable-video-diffusion-img2vid-xt", None),
+    "tiny": (str(TINY_FOLDER), None),
 }
 STEMS = ("diffusion_pytorch_model", "model")  # how diffusers and transformers call a part's weights
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -48,8 +52,8 @@ def fetch(
     if not folder.exists():
         if not is_hub_id(source):
             raise UserError(
-                f"no base model at {source}: give {', '.join(NAMED_BASES)} or tiny, a folder in diffusers layout, or a "
-                "hub id owner/name"
+                f"no base model at {source}: give {', '.join(NAMED_BASES)}, a folder in diffusers layout, or a hub id "
+                "owner/name"
             )
         folder = _download(source, revision, parts, configs_only, variant)
     missing = [part for part in parts if not (folder / part).is_dir()]

@@ -21,6 +21,7 @@ from toolkit.rng import derive_seed
 
 CHANNELS = 96  # three per group of GroupNorm's fixed 32
 CONSTANT = 32.0  # K; the data on the wired path stay within a few units
+DETAIL_GAIN = 2.5  # of a luma difference beside colours: it is the smaller
 LATENT_GAIN = 12.0  # latents = 12 x colour: std near 5.5 unscaled and 1 scaled, as SVD's are
 SCALING = 0.18215
 
@@ -86,10 +87,12 @@ def build_vae() -> Any:
     )
     zero_residual_branches(vae)
     encoder, decoder = vae.encoder, vae.decoder
-    wire_in(encoder.conv_in, torch.eye(3))
-    _pool(encoder.down_blocks[0].downsamplers[0].conv)
-    luma = torch.tensor([[0.299, 0.587, 0.114]])
-    wire_out(encoder.conv_norm_out, encoder.conv_out, LATENT_GAIN * torch.cat([torch.eye(3), luma]))
+    wire_in(encoder.conv_in, torch.cat([torch.eye(3), torch.tensor([[0.299, 0.587, 0.114]])]))
+    shrink = encoder.down_blocks[0].downsamplers[0].conv
+    _depthwise(shrink, torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 0]]) / 4)
+    for channel in (9, 10):  # luma and minus luma
+        shrink.weight.data[channel, channel] = DETAIL_GAIN * torch.tensor([[1.0, 0, 0], [0, -1, 0], [0, 0, 0]])
+    wire_out(encoder.conv_norm_out, encoder.conv_out, LATENT_GAIN * torch.eye(4))
     encoder.conv_out.bias.data[4:] = -6.0  # log variance: std 0.05 beside latents of std 5.5
     nn.init.dirac_(vae.quant_conv.weight)
     nn.init.zeros_(vae.quant_conv.bias)
@@ -102,6 +105,47 @@ def build_vae() -> Any:
     return vae
 
 
+def fit_decoder(vae: Any, pictures_NCHW: torch.Tensor) -> None:
+    """Wire the decoder to the linear map that fits pictures best, in the sense of least squares, from their latents.
+
+    Each of 27 inner channels is a 3x3 filter of the latents: one for each tap of the 3x3 filter that follows after
+    enlarging, and each colour. Together they are as much as two convolutions around an enlargement can do linearly.
+    pictures_NCHW  fp32 in [-1, 1], height and width even
+    """
+    with torch.no_grad():
+        # a hundredth of a step of 255 is what a coefficient may cost: without it some are huge, and cancel
+        ridge = 1e-5
+        normal = target = torch.zeros((), dtype=torch.float64)
+        for picture_CHW in pictures_NCHW:
+            latents_1CHW = vae.encode(picture_CHW[None]).latent_dist.mode()
+            windows_1CHW = unfold(unfold(latents_1CHW).repeat_interleave(2, 2).repeat_interleave(2, 3))
+            inputs = torch.cat([windows_1CHW, torch.ones_like(windows_1CHW[:, :1])], 1)[0].flatten(1).double()
+            normal = normal + inputs @ inputs.T
+            target = target + inputs @ picture_CHW.flatten(1).double().T
+        normal += ridge * normal.diag().mean() * torch.eye(len(normal), dtype=torch.float64)
+        *filters, bias_C = torch.linalg.solve(normal, target).float()
+        # (latent, its tap, outer tap, colour): unfold puts the taps after the channel
+        filters = torch.stack(filters).view(4, 9, 9, 3)
+    conv_in, enlarge = vae.decoder.conv_in, vae.decoder.up_blocks[0].upsamplers[0].conv
+    nn.init.zeros_(enlarge.weight)
+    nn.init.zeros_(enlarge.bias)
+    for tap in range(9):
+        for colour in range(3):
+            inner = 3 * (3 * tap + colour)
+            wire(conv_in, inner, filters[:, :, tap, colour].view(4, 3, 3))
+            for sign in (0, 1):
+                enlarge.weight.data[3 * colour + sign, inner, tap // 3, tap % 3] = 1 - 2 * sign
+    for colour in range(3):
+        x = 3 * colour
+        enlarge.bias.data[[x, x + 1, x + 2]] = torch.stack([bias_C[colour], -bias_C[colour], torch.tensor(CONSTANT)])
+
+
+def unfold(images_NCHW: torch.Tensor) -> torch.Tensor:
+    """The 3x3 neighbourhood of each pixel as channels, nine for each there was, zeros around the picture."""
+    n, channels, height, width = images_NCHW.shape
+    return nn.functional.unfold(images_NCHW, 3, padding=1).view(n, 9 * channels, height, width)
+
+
 def build_unet() -> Any:
     """A FramerUNet of two levels whose raw output starts as minus the scaled conditioning latents."""
     from toolkit.model.unet import FramerUNet
@@ -111,9 +155,8 @@ def build_unet() -> Any:
         out_channels=4,
         block_out_channels=(CHANNELS, 64),
         layers_per_block=1,
-        # attention on the upper level, as in SVD: on the lower one alone, LoRA moved the middle frame by 0.05 dB (ledger)
-        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        down_block_types=("DownBlockSpatioTemporal", "CrossAttnDownBlockSpatioTemporal"),
+        up_block_types=("CrossAttnUpBlockSpatioTemporal", "UpBlockSpatioTemporal"),
         num_attention_heads=(3, 2),
         cross_attention_dim=32,
         addition_time_embed_dim=32,
@@ -131,7 +174,28 @@ def build_unet() -> Any:
     shortcut.weight.data[:wired, CHANNELS : CHANNELS + wired, 0, 0] = torch.eye(wired)
     shortcut.bias.data[:wired] = 0
     wire_out(unet.conv_norm_out, unet.conv_out, -torch.eye(4))
+    blend_neighbours(unet.up_blocks[-1].resnets[-1])
     return unet
+
+
+def blend_neighbours(resnet: Any) -> None:
+    """Have a resnet's temporal half add the mean of a frame's two neighbours, where there are any, on the wired path."""
+    temporal, wired = resnet.temporal_res_block, 3 * 4
+    for layer in (temporal.conv1, temporal.time_emb_proj):
+        layer.weight.data[:wired] = 0
+        layer.bias.data[:wired] = 0
+    share = 1 - torch.sigmoid(resnet.time_mixer.mix_factor.data).item()
+    for i in range(4):
+        x, minus_x, constant = 3 * i, 3 * i + 1, 3 * i + 2
+        for norm in (temporal.norm1, temporal.norm2):
+            read_linearly(norm, x, minus_x)
+        for out, sign in ((x, 1.0), (minus_x, -1.0)):
+            for tap in (0, 2):
+                temporal.conv1.weight.data[out, x, tap] = sign / 2
+                temporal.conv1.weight.data[out, minus_x, tap] = -sign / 2
+            temporal.conv2.weight.data[out, x, 1] = sign / share
+            temporal.conv2.weight.data[out, minus_x, 1] = -sign / share
+        temporal.conv1.bias.data[constant] = CONSTANT
 
 
 def zero_residual_branches(network: nn.Module) -> None:
@@ -147,12 +211,14 @@ def zero_residual_branches(network: nn.Module) -> None:
 
 def wire_in(conv: Any, values: torch.Tensor) -> None:
     """Make rows of `values` (data, inputs) the wired channels (x, -x, K) of a 3x3 convolution's output."""
-    conv.bias.data[: 3 * len(values)] = 0
-    conv.weight.data[: 3 * len(values)] = 0
     for i, row in enumerate(values):
-        conv.weight.data[3 * i, :, 1, 1] = row
-        conv.weight.data[3 * i + 1, :, 1, 1] = -row
-        conv.bias.data[3 * i + 2] = CONSTANT
+        wire(conv, 3 * i, nn.functional.pad(row[:, None, None], (1, 1, 1, 1)))
+
+
+def wire(conv: Any, first: int, kernel: torch.Tensor) -> None:
+    """Make three outputs of a convolution, from the first on, (x, -x, K) of what a kernel (inputs, 3, 3) finds."""
+    conv.weight.data[first : first + 3] = torch.stack([kernel, -kernel, torch.zeros_like(kernel)])
+    conv.bias.data[first : first + 3] = torch.tensor([0.0, 0.0, CONSTANT])
 
 
 def wire_out(norm: Any, conv: Any, values: torch.Tensor) -> None:
@@ -161,17 +227,16 @@ def wire_out(norm: Any, conv: Any, values: torch.Tensor) -> None:
     conv.weight.data *= 0.1  # what is not wired starts as a small perturbation
     for i, column in enumerate(values.T):
         x, minus_x, constant = 3 * i, 3 * i + 1, 3 * i + 2
-        # mean of (x, -x, K) is K / 3 and std K sqrt(2) / 3: undo both
-        norm.weight.data[[x, minus_x]] = CONSTANT * 2**0.5 / 3
-        norm.bias.data[[x, minus_x]] = CONSTANT / 3
+        read_linearly(norm, x, minus_x)
         conv.weight.data[:, [x, minus_x, constant]] = 0
         conv.weight.data[: len(column), x, 1, 1] = column
         conv.weight.data[: len(column), minus_x, 1, 1] = -column
 
 
-def _pool(conv: Any) -> None:
-    """2x2 mean of each channel, for a stride-2 convolution padded at the right and the bottom."""
-    _depthwise(conv, torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 0]]) / 4)
+def read_linearly(norm: Any, x: int, minus_x: int) -> None:
+    """Undo a norm on two channels of (x, -x, K), whose mean is K / 3 and whose std is K sqrt(2) / 3."""
+    norm.weight.data[[x, minus_x]] = CONSTANT * 2**0.5 / 3
+    norm.bias.data[[x, minus_x]] = CONSTANT / 3
 
 
 def _interpolate(conv: Any) -> None:

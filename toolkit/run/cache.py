@@ -37,7 +37,6 @@ from toolkit.model.base import PRECISIONS, find_encoder_files, load_encoders
 from toolkit.model.encoders import embed_stills, encode_frames
 from toolkit.model.sources import fingerprint_files
 from toolkit.run.framer import to_signed
-from toolkit.run.pretrain import find_base
 
 INFO_FILE = "cache.json"
 STAGING, CLAIMED = ".caching", ".joining"
@@ -91,7 +90,7 @@ def cache_shards(
         raise UserError(f"{shards} is a cache already; give the folder of the videos' shards")
     refuse_bulk(index, height, width, variants, precision)
     with closing(init_world()) as world:
-        model = find_base(ModelConfig(base=base), world)
+        model = ModelConfig(base=base)
     # From here on no rank waits for another: what is done is on the disk.
     vae, image_encoder = (fingerprint_files(files) for files in find_encoder_files(model))
     info = CacheInfo(

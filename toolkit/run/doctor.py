@@ -8,8 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from toolkit.config import RunConfig
 from toolkit.data.index import open_sources
 from toolkit.data.remote import is_remote
@@ -18,7 +16,6 @@ from toolkit.model.base import PRECISIONS, build_unet_on_meta, check_weights, de
 from toolkit.model.controlnet import find_controlnet
 from toolkit.model.lora import dead_targets, match_targets
 from toolkit.model.sources import is_hub_id
-from toolkit.model.tiny import build_unet
 from toolkit.model.tuning import choose_trainable
 from toolkit.run.folder import find_adapter
 from toolkit.run.framer import check_objective
@@ -39,10 +36,9 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
              where they are on this machine
     """
     per_rank = check_engine(config, ranks)
-    # the tiny base has no folder before it is made, at the first run
-    is_tiny, channels, model = config.model.base == "tiny", 9, config.model
-    check_objective(config.diffusion, "v" if is_tiny else read_parameterization(model))
-    away = [source for source in check_weights(model) if source != "tiny"]
+    model = config.model
+    check_objective(config.diffusion, read_parameterization(model))
+    away = check_weights(model)
     if config.lora.init_from is not None and config.tuning == "lora":
         find_adapter(Path(config.lora.init_from))
     if config.diffusion.control and model.controlnet is not None:
@@ -50,12 +46,8 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
             away.append(model.controlnet)  # its gigabytes are fetched by the run
         else:
             find_controlnet(model.controlnet, model.controlnet_revision)
-    if is_tiny and model.unet is None:
-        with torch.device("meta"):
-            unet = build_unet().to("meta")
-    else:
-        unet = build_unet_on_meta(model)
-        channels = describe_unet(model).get("in_channels", 8)
+    unet, channels = build_unet_on_meta(model), describe_unet(model).get("in_channels", 8)
+    latent_px = 2 if model.base == "tiny" else 8
     base_params = sum(p.numel() for p in unet.parameters())
     unet.requires_grad_(False)
     modules = match_targets(unet, config.lora.targets) if config.tuning == "lora" else []
@@ -81,9 +73,7 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
         "clips": None,
         "optimizer_steps": config.schedule.steps,
         "weights_gb": round(base_params * weight_bytes / 1e9, 2),
-        "step_gb": {
-            plan: round(predict_bytes(config, unet.config, 2 if is_tiny else 8, plan) / 1e9, 2) for plan in PLANS
-        },
+        "step_gb": {plan: round(predict_bytes(config, unet.config, latent_px, plan) / 1e9, 2) for plan in PLANS},
         "notes": [],
     }
     absent = [source for source in config.data.sources if not is_remote(source) and not Path(source).exists()]
@@ -156,10 +146,6 @@ def list_doubts(config: RunConfig, steps: int | None) -> list[str]:
     if diffusion.layout != "spec_middle" and diffusion.scale_conditioning and config.model.base != "tiny":
         doubts.append(
             "diffusion.scale_conditioning is on, but SVD and Framer were trained with unscaled conditioning latents"
-        )
-    if config.model.base == "tiny" and diffusion.layout != "spec_middle":
-        doubts.append(
-            "the tiny base was pretrained in layout spec_middle alone: in another it begins, and long stays, at noise"
         )
     if "mask_token" in config.lora.extra_trainable and diffusion.layout == "spec_middle":
         doubts.append("lora.extra_trainable mask_token cannot learn: in layout spec_middle it never enters the network")

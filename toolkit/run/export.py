@@ -15,7 +15,6 @@ import torch
 import yaml
 
 from toolkit.config import RunConfig, load_config, parse_config
-from toolkit.engine.world import init_world
 from toolkit.errors import UserError
 from toolkit.model.base import PRECISIONS, build_unet_on_meta, describe_unet, find_unet, load_unet, name_base, sign_unet
 from toolkit.model.formats import AdapterFile, read_metadata, read_peft, write_diffusers, write_kohya, write_peft
@@ -27,7 +26,6 @@ from toolkit.model.unet import FramerUNet
 from toolkit.run.checkpoint import best_checkpoint, list_checkpoints
 from toolkit.run.inference import read_merged, read_run
 from toolkit.run.manifest import MANIFEST, find_fault
-from toolkit.run.pretrain import find_base
 
 _USE_HERE = (
     "python launch/interpolate.py --adapter FOLDER --first a.png --last b.png --out ab.mp4",
@@ -234,11 +232,9 @@ def _show_use(to: str, base: str, channels: int, has_extras: bool) -> str:
 
 
 def _count_channels(config: RunConfig) -> int:
-    """Input channels of a base's UNet, as far as it can be looked at here; the tiny base has Framer's nine."""
+    """Input channels of a base's UNet, as far as it can be looked at here, else Framer's nine."""
     try:
-        return (
-            9 if config.model.base == "tiny" and not config.model.unet else describe_unet(config.model)["in_channels"]
-        )
+        return describe_unet(config.model)["in_channels"]
     except (UserError, KeyError):
         return 9
 
@@ -270,7 +266,7 @@ def _cell(value: Any) -> str:
 
 
 def _write_kohya(file: Path, adapter: AdapterFile, source: Path, config: RunConfig) -> None:
-    model = find_base(config.model, init_world(join=False))
+    model = config.model
     if not adapter.extras:
         write_kohya(file, adapter, build_unet_on_meta(model).config.layers_per_block, {})
         return
@@ -281,7 +277,7 @@ def _write_kohya(file: Path, adapter: AdapterFile, source: Path, config: RunConf
 
 
 def _write_merged(folder: Path, source: Path, metadata: dict[str, Any], config: RunConfig) -> None:
-    model = find_base(config.model, init_world(join=False))
+    model = config.model
     whole = config.tuning == "full"
     unet: FramerUNet = load_unet(source if whole else find_unet(model), torch.float32, model.variant)
     if not whole:  # in fp32, so that sums are rounded once

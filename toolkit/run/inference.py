@@ -29,7 +29,6 @@ from toolkit.model.tuning import ABOUT_FILE
 from toolkit.run.attention import choose_kernel
 from toolkit.run.folder import find_adapter, newest_adapter
 from toolkit.run.framer import Framer, Sampling
-from toolkit.run.pretrain import find_base
 
 # of diffusion: where a network and its adapters must agree
 FED_BY = ("layout", "clip_tokens", "scale_conditioning", "noise_augmentation")
@@ -177,7 +176,7 @@ def load_framer(source: Source, steered: bool = False, compiled: bool = False) -
     # on a CPU, half precision would be slower than full
     precision = "fp32" if device.type == "cpu" and source.precision == "fp16" else source.precision
     # on the CPU first: a card needs no room for the sum
-    base = load_base(find_base(model, world), torch.device("cpu"), precision, torch.float32)
+    base = load_base(model, torch.device("cpu"), precision, torch.float32)
     for i, (path, weight) in enumerate(source.adapters):
         load_adapter(base.unet, path, base.signature, f"adapter{i}", weight)
     merge_adapters(base.unet)

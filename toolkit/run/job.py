@@ -54,7 +54,6 @@ from toolkit.run.framer import Framer, check_objective
 from toolkit.run.inference import load_control
 from toolkit.run.ledger import bad_limit
 from toolkit.run.memory import choose_blocks, choose_plan, choose_replay
-from toolkit.run.pretrain import find_base
 from toolkit.run.validate import Validator
 from toolkit.run.writer import CheckpointWriter
 
@@ -101,7 +100,7 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     changed = "" if fresh else check_folder(config, allow_change)
     begun = not fresh and list_checkpoints(config.folder)  # its own adapter is further than the one it started from
     start = find_start(config) if not begun else None
-    model = find_base(config.model, world)
+    model = config.model
     if index.cached:
         check_cache(config, model)
     check_objective(config.diffusion, read_parameterization(model))
