@@ -1,14 +1,19 @@
-"""PSNR and SSIM against independent references. Run: pytest tests/test_metrics.py"""
+"""Figures against independent references and made-up sequences. Run: pytest tests/test_metrics.py"""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from torch import Tensor
+from torch import Tensor, nn
 
-from toolkit.metrics import psnr_db, ssim
+from toolkit.errors import UserError
+from toolkit.metrics import flicker, lighting_drift, load_lpips, moving_mask, psnr_db, psnr_moving_db, ssim
+
+LEVEL = 2 / 255  # in [-1, 1]
 
 
 def make_pairs(height_px: int = 40, width_px: int = 52) -> tuple[Tensor, Tensor]:
@@ -58,3 +63,141 @@ def test_ssim_of_equal_images_is_one() -> None:
     assert torch.allclose(ssim(true, true), torch.ones(3), atol=1e-6)
     assert torch.allclose(ssim(noisy, true), ssim(true, noisy), atol=1e-6)
     assert ssim(noisy, true).diff().max() < 0
+
+
+def moving_square(frames: int = 5) -> Tensor:
+    """A bright square that walks over a dark ground, and beside it a still picture: (2, T, 3, 16, 24)."""
+    video = torch.full((2, frames, 3, 16, 24), -0.5)
+    for t in range(frames):
+        video[0, t, :, 4:8, 2 + 3 * t : 6 + 3 * t] = 0.7
+    return video
+
+
+def test_what_moves_is_where_true_colours_vary() -> None:
+    """The square's path in one channel is enough; a change of a tenth of the range is none, one above it is."""
+    video = moving_square()
+    path = torch.zeros(16, 24, dtype=torch.bool)
+    path[4:8, 2:18] = True
+    assert torch.equal(moving_mask(video)[0], path) and not moving_mask(video)[1].any()
+    video[0, :, :2] = 0  # it is seen in the last channel alone
+    assert torch.equal(moving_mask(video)[0], path)
+    video[1, 2, 1, 3, 3] += 0.2 - 1e-4
+    assert not moving_mask(video)[1].any()
+    video[1, 2, 1, 3, 3] += 2e-4
+    assert moving_mask(video)[1].nonzero().tolist() == [[3, 3]]
+    assert moving_mask(video, threshold=0.11).sum((1, 2)).tolist() == [4 * 16, 0]
+
+
+def test_psnr_where_it_moves_equals_numpy() -> None:
+    """Of the mask's pixels alone, whatever stands elsewhere; NaN for an image that has none, infinite for an equal one."""
+    noisy, true = make_pairs()
+    mask = torch.rand(3, 40, 52, generator=torch.Generator().manual_seed(1)) > 0.7
+    for i, mine in enumerate(psnr_moving_db(noisy, true, mask).tolist()):
+        a, b, chosen = as_numpy(noisy[i]), as_numpy(true[i]), mask[i].numpy()
+        assert mine == pytest.approx(-10 * np.log10(np.square(a[chosen] - b[chosen]).mean()), abs=1e-4)
+    elsewhere = torch.where(mask[:, None], noisy, torch.ones_like(noisy))
+    assert torch.equal(psnr_moving_db(elsewhere, true, mask), psnr_moving_db(noisy, true, mask))
+    mask[1] = False
+    assert psnr_moving_db(noisy, true, mask).isnan().tolist() == [False, True, False]
+    assert psnr_moving_db(true, true, mask)[0] == math.inf
+    assert torch.allclose(psnr_moving_db(noisy, true, torch.ones_like(mask)), psnr_db(noisy, true))
+
+
+def test_flicker_is_what_jumps_out_of_the_course() -> None:
+    """0 for the true video, and with a steady error or fade on it; a frame of three that is off by 10 levels has 20."""
+    video = moving_square()
+    fade = torch.linspace(0, 0.3, 5).view(1, 5, 1, 1, 1)
+    for change in (0, 0.1, fade):
+        assert flicker(video + change, video).tolist() == pytest.approx([0, 0], abs=1e-4)
+    made = video.clone()[:, :3]
+    made[1, 1] += 10 * LEVEL
+    assert flicker(made, video[:, :3]).tolist() == pytest.approx([0, 20], abs=1e-4)
+    # of five frames the middle one: second differences of 10, 20 and 10
+    made = video.clone()
+    made[0, 2] -= 10 * LEVEL
+    assert flicker(made, video).tolist() == pytest.approx([40 / 3, 0], abs=1e-4)
+    # a blend that does not move is as unsteady as the true video is: numpy's own second differences
+    still = video[:, :1].expand_as(video)
+    assert flicker(still, video)[0].item() == pytest.approx(
+        np.abs(np.diff(video[0].numpy(), n=2, axis=0)).mean() * 127.5, rel=1e-5
+    )
+
+
+def test_lighting_is_measured_against_the_path_between_the_ends() -> None:
+    """None where nothing changes, or light and colour go straight from one end to the other; known drifts are found."""
+    video = moving_square()[1:].expand(3, -1, -1, -1, -1).clone()
+    video[1] += torch.linspace(0, 0.4, 5).view(5, 1, 1, 1) * torch.tensor([1.0, -0.5, 0.2]).view(3, 1, 1)
+    luma, colour = lighting_drift(video)
+    assert [*luma.tolist(), *colour.tolist()] == pytest.approx([0] * 6, abs=1e-4)
+    video[0, 1:4] += 6 * LEVEL  # all frames between are lighter: no colour
+    video[1, 2] -= 6 * LEVEL  # the middle of three is darker
+    video[2, 1:4, 2] += 9 * LEVEL  # more blue: luma 9 x 0.114, and what is left of each channel
+    luma, colour = lighting_drift(video)
+    blue = 9 * 0.114
+    assert luma.tolist() == pytest.approx([6, 2, blue], abs=1e-4)
+    assert colour.tolist() == pytest.approx([0, 0, (2 * blue + 9 - blue) / 3], abs=1e-4)
+
+
+def lpips_weights() -> dict[str, Tensor]:
+    """Weights under the names of the lpips package's own state, drawn at random."""
+    generator = torch.Generator().manual_seed(0)
+    layers = {"slice1.0": (64, 3, 11), "slice2.3": (192, 64, 5), "slice3.6": (384, 192, 3), "slice4.8": (256, 384, 3),
+              "slice5.10": (256, 256, 3)}  # fmt: skip
+    weights = {}
+    for i, (name, (channels, inputs, kernel)) in enumerate(layers.items()):
+        shape = (channels, inputs, kernel, kernel)
+        weights[f"net.{name}.weight"] = torch.randn(shape, generator=generator) / (inputs * kernel**2) ** 0.5
+        weights[f"net.{name}.bias"] = torch.randn(channels, generator=generator) * 0.1
+        weights[f"lin{i}.model.1.weight"] = torch.rand(1, channels, 1, 1, generator=generator)
+    return weights
+
+
+def test_lpips_equals_its_definition(tmp_path: Path) -> None:
+    """Zhang et al. 2018, eq. 1, on AlexNet built of torch's own layers in fp64; 0 for equal images, symmetric."""
+    weights = lpips_weights()
+    save_file(weights, tmp_path / "alex.safetensors")
+    distance = load_lpips(tmp_path / "alex.safetensors")
+    noisy, true = make_pairs()
+    # torchvision's AlexNet.features, up to the last activation
+    alexnet = nn.Sequential(
+        nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(),
+        nn.MaxPool2d(3, 2), nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(), nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(),
+    )  # fmt: skip
+    alexnet.load_state_dict({n.split(".", 2)[2]: w for n, w in weights.items() if n.startswith("net.")})
+    alexnet.double()
+    layers = {0: 1, 1: 4, 2: 7, 3: 9, 4: 11}  # the activations that are compared
+    mean, std = np.array([-0.03, -0.088, -0.188]), np.array([0.458, 0.448, 0.45])
+    for i in range(3):
+        features = []
+        for image_CHW in (noisy[i], true[i]):
+            x = torch.from_numpy((image_CHW.double().movedim(0, -1).numpy() - mean) / std).movedim(-1, 0)[None]
+            features.append([alexnet[: last + 1](x)[0].detach() for last in layers.values()])
+        expected = 0.0
+        for layer, (a, b) in enumerate(zip(*features, strict=True)):
+            unit_a, unit_b = (f / torch.linalg.vector_norm(f, dim=0) for f in (a, b))
+            apart_HW = torch.einsum(
+                "chw,c->hw", (unit_a - unit_b) ** 2, weights[f"lin{layer}.model.1.weight"][0, :, 0, 0].double()
+            )
+            expected += apart_HW.mean().item()
+        assert distance(noisy, true)[i].item() == pytest.approx(expected, rel=1e-4)
+    assert distance(true, true).tolist() == [0, 0, 0]
+    assert torch.allclose(distance(noisy, true), distance(true, noisy)) and distance(noisy, true).diff().min() > 0
+
+
+def test_other_files_are_no_lpips(tmp_path: Path) -> None:
+    """Nothing there, no safetensors, a tensor missing or of another shape: told with the way to make them."""
+    path = tmp_path / "alex.safetensors"
+    with pytest.raises(UserError, match=r"cannot read LPIPS weights from .*; make it where the lpips package is"):
+        load_lpips(path)
+    path.write_bytes(b"PK pickled")
+    with pytest.raises(UserError, match="cannot read LPIPS weights"):
+        load_lpips(path)
+    weights = lpips_weights()
+    del weights["lin4.model.1.weight"]
+    save_file(weights, path)
+    with pytest.raises(UserError, match=r"lin4\.model\.1\.weight is not there, or other"):
+        load_lpips(path)
+    save_file(lpips_weights() | {"net.slice1.0.weight": torch.zeros(64, 3, 3, 3)}, path)
+    with pytest.raises(UserError, match=r"net\.slice1\.0\.weight is not there"):
+        load_lpips(path)
