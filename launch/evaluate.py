@@ -1,32 +1,63 @@
-"""Score a run on its held-out clips: launch/evaluate.py --run runs/NAME."""
+"""Score runs on held-out clips: launch/evaluate.py --run runs/NAME [--gaps 4,8,16] [--sweep lora_scale=0,0.5,0.8,1]."""
 
 from pydantic import PositiveInt
 
-from toolkit.cli import importing, main
+from toolkit.cli import importing, main, split
+
+Names = str | tuple[str, ...] | None  # Fire makes a tuple of a,b and leaves a/x,b/y as it is
 
 
 def evaluate(
-    run: str,
+    run: Names = None,
+    adapter: Names = None,
+    gaps: PositiveInt | tuple[PositiveInt, ...] = (),
+    sweep: str | None = None,
     clips: PositiveInt | None = None,
     steps: PositiveInt | None = None,
     base: str | None = None,
+    lpips: str | None = None,
+    out: str | None = None,
     compile: bool = False,
+    json: bool = False,
+    plot: bool = False,
 ) -> None:
-    """Compare the generated middle frame with the true one, beside linear blending and the untuned base.
+    """Compare generated frames with the true ones, beside linear blending and the untuned base.
 
+    run      a run folder, or several with commas between, which are judged on the same clips
+    adapter  checkpoints or exported adapters beside the runs, with commas between
+    gaps     source frames between the two ends, with commas between: 4,8,16; default the gap that the recipe trains on
+    sweep    lora_scale=0,0.5,0.7,0.8,0.9,1, or sampler_steps, or max_guidance: each value is judged, and one recommended
     clips    held-out clips; default the recipe's
     steps    sampler steps; default the recipe's
     base     another folder of the run's base, UNet included
+    lpips    weights of LPIPS with AlexNet, as safetensors
+    out      folder for evaluation.json, report.html and samples/strip.png; default the first run's
     compile  compile the network first: minutes once, then less time a step; for many clips
+    json     print what evaluation.json holds, and nothing else
+    plot     only draw what the runs have logged so far, to samples/curves.svg; nothing is generated
     """
-    with importing():
-        from toolkit.run.evaluate import evaluate_run
+    import sys
+    from contextlib import redirect_stdout
+    from json import dumps
+    from pathlib import Path
 
-    report = evaluate_run(run, clips, steps, base, compile)
-    print(f"{'middle frame, ' + str(report['clips']) + ' held-out clips':<36}{'PSNR dB':>9}{'SSIM':>8}")
-    for name, label in (("linear", "linear blend of the two stills"), ("base", "untuned base"), ("tuned", "tuned")):
-        print(f"{label:<36}{report[f'psnr_{name}']:>9.2f}{report[f'ssim_{name}']:>8.3f}")
-    print(f"pictures: {report['strip']}  (first | generated | true | last)")
+    if plot:
+        from toolkit.run.curves import write_curves
+
+        print("\n".join(f"wrote {write_curves(Path(name))}" for name in split(run)))
+        return
+    with redirect_stdout(sys.stderr), importing():
+        from toolkit.run.evaluate import evaluate_run
+        from toolkit.run.report import to_text
+
+    with redirect_stdout(sys.stderr):
+        report = evaluate_run(split(run), clips, steps, base, compile, split(adapter), split(gaps), sweep, lpips, out)
+    if json:
+        print(dumps(report, indent=2))
+    else:
+        print(
+            f"{to_text(report)}\npictures: {report['strip']}  (first | generated | true | last)\nreport: {report['report']}"
+        )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 
-from toolkit.cli import importing, main
+from toolkit.cli import importing, main, split
 
 Rate = Annotated[float, Field(gt=0, le=1000)]
 Amount = Annotated[float, Field(ge=0, le=1000)]
@@ -76,13 +76,6 @@ def interpolate(
         compile,
     )  # fmt: skip
     print(f"wrote {written}")
-
-
-def split(value: object) -> list:
-    """A flag's value as a list: "a,b" => [a, b], (1, 2) => [1, 2], 1 => [1], None => []."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return list(value) if isinstance(value, tuple) else [] if value is None else [value]
 
 
 if __name__ == "__main__":

@@ -127,3 +127,10 @@ def refuse_unknown_flags(function: Callable[..., Any], arguments: list[str]) -> 
             near = difflib.get_close_matches(flag, parameters, 1)
             known = f"did you mean --{near[0]}?" if near else f"flags are {', '.join('--' + p for p in parameters)}"
             raise UserError(f"unknown flag --{flag}; {known}")
+
+
+def split(value: object) -> list[Any]:
+    """A flag's value as a list: "a,b" => [a, b], (1, 2) => [1, 2], 1 => [1], None => []."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return list(value) if isinstance(value, tuple) else [] if value is None else [value]

@@ -72,13 +72,13 @@ def histogram(name: str, values: np.ndarray, is_kept: np.ndarray) -> str:
     """
     if not len(values):
         return f"<figure><figcaption>{name}</figcaption><p>no clips</p></figure>"
-    step = _round_up(max(np.ptp(values) / _BINS, values.max() / 50, 0.01))
+    step = round_up(max(np.ptp(values) / _BINS, values.max() / 50, 0.01))
     bins = np.floor(values / step + 0.5).astype(int)
     spare = max(1, (10 - int(np.ptp(bins))) // 2)  # empty bars on either side, so that a single one is no wall
     first = max(0, bins.min() - spare)
     count = bins.max() + 1 + spare - first
     kept, dropped = (np.bincount(bins[chosen] - first, minlength=count) for chosen in (is_kept, ~is_kept))
-    tick = max(1, int(_round_up((kept + dropped).max() / 3)))
+    tick = max(1, int(round_up((kept + dropped).max() / 3)))
     top = math.ceil((kept + dropped).max() / tick) * tick
     left, right, ceiling, floor = 14 + 7 * len(f"{top:,}"), 316, 8, 136  # of the axes, in a picture of 320 x 156
     bar, clip = (right - left) / count, (floor - ceiling) / top
@@ -107,7 +107,7 @@ def histogram(name: str, values: np.ndarray, is_kept: np.ndarray) -> str:
     )
 
 
-def _round_up(value: float) -> float:
+def round_up(value: float) -> float:
     """The smallest of ... 0.1, 0.2, 0.5, 1, 2, 5, 10, ... that is not below a positive number."""
     power = 10.0 ** math.floor(math.log10(value))
     return next(m * power for m in (1, 2, 5, 10) if m * power >= value * (1 - 1e-9))
@@ -147,7 +147,8 @@ rect.dropped { fill: var(--dropped) }
 svg { display: block; width: 100%; max-width: 380px; margin-top: 8px }
 svg line { stroke: var(--line) }
 svg text { fill: var(--soft); font-size: 12px; text-anchor: middle }
-svg .count { text-anchor: end }
+svg .count, svg .end { text-anchor: end }
+svg .start { text-anchor: start }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 40px;
   align-items: start }
 table { width: 100%; border-collapse: collapse; margin-top: 8px; font-size: 14px }

@@ -1,12 +1,13 @@
-"""Scores a run on held-out clips: the generated middle frame against the true one, beside linear blending and the base.
+"""Scores runs and adapters on held-out clips: generated frames against the true ones, beside linear blending and the base.
 
-Test: pytest tests/run.
+Test: pytest tests/run/test_evaluate.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,84 +16,189 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from toolkit import metrics
-from toolkit.config import RunConfig
-from toolkit.data.clips import Clip, ClipSettings, load_clip
-from toolkit.data.format import BadSample
-from toolkit.data.index import open_sources
-from toolkit.data.trajectory import match_stills
 from toolkit.errors import UserError
-from toolkit.run.framer import FOUND_SCALE, Steering, to_signed, to_uint8
-from toolkit.run.inference import load_framer, read_source, recipe_sampling
+from toolkit.metrics import LPIPS_MIN_PX, lighting_drift, load_lpips
+from toolkit.run.checkpoint import replace_text
+from toolkit.run.contenders import (
+    Contender,
+    Result,
+    judge_windows,
+    list_contenders,
+    parse_sweep,
+    read_sources,
+    refuse_other_split,
+    run_contenders,
+)
+from toolkit.run.framer import to_signed, to_uint8
+from toolkit.run.inference import recipe_sampling
+from toolkit.run.judge import Windows, blend_window, compare, describe, load_held_out, load_windows, own_gap, rounded
+from toolkit.run.report import write_page
+
+__all__ = ["draw_strip", "evaluate_run", "load_held_out"]
 
 TILE_PX = 192  # height of one picture in a strip
 
 
 def evaluate_run(
-    run: str, clips: int | None = None, steps: int | None = None, base: str | None = None, compiled: bool = False
+    run: str | Sequence[str] = (),
+    clips: int | None = None,
+    steps: int | None = None,
+    base: str | None = None,
+    compiled: bool = False,
+    adapters: Sequence[str] = (),
+    gaps: Sequence[int] = (),
+    sweep: str | None = None,
+    lpips: str | None = None,
+    out: str | None = None,
 ) -> dict[str, Any]:
-    """Score the middle frame of held-out windows: linear blend, untuned base and tuned, against the true one.
+    """Score the frames between the ends of held-out windows: linear blend, untuned base and tuned, against the true ones.
 
-    Writes evaluation.json and samples/strip.png (first | generated | true | last) into the run folder.
-    returns  {clips, psnr_linear, psnr_base, psnr_tuned, ssim_linear, ssim_base, ssim_tuned, strip}
+    Writes evaluation.json, report.html and samples/strip.png (first | generated | true | last).
+    run       a run folder, or several that are judged on the first one's clips
+    clips     held-out clips at most; default the recipe's
+    steps     sampler steps; default the recipe's
+    base      another folder of the runs' base, UNet included
+    compiled  worth its minutes for many clips
+    adapters  checkpoints or exported adapters, judged beside the runs
+    gaps      source frames between the two ends; default the gap that the recipe trains on
+    sweep     FIELD=VALUE,VALUE,...: further contenders, of one run or adapter
+    lpips     weights for LPIPS, see metrics.load_lpips
+    out       folder to write to; default the first run's
+    returns   what evaluation.json holds: clips, psnr_linear, psnr_base, psnr_tuned, ssim_..., of the middle frame at the
+              first gap by the recipe's own settings, strip and report, two paths; all else by gap under "gaps"
     """
-    source = read_source(run).with_model(base=base)
+    runs = [run] if isinstance(run, str) else [*run]
+    sources = read_sources(runs, adapters, base)
+    tuned, source = next(iter(sources.items()))
     config = source.config
-    held_out = load_held_out(config, clips or config.validation.clips)
+    if not runs and out is None:
+        raise UserError("adapters alone have no folder for what is written; give --out FOLDER, or --run as well")
+    folder = Path(out or runs[0]).expanduser()
+    refuse_other_split(sources)
+    distance = None if lpips is None else load_lpips(Path(lpips).expanduser())
+    if distance is not None and min(config.data.height, config.data.width) < LPIPS_MIN_PX:
+        raise UserError(f"--lpips needs pictures of {LPIPS_MIN_PX} px or more, and the run's are smaller; leave it out")
     sampling = recipe_sampling(config)
     sampling = sampling if steps is None else replace(sampling, steps=steps)
-    steering: list[Steering] | None = None
-    if config.diffusion.control:  # as in training
-        steering = [Steering(match_stills(c.frames_THWC[0], c.frames_THWC[-1]), FOUND_SCALE) for c in held_out]
-    frames_BTCHW = torch.stack([to_signed(torch.from_numpy(c.frames_THWC)) for c in held_out])
-    middle = config.data.frames // 2  # of an even window, the later of the two
-    stills_B2CHW, true_BCHW = frames_BTCHW[:, [0, -1]], frames_BTCHW[:, middle]
-    fps_B = torch.tensor([c.fps for c in held_out])
-    motion_B = torch.tensor([c.motion for c in held_out])
-    made = {"linear": torch.lerp(stills_B2CHW[:, 0], stills_B2CHW[:, 1], middle / (config.data.frames - 1))}
-
-    def make(name: str, adapters: tuple[tuple[Path, float], ...]) -> Tensor:
-        # read for each: once an adapter is folded in, the weights without it are gone
-        framer = load_framer(replace(source, adapters=adapters), config.diffusion.control, compiled)
-        return torch.cat([
-            framer.generate_middle(
-                stills_B2CHW[i : i + 1], fps_B[i : i + 1], motion_B[i : i + 1], sampling, [i],
-                steering and steering[i : i + 1],
-            ).cpu()
-            for i in _with_bar(range(len(held_out)), f"{name} model")
-        ])  # fmt: skip
-
-    made["tuned"] = make("tuned", source.adapters)  # first: what is wrong with an adapter is told at once
-    made["base"] = make("base", ())
-    report: dict[str, Any] = {"clips": len(held_out)}
-    for metric, score in (("psnr", metrics.psnr_db), ("ssim", metrics.ssim)):
-        report |= {f"{metric}_{name}": round(score(made[name], true_BCHW).mean().item(), 4) for name in made}
-    columns = {"first": stills_B2CHW[:, 0], "generated": made["tuned"], "true": true_BCHW, "last": stills_B2CHW[:, 1]}
-    report["strip"] = str(draw_strip(Path(run) / "samples/strip.png", columns))
-    (Path(run) / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+    contenders = list_contenders(sources, sampling, sweep)
+    windows = load_windows(config, [*dict.fromkeys(gaps)] or [own_gap(config)], clips or config.validation.clips)
+    results: dict[int, dict[str, Result]] = {}
+    for gap, own in windows.items():
+        results[gap] = {"linear": judge_windows(own, (blend_window(own, i) for i in range(len(own))), distance)}
+    for label, gap, result in run_contenders(contenders, windows, distance, compiled):
+        results[gap][label] = result
+    by_gap = {str(gap): sum_up(results[gap], contenders, own, config.seed) for gap, own in windows.items()}
+    gap, own = next(iter(windows.items()))
+    report: dict[str, Any] = {"clips": len(own)}
+    for metric in ("psnr", "ssim"):
+        for name, label in (("linear", "linear"), ("base", "base"), ("tuned", tuned)):
+            report[f"{metric}_{name}"] = by_gap[str(gap)]["figures"][label][f"{metric}_middle"]["mean"]
+    first_BCHW, *_, last_BCHW = to_signed(own.frames_BTHWC).unbind(1)
+    generated_BCHW = to_signed(results[gap][tuned].middle_BHWC)
+    columns = {"first": first_BCHW, "generated": generated_BCHW, "true": true_middles(own), "last": last_BCHW}
+    report |= {
+        "strip": str(draw_strip(folder / "samples/strip.png", columns)),
+        "report": str(folder / "report.html"),
+        "sampling": vars(sampling),
+        "gaps": by_gap,
+    }
+    if sweep is not None:
+        report["sweep"] = sum_up_sweep(sweep, results, config.seed)
+    replace_text(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
+    extremes = {str(gap): draw_extremes(results[gap], own, tuned) for gap, own in windows.items()}
+    write_page(folder, [Path(name).expanduser() for name in runs], report, extremes)
     return report
 
 
-def load_held_out(config: RunConfig, clips: int) -> list[Clip]:
-    """Load the centre window of the first clips of the validation split; unusable ones are passed over."""
-    index = open_sources(config.data, "val")
-    data = config.data
-    settings = ClipSettings(data.frames, data.height, data.width, data.strides, window="centre")
-    loaded = []
-    for sample in range(len(index)):
-        try:
-            loaded.append(load_clip(index, sample, settings, config.seed, sample))
-        except BadSample as error:
-            print(f"passed over: {error}")
-        if len(loaded) == clips:
-            break
-    if not loaded:
-        where = " + ".join(config.data.sources)
-        raise UserError(f"{where} has no usable validation clip; pack more videos, or lower data.stride")
-    return loaded
+def sum_up(results: dict[str, Result], contenders: dict[str, Contender], windows: Windows, seed: int) -> dict[str, Any]:
+    """What evaluation.json holds of a gap: figures, what each contender gains on blend and base, and those of each clip."""
+    bases = [label for label, own in contenders.items() if own.base == label]
+    tuned = [label for label in contenders if label not in bases]
+    scores = {label: results[label].figures for label in ("linear", *bases, *tuned)}
+    drift = [lighting_drift(windows.true(i)) for i in range(len(windows))]
+    luma_B, colour_B = (torch.cat(parts) for parts in zip(*drift, strict=True))
+    shown = scores | {"true": {"lighting_luma": luma_B, "lighting_colour": colour_B}}
+    return {
+        "clips": len(windows),
+        "frames_between": windows.frames_BTHWC.shape[1] - 2,
+        "keys": windows.keys,
+        "figures": {
+            label: {name: describe(values_B, seed) for name, values_B in figures.items()}
+            for label, figures in shown.items()
+        },
+        "against": {
+            label: {
+                other: {name: compare(name, own_B, scores[other][name], seed) for name, own_B in scores[label].items()}
+                for other in ("linear", contenders[label].base)
+            }
+            for label in tuned
+        },
+        "per_clip": {
+            label: {name: [rounded(value) for value in values_B.tolist()] for name, values_B in figures.items()}
+            for label, figures in scores.items()
+        },
+    }
+
+
+def sum_up_sweep(sweep: str, results: dict[int, dict[str, Result]], seed: int) -> dict[str, Any]:
+    """What evaluation.json holds of a sweep: its field and values, their labels, and the value to take at each gap."""
+    field, values = parse_sweep(sweep)
+    labels = {value: f"{field} {value:g}" for value in values}
+    recommended = {}
+    for gap, own in results.items():
+        figure = main_figure(own)
+        recommended[str(gap)] = recommend({value: own[label].figures[figure] for value, label in labels.items()}, seed)
+    return {"field": field, "values": values, "labels": list(labels.values()), "recommended": recommended}
+
+
+def recommend(values: dict[float, Tensor], seed: int) -> float:
+    """The smallest value that is not worse than the best beyond the noise of the clips.
+
+    values  {value: (B,) in dB}; not worse is one whose difference from the best, clip by clip, is 0 within its 95 % interval
+    """
+    means = {value: own_B[own_B.isfinite()].mean().nan_to_num(-math.inf).item() for value, own_B in values.items()}
+    best = max(means, key=means.__getitem__)
+    for value in sorted(values):
+        low = describe(values[best] - values[value], seed)["low"]
+        if value == best or (low is not None and low <= 0):
+            return value
+    return best
+
+
+def main_figure(results: dict[str, Result]) -> str:
+    """What clips are ranked by: PSNR where it moves, or of the whole frames where no clip moves."""
+    return "psnr_moving" if results["linear"].figures["psnr_moving"].isfinite().any() else "psnr"
+
+
+def draw_extremes(results: dict[str, Result], windows: Windows, tuned: str) -> Image.Image:
+    """Draw the middle frames of the clips in which the tuned network gains most and least on the base."""
+    figure = main_figure(results)
+    gain_B = (results[tuned].figures[figure] - results["base"].figures[figure]).nan_to_num(0, 0, 0)
+    rows = list(dict.fromkeys([int(gain_B.argmax()), int(gain_B.argmin())]))
+    ends_BTCHW = to_signed(windows.frames_BTHWC[rows])
+    middles = {label: to_signed(results[label].middle_BHWC[rows]) for label in ("linear", "base", tuned)}
+    columns = {"first": ends_BTCHW[:, 0], **middles, "true": true_middles(windows)[rows], "last": ends_BTCHW[:, -1]}
+    captions = [
+        f"{name} gain, {windows.keys[row]}: "
+        + ", ".join(f"{label} {results[label].figures[figure][row]:.2f} dB" for label in ("linear", "base", tuned))
+        for name, row in zip(("largest", "smallest"), rows, strict=False)
+    ]
+    return compose_strip(columns, captions)
+
+
+def true_middles(windows: Windows) -> Tensor:
+    """The true middle frames, the later of two, (B, 3, H, W) in [-1, 1]."""
+    return to_signed(windows.frames_BTHWC[:, windows.frames_BTHWC.shape[1] // 2])
 
 
 def draw_strip(path: Path, columns: dict[str, Tensor], captions: Sequence[str] = ()) -> Path:
+    """Write labelled columns of pictures to a file; see compose_strip."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    compose_strip(columns, captions).save(path)
+    return path
+
+
+def compose_strip(columns: dict[str, Tensor], captions: Sequence[str] = ()) -> Image.Image:
     """Draw labelled columns of pictures, a row per clip.
 
     columns   {label: (B, 3, H, W) in [-1, 1]}
@@ -111,12 +217,4 @@ def draw_strip(path: Path, columns: dict[str, Tensor], captions: Sequence[str] =
         for row, picture in enumerate(to_uint8(images_BCHW).numpy()):
             tile = Image.fromarray(picture).resize((tile_width_px, TILE_PX), Image.Resampling.BICUBIC)
             sheet.paste(tile, (left, heading_px + row * row_px + caption_px))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-    return path
-
-
-def _with_bar(items: range, label: str) -> Iterable[int]:
-    from tqdm import tqdm
-
-    return tqdm(items, desc=label, unit="clip")
+    return sheet

@@ -1,0 +1,78 @@
+"""Charts show what was logged, where it belongs. Run: pytest tests/run/test_curves.py"""
+
+import json
+import math
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from toolkit.errors import UserError
+from toolkit.run.curves import Point, chart, thin, training_charts, write_curves
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def lines_of(drawn: str) -> list[list[tuple[float, float]]]:
+    """The lines of a chart, as places in the picture."""
+    lines = ElementTree.fromstring(drawn).iter(f"{SVG}polyline")
+    return [[tuple(map(float, place.split(","))) for place in line.get("points").split()] for line in lines]
+
+
+def texts_of(drawn: str) -> list[str]:
+    return [text.text for text in ElementTree.fromstring(drawn).iter(f"{SVG}text")]
+
+
+def test_lines_lie_on_their_axes() -> None:
+    """Places are affine in x and y, up is more, and the numbers at the axes reach round all of them."""
+    drawn = chart("a < b", {"one": [Point(0, 1.5), Point(4, 2.0)], "two & three": [Point(2, 3.0)]}, "step")
+    (a, b), (c,) = lines_of(drawn)
+    assert a[0] < c[0] < b[0] and c[0] == pytest.approx((a[0] + b[0]) / 2, abs=0.1)
+    assert a[1] > b[1] > c[1] and (a[1] - b[1]) * 2 == pytest.approx(b[1] - c[1], abs=0.3)
+    texts = texts_of(drawn)
+    assert {"a < b", "one", "two & three", "step", "0", "2", "4", "1.5", "3"} <= set(texts)
+
+
+def test_intervals_are_bars() -> None:
+    """From low to high at the point's own place; a point without one has none."""
+    drawn = chart("", {"one": [Point(0, 2.0, 1.0, 3.0), Point(1, 2.0)]}, "step")
+    line, bar = lines_of(drawn)
+    assert {place[0] for place in bar} == {line[0][0]}
+    assert line[0][1] == pytest.approx((bar[0][1] + bar[1][1]) / 2, abs=0.1) and bar[0][1] > bar[1][1]
+
+
+def test_flat_lines_and_single_points_are_drawn() -> None:
+    """Nothing is divided by no range; nothing at all is no chart."""
+    for line in ([Point(3, 0.0)], [Point(0, 7.0), Point(1, 7.0)], [Point(1, -1e6)]):
+        for x, y in lines_of(chart("", {"flat": line}, ""))[0]:
+            assert 0 <= x <= 380 and 0 <= y <= 240
+    assert chart("", {"none": []}, "") == ""
+
+
+def test_long_logs_are_averaged() -> None:
+    """Each point of a thinned line is the mean of its share; what is missing or not finite does not count."""
+    values = [(float(i), i % 2 + 0.0) for i in range(1000)] + [(1000.0, None), (1001.0, math.nan)]
+    points = thin(values)
+    assert len(points) == 200 and points[0] == Point(2.0, 0.4) and points[-1] == Point(997.0, 0.6)
+    assert thin([(1, None)]) == [] and thin([(1, 5.0)]) == [Point(1, 5.0)]
+
+
+def test_a_run_is_drawn_from_its_log(tmp_path: Path) -> None:
+    """Loss, baseline and held-out loss in one chart, a chart for each figure of its validation; all in one file."""
+    with pytest.raises(UserError, match="has logged no step yet"):
+        write_curves(tmp_path)
+    rows = [
+        {"step": i, "loss": 1 / i, "zero_baseline": 1.0} | ({"validation_loss": 0.5} if i == 4 else {})
+        for i in (1, 2, 4)
+    ]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "lo')
+    (drawn,) = training_charts(tmp_path)
+    assert [len(line) for line in lines_of(drawn)] == [3, 3, 1]
+    assert {"loss", "zero prediction", "held-out"} <= set(texts_of(drawn))
+    row = {"step": 2, "psnr_moving": {"linear": 20.0, "tuned": 21.0}, "ssim": {"tuned": None}}
+    (tmp_path / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    assert [len(lines_of(drawn)) for drawn in training_charts(tmp_path)] == [3, 2]
+    written = write_curves(tmp_path)
+    assert written == tmp_path / "samples/curves.svg"
+    inner = [element for element in ElementTree.parse(written).getroot() if element.tag == f"{SVG}svg"]
+    assert [element.get("y") for element in inner] == ["0", "240"]

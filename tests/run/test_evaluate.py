@@ -1,0 +1,260 @@
+"""Runs are judged on equal terms, and what is found can be read. Run: pytest tests/run/test_evaluate.py"""
+
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from launch.evaluate import evaluate
+from tests.data.test_report import Page
+from tests.launching import train_here
+from tests.test_metrics import lpips_weights
+from toolkit.config import load_config
+from toolkit.data.pack import pack
+from toolkit.data.synth import synth
+from toolkit.errors import UserError
+from toolkit.run import contenders as contenders_module
+from toolkit.run.contenders import list_contenders, read_sources
+from toolkit.run.evaluate import TILE_PX, evaluate_run, recommend
+from toolkit.run.framer import Sampling
+from toolkit.run.inference import load_framer, read_source
+from toolkit.run.report import to_text
+
+SWEEP = "lora_scale=0,0.5,1"
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Overrides of two steps of a clip layout in this process, at a rate that shows."""
+    return tiny_run | {
+        "engine.kind": "plain", "engine.precision": "fp32", "engine.micro_batch": 4, "schedule.steps": 2,
+        "diffusion.layout": "framer_clip", "data.frames": 5, "optimizer.lr": 0.01, "checkpoint.every_steps": 1,
+        "runs_dir": str(tmp_path_factory.mktemp("judged")),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(settings: dict[str, Any]) -> Path:
+    """That run's folder; what is written goes elsewhere."""
+    return train_here(settings | {"name": "trained"})
+
+
+@pytest.fixture(scope="module")
+def judged(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[tuple]]:
+    """The folder of its evaluation at two gaps with a sweep, what was returned, and the adapters of each network loaded."""
+    folder, loaded = tmp_path_factory.mktemp("evaluation"), []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def counted(source: Any, *rest: Any) -> Any:
+            loaded.append(source.adapters)
+            return load_framer(source, *rest)
+
+        patch.setattr(contenders_module, "load_framer", counted)
+        report = evaluate_run(str(trained), steps=1, gaps=[4, 8], sweep=SWEEP, out=str(folder))
+    return folder, report, loaded
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refused is refused before any weight is read."""
+    monkeypatch.setattr("toolkit.run.inference.load_base", lambda *_, **__: 1 / 0)
+
+
+def test_a_scale_of_zero_is_the_base_and_of_one_the_tuned(judged: tuple[Path, dict[str, Any], list[tuple]]) -> None:
+    """To the bit, without being generated twice: three sets of weights are read for six contenders."""
+    _, report, loaded = judged
+    assert sorted(weight for adapters in loaded for _, weight in adapters) == [0.5, 1.0] and loaded.count(()) == 1
+    for own in report["gaps"].values():
+        clips, figures = own["per_clip"], own["figures"]
+        assert clips["lora_scale 0"] == clips["base"] and clips["lora_scale 1"] == clips["tuned"]
+        assert figures["lora_scale 0.5"] not in (figures["base"], figures["tuned"])
+        assert list(figures) == ["linear", "base", "tuned", *report["sweep"]["labels"], "true"]
+
+
+def test_scores_add_up(judged: tuple[Path, dict[str, Any], list[tuple]]) -> None:
+    """A mean is that of the clips, a gain the mean difference clip by clip; the head is the first gap's middle frame."""
+    _, report, _ = judged
+    assert list(report["gaps"]) == ["4", "8"] and report["clips"] == 2
+    for own in report["gaps"].values():
+        assert own["frames_between"] == 3 and len(own["keys"]) == own["clips"] == 2
+        for label, clips in own["per_clip"].items():
+            for name, values in clips.items():
+                assert own["figures"][label][name]["mean"] == pytest.approx(np.mean(values), abs=1e-3)
+        for other in ("base", "linear"):
+            gain = own["against"]["tuned"][other]["psnr_moving"]
+            differences = np.subtract(*(own["per_clip"][label]["psnr_moving"] for label in ("tuned", other)))
+            assert gain["mean"] == pytest.approx(differences.mean(), abs=1e-3) != 0
+            assert gain["improved"] == (differences > 0).sum() and gain["low"] <= gain["mean"] <= gain["high"]
+    for metric in ("psnr", "ssim"):
+        for name in ("linear", "base", "tuned"):
+            assert report[f"{metric}_{name}"] == report["gaps"]["4"]["figures"][name][f"{metric}_middle"]["mean"]
+
+
+def test_what_is_written_is_whole(judged: tuple[Path, dict[str, Any], list[tuple]]) -> None:
+    """evaluation.json is what was returned; the page is well formed and loads nothing; its pictures show the clips."""
+    folder, report, _ = judged
+    assert json.loads((folder / "evaluation.json").read_text()) == report
+    with Image.open(report["strip"]) as strip:
+        assert strip.size == (4 * (TILE_PX + 4), 20 + 2 * (TILE_PX + 4))
+    page = Page((folder / "report.html").read_text())
+    assert not page.of("script", "link", "iframe") and all(image["src"].startswith("data:") for image in page.of("img"))
+    assert len(page.pictures) == 2
+    for picture in page.pictures:
+        with Image.open(io.BytesIO(picture)) as sheet:
+            assert sheet.width == 6 * (TILE_PX + 4)
+    # six figures, no LPIPS, over the gap and over the scale, and the training's loss
+    assert len(page.of("svg")) == 2 * 6 + 1
+    text = page.text
+    for word in (
+        "linear blend",
+        "untuned base",
+        "true frames",
+        "Recommended lora_scale",
+        "0 lies in the 95 % interval",
+    ):
+        assert word in text
+    table = to_text(report)
+    assert table.count("tuned against untuned base: moving PSNR") == table.count("recommended lora_scale: ") == 2
+
+
+def test_the_command_prints_one_object(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --json stdout is what evaluation.json holds, and nothing else; --plot only draws."""
+    out = str(tmp_path)
+    evaluate(run=str(trained), steps=1, clips=1, out=out, json=True)
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "evaluation.json").read_text())
+    assert not (trained / "evaluation.json").exists()
+    evaluate(run=str(trained), plot=True)
+    assert capsys.readouterr().out == f"wrote {trained}/samples/curves.svg\n"
+
+
+def test_runs_and_checkpoints_are_judged_on_the_same_clips(
+    settings: dict[str, Any], trained: Path, tmp_path: Path
+) -> None:
+    """Each by its name, with one base for those that are fed alike and one for each that is not, and LPIPS where given."""
+    scaled = train_here(settings | {"name": "scaled", "diffusion.scale_conditioning": True, "schedule.steps": 1})
+    save_file(lpips_weights(), tmp_path / "alex.safetensors")
+    first = trained / "checkpoints/step_000001"
+    report = evaluate_run(
+        [str(trained), str(scaled)], 1, 1, adapters=[str(first)], lpips=str(tmp_path / "alex.safetensors"), out=str(tmp_path)
+    )  # fmt: skip
+    (own,) = report["gaps"].values()
+    assert list(own["figures"]) == ["linear", "base", "base of scaled", "trained", "scaled", "step_000001", "true"]
+    assert {label: list(others) for label, others in own["against"].items()} == {
+        "trained": ["linear", "base"], "scaled": ["linear", "base of scaled"], "step_000001": ["linear", "base"],
+    }  # fmt: skip
+    psnr = {label: clips["psnr"] for label, clips in own["per_clip"].items()}
+    assert len({tuple(values) for values in psnr.values()}) == 6
+    assert all(own["figures"][label]["lpips"]["mean"] > 0 for label in psnr)
+    assert report["psnr_tuned"] == own["figures"]["trained"]["psnr_middle"]["mean"]
+
+
+def test_a_run_without_adapter_is_its_own_base(trained: Path) -> None:
+    """Whole weights have no scale to sweep; the other fields can be."""
+    source = replace(read_source(str(trained)), adapters=())
+    with pytest.raises(UserError, match="lora_scale is for adapters, and this run trained whole weights"):
+        list_contenders({"tuned": source}, Sampling(), SWEEP)
+    contenders = list_contenders({"tuned": source}, Sampling(), "sampler_steps=2,4")
+    assert list(contenders) == ["tuned", "sampler_steps 2", "sampler_steps 4", "base"]
+    assert [own.sampling.steps for own in contenders.values()] == [25, 2, 4, 25]
+
+
+def test_what_is_drawn_is_the_same_for_all(trained: Path, settings: dict[str, Any]) -> None:
+    """A second run of another seed is judged with the first one's noise."""
+    other = train_here(settings | {"name": "other_seed", "seed": 5, "schedule.steps": 1})
+    sources = read_sources([str(trained), str(other)], (), None)
+    assert {own.config.seed for own in sources.values()} == {load_config(trained / "config.yaml").seed}
+
+
+def test_the_recommended_value_is_the_smallest_within_the_noise() -> None:
+    """Not the best itself where a smaller one is as good on these clips; one that is worse on each clip alike is not."""
+    best = torch.tensor([20.0, 24.0, 22.0, 28.0])
+    noise = torch.tensor([0.3, -0.2, 0.25, -0.3])
+    values = {0.0: best - 2 + noise, 0.5: best - 0.5, 0.7: best - 0.02 + noise, 1.0: best}
+    assert recommend(values, seed=0) == 0.7
+    assert recommend({value: values[value] for value in (0.5, 1.0)}, 0) == 1.0
+    assert recommend(dict.fromkeys((0.0, 0.5, 1.0), best), 0) == 0.0
+    # of one clip no noise is known: the best
+    assert recommend({0.0: best[:1] - 0.01, 1.0: best[:1]}, 0) == 1.0
+    assert recommend({0.0: best[:1] * torch.nan, 1.0: best[:1]}, 0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"run": ()}, "nothing to evaluate; give --run"),
+        ({"sweep": "lora_scal=0,1"}, r"--sweep lora_scal: did you mean lora_scale\? What can be swept is lora_"),
+        ({"sweep": "guidance=2"}, r"--sweep guidance: did you mean max_guidance\?"),
+        ({"sweep": "lora_scale=low,high"}, "--sweep lora_scale=low,high: give numbers with commas between"),
+        ({"sweep": "lora_scale"}, "give numbers with commas between"),
+        ({"sweep": "sampler_steps=2.5"}, "steps are whole numbers"),
+        ({"sweep": "sampler_steps=0"}, "0 sampler steps"),
+        ({"sweep": "max_guidance=0.5"}, "between min_guidance 1 and 30"),
+        ({"gaps": [4, 6]}, "gap of 6 source frames .* take a multiple of 4, such as"),
+        ({"gaps": [4, 400]}, "no held-out clip of .* reaches over a gap of 400 source frames: the longest has"),
+        ({"lpips": "nowhere.safetensors"}, "cannot read LPIPS weights from nowhere.safetensors: .*; make it"),
+    ],
+)  # fmt: skip
+def test_wrong_options_are_refused(trained: Path, no_network: None, options: dict[str, Any], message: str) -> None:
+    """In one sentence, before the weights are read; nothing is written."""
+    with pytest.raises(UserError, match=message):
+        evaluate_run(**{"run": str(trained), **options})
+    assert not (trained / "evaluation.json").exists()
+
+
+def test_adapters_alone_need_a_place(trained: Path, no_network: None) -> None:
+    """And none is judged twice; a sweep is of one."""
+    first = str(trained / "checkpoints/step_000001")
+    with pytest.raises(UserError, match="adapters alone have no folder .*; give --out FOLDER"):
+        evaluate_run(adapters=[first])
+    with pytest.raises(UserError, match=f"{first} is given twice"):
+        evaluate_run(str(trained), adapters=[first, first])
+    with pytest.raises(UserError, match="--sweep is for one run or adapter"):
+        evaluate_run(str(trained), adapters=[first], sweep=SWEEP)
+
+
+def test_runs_of_other_splits_are_refused(
+    settings: dict[str, Any], trained: Path, tiny_shards: Path, tmp_path: Path, no_network: None
+) -> None:
+    """Other frames, sizes, layout or held-out clips: named with both values. The same clips elsewhere are the same."""
+    other = Path(shutil.copytree(trained, tmp_path / "other"))
+    text = (other / "config.yaml").read_text()
+    synth(tmp_path / "videos", clips=4, seconds=0.5, size=32, seed=9)
+    pack(tmp_path / "videos", tmp_path / "shards")
+    shutil.copytree(tiny_shards, tmp_path / "moved")
+    changes = {
+        "frames: 5>frames: 7": r"data\.frames is 5 and 7",
+        "width: 32>width: 40": r"data\.width is 32 and 40",
+        "layout: framer_clip>layout: spec_middle": r"diffusion\.layout is framer_clip and spec_middle",
+        f"shards: {tiny_shards}>shards: {tmp_path}/shards": f"the held-out clips of {tiny_shards} and {tmp_path}/sh",
+    }
+    for change, message in changes.items():
+        old, new = change.split(">")
+        assert old in text
+        (other / "config.yaml").write_text(text.replace(old, new))
+        with pytest.raises(UserError, match=rf"trained and other cannot be judged together: .*{message}"):
+            evaluate_run([str(trained), str(other)])
+    (other / "config.yaml").write_text(text.replace(f"shards: {tiny_shards}", f"shards: {tmp_path}/moved"))
+    with pytest.raises(ZeroDivisionError):  # nothing but the weights is missing
+        evaluate_run([str(trained), str(other)])
+
+
+def test_nothing_held_out_is_told(trained: Path, tiny_shards: Path, tmp_path: Path, no_network: None) -> None:
+    """Shards without a validation split."""
+    shards, run = (
+        Path(shutil.copytree(tiny_shards, tmp_path / "shards")),
+        Path(shutil.copytree(trained, tmp_path / "run")),
+    )
+    for path in shards.glob("val-*"):
+        path.unlink()
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(tiny_shards), str(shards)))
+    with pytest.raises(UserError, match="holds no val shards among its .*; pack at least two videos"):
+        evaluate_run(str(run))

@@ -1,0 +1,136 @@
+"""Line charts as SVG, and those of a training run from its log, without TensorBoard.
+
+Test: pytest tests/run/test_curves.py
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+from toolkit.data.page import number, round_up
+from toolkit.errors import UserError
+from toolkit.run.checkpoint import replace_text
+from toolkit.run.monitor import read_log
+
+WIDTH, HEIGHT = 380, 240  # of a chart
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 366, 30, 176  # of its axes
+_COLOURS = ("#2f6db0", "#c2571a", "#3a8f4d", "#8d55b5", "#b08500", "#c0392b", "#5f7d8c", "#cf5c9c")
+_MOST_POINTS = 200  # of a line: a long log is averaged to so many
+
+
+class Point(NamedTuple):
+    """A place on a line, with the interval of y where there is one."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+def chart(title: str, lines: Mapping[str, Sequence[Point]], axis: str) -> str:
+    """Draw lines over a common axis, with bars for intervals, as an SVG element; empty where there is no point.
+
+    lines  by their names
+    axis   what x is
+    """
+    lines = {name: line for name, line in lines.items() if line}
+    points = [point for line in lines.values() for point in line]
+    if not points:
+        return ""
+    xs = sorted({point.x for point in points})
+    values = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
+    x_ticks = xs if len(xs) <= 8 else _ticks(xs[0], xs[-1], 5)
+    y_ticks = _ticks(min(values), max(values), 4)
+    x_low, x_high = min(*x_ticks, xs[0]), max(*x_ticks, xs[-1], xs[0] + 1e-9)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across, up = (x - x_low) / (x_high - x_low), (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return _LEFT + across * (_RIGHT - _LEFT), _BOTTOM - up * (_BOTTOM - _TOP)
+
+    marks = [_text(_LEFT, 16, title, "start")]
+    for tick in y_ticks:
+        _, y = place(x_low, tick)
+        marks.append(f'<line x1="{_LEFT}" x2="{_RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#bbb"/>')
+        marks.append(_text(_LEFT - 6, y + 4, f"{tick:.6g}", "end"))
+    marks += [_text(place(tick, y_ticks[0])[0], _BOTTOM + 16, f"{tick:,.6g}", "middle") for tick in x_ticks]
+    marks.append(_text((_LEFT + _RIGHT) / 2, _BOTTOM + 32, axis, "middle"))
+    across = max(84, (_RIGHT - _LEFT) // min(4, len(lines)))
+    for i, (name, line) in enumerate(lines.items()):
+        colour = _COLOURS[i % len(_COLOURS)]
+        path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y, *_ in line)
+        marks.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for x, y, low, high in line if len(line) <= 20 else ():
+            left, top = place(x, y)
+            marks.append(
+                f'<circle cx="{left:.1f}" cy="{top:.1f}" r="3" fill="{colour}"><title>{number(y)}</title></circle>'
+            )
+            if low is not None and high is not None:
+                ends = " ".join("{:.1f},{:.1f}".format(*place(x, end)) for end in (low, high))
+                marks.append(f'<polyline points="{ends}" stroke="{colour}" stroke-opacity="0.6"/>')
+        left, top = _LEFT + i % 4 * across, _BOTTOM + 40 + i // 4 * 14
+        marks.append(
+            f'<rect x="{left}" y="{top}" width="9" height="9" fill="{colour}"/>'
+            + _text(left + 13, top + 9, name, "start")
+        )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="11" '
+        f'role="img" aria-label="{escape(title)}">{"".join(marks)}</svg>'
+    )
+
+
+def training_charts(run: Path) -> list[str]:
+    """Charts of what a run has logged so far: the loss beside its baseline, and the figures of its validation."""
+    rows = read_log(run / "log.jsonl")
+    losses = {"loss": "loss", "zero prediction": "zero_baseline", "held-out": "validation_loss"}
+    charts = [
+        chart(
+            "loss", {name: thin([(row["step"], row.get(key)) for row in rows]) for name, key in losses.items()}, "step"
+        )
+    ]
+    figures: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
+    for row in read_log(run / "validation.jsonl"):
+        for figure, contenders in row.items():
+            for name, value in contenders.items() if isinstance(contenders, dict) else ():
+                figures.setdefault(figure, {}).setdefault(name, []).append((row["step"], value))
+    charts += [
+        chart(figure, {name: thin(line) for name, line in lines.items()}, "step") for figure, lines in figures.items()
+    ]
+    return [drawn for drawn in charts if drawn]
+
+
+def thin(values: Sequence[tuple[float, float | None]]) -> list[Point]:
+    """Points of what is there, averaged to at most _MOST_POINTS."""
+    there = [(x, y) for x, y in values if y is not None and math.isfinite(y)]
+    size = math.ceil(len(there) / _MOST_POINTS) or 1
+    groups = [there[i : i + size] for i in range(0, len(there), size)]
+    return [Point(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def write_curves(run: Path) -> Path:
+    """Write a run's charts to samples/curves.svg, which any browser shows."""
+    charts = training_charts(run)
+    if not charts:
+        raise UserError(f"{run} has logged no step yet (log.jsonl); train it first")
+    placed = [drawn.replace("<svg ", f'<svg y="{i * HEIGHT}" height="{HEIGHT}" ', 1) for i, drawn in enumerate(charts)]
+    path = run / "samples/curves.svg"
+    path.parent.mkdir(exist_ok=True)
+    size = f'width="{2 * WIDTH}" height="{2 * HEIGHT * len(charts)}" viewBox="0 0 {WIDTH} {HEIGHT * len(charts)}"'
+    white = '<rect width="100%" height="100%" fill="white"/>'
+    replace_text(path, f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{white}{"".join(placed)}</svg>\n')
+    return path
+
+
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` round numbers that reach from low or below to high or above."""
+    step = round_up(max((high - low) / count, abs(high) * 1e-3, 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, max(last, first + 1) + 1)]
+
+
+def _text(x: float, y: float, words: str, anchor: str) -> str:
+    # the class is for a page's style, which comes before the attribute
+    return f'<text class="{anchor}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="#555">{escape(words)}</text>'

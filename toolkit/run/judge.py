@@ -1,0 +1,225 @@
+"""How well held-out windows are filled: which windows, their generated frames, and figures with intervals.
+
+Test: pytest tests/run/test_judge.py. Training and launch/evaluate.py both judge by this. The true frames between the two
+ends exist, so each figure compares with them; a contender is a linear blend, the untuned base, or a tuned network.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from toolkit import metrics
+from toolkit.config import RunConfig
+from toolkit.data.clips import Clip, ClipSettings, load_clip
+from toolkit.data.format import BadSample
+from toolkit.data.index import open_sources
+from toolkit.data.trajectory import match_stills
+from toolkit.errors import UserError
+from toolkit.rng import rng
+from toolkit.run.framer import FOUND_SCALE, Framer, Sampling, Steering, to_signed
+
+RESAMPLES = 2000  # of the clips, for an interval
+
+
+class Figure(NamedTuple):
+    label: str
+    unit: str
+    sign: int  # 1 where more is better, -1 where less is
+    digits: int = 2  # worth showing
+
+
+# of all frames between the ends; those of the middle frame alone are named psnr_middle and so on
+FIGURES = {
+    "psnr_moving": Figure("moving PSNR", "dB", 1),
+    "psnr": Figure("PSNR", "dB", 1),
+    "ssim": Figure("SSIM", "", 1, 3),
+    "lpips": Figure("LPIPS", "", -1, 3),
+    "flicker": Figure("flicker", "levels", -1),
+    "lighting_luma": Figure("luma drift", "levels", -1),
+    "lighting_colour": Figure("colour drift", "levels", -1),
+}
+
+
+def find_figure(name: str) -> Figure:
+    """What a name of `score` means."""
+    figure = FIGURES[name.removesuffix("_middle")]
+    return figure._replace(label=f"middle {figure.label}") if name.endswith("_middle") else figure
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Held-out windows whose ends lie `gap` source frames apart.
+
+    frames_BTHWC  uint8: the two ends, and between them the frames that the layout generates
+    """
+
+    gap: int
+    keys: list[str]
+    frames_BTHWC: Tensor
+    fps_B: Tensor
+    motion_B: Tensor
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def true(self, i: int) -> Tensor:
+        """Window i as a batch of one, (1, T, 3, H, W) in [-1, 1]."""
+        return to_signed(self.frames_BTHWC[i : i + 1])
+
+
+def own_gap(config: RunConfig) -> int:
+    """The gap that a recipe trains on."""
+    return config.data.stride * (config.data.frames - 1)
+
+
+def load_windows(config: RunConfig, gaps: Sequence[int], clips: int) -> dict[int, Windows]:
+    """Load the centre window of held-out clips for each gap, of the same clips for all: the first that the longest fits.
+
+    gaps    in source frames between the two ends; each a multiple of data.frames - 1, the steps of a window
+    clips   at most
+    raises  UserError for a gap that does not divide, or that is too long for every clip
+    """
+    window, steps = config.data.frames, config.data.frames - 1
+    for gap in gaps:
+        if gap < steps or gap % steps:
+            near = max(1, round(gap / steps)) * steps
+            raise UserError(
+                f"a gap of {gap} source frames cannot be filled by windows of data.frames {window}; take a multiple of "
+                f"{steps}, such as {near}"
+            )
+    loaded = _load_clips(config, gaps, clips)
+    places = [0, window // 2, steps] if config.diffusion.layout == "spec_middle" else list(range(window))
+    return {
+        gap: Windows(
+            gap,
+            [clip.key for clip in own],
+            torch.stack([torch.from_numpy(clip.frames_THWC[places]) for clip in own]),
+            torch.tensor([clip.fps for clip in own]),
+            torch.tensor([clip.motion for clip in own]),
+        )
+        for gap, own in zip(gaps, zip(*loaded, strict=True), strict=True)
+    }
+
+
+def load_held_out(config: RunConfig, clips: int) -> list[Clip]:
+    """Load the centre window of the first clips of the validation split, cut as training cuts them."""
+    return [clip for (clip,) in _load_clips(config, [own_gap(config)], clips)]
+
+
+def _load_clips(config: RunConfig, gaps: Sequence[int], clips: int) -> list[list[Clip]]:
+    """Of each clip its centre window for each gap; clips that are too short or cannot be read are passed over."""
+    index, data, where = open_sources(config.data, "val"), config.data, " + ".join(config.data.sources)
+    longest = max(row.clip.frames for row in index.rows)
+    if longest <= max(gaps):
+        raise UserError(
+            f"no held-out clip of {where} reaches over a gap of {max(gaps)} source frames: the longest has {longest}, "
+            f"for gaps up to {longest - 1}; ask for less (--gaps, or data.stride), or pack longer clips"
+        )
+    loaded, short = [], 0
+    for sample, row in enumerate(index.rows):
+        if row.clip.frames <= max(gaps):
+            short += 1
+            continue
+        try:
+            loaded.append([
+                load_clip(
+                    index, sample,
+                    ClipSettings(data.frames, data.height, data.width, (gap // (data.frames - 1),), window="centre"),
+                    config.seed, sample,
+                )
+                for gap in gaps
+            ])  # fmt: skip
+        except BadSample as error:
+            print(f"passed over: {error}", file=sys.stderr)
+        if len(loaded) == clips:
+            break
+    if short:
+        print(f"passed over {short} held-out clips that are shorter than {max(gaps) + 1} frames", file=sys.stderr)
+    if not loaded:
+        raise UserError(f"{where} has no usable validation clip; pack more videos, or lower data.stride")
+    return loaded
+
+
+@torch.no_grad()
+def make_window(framer: Framer, windows: Windows, i: int, sampling: Sampling) -> Tensor:
+    """Generate the frames between the ends of window i, with noise that depends on i alone, not on who generates.
+
+    returns  (1, T, 3, H, W) as they are shown, in [-1, 1]; the ends are the true ones
+    """
+    stills_B2CHW = windows.true(i)[:, [0, -1]]
+    steering = None
+    if framer.settings.control:  # as in training
+        first, last = windows.frames_BTHWC[i, [0, -1]].numpy()
+        steering = [Steering(match_stills(first, last), FOUND_SCALE)]
+    fps_B, motion_B = windows.fps_B[i : i + 1], windows.motion_B[i : i + 1]
+    made_BTCHW = framer.generate(stills_B2CHW, fps_B, motion_B, sampling, [i], steering).cpu().clamp(-1, 1)
+    between_BTCHW = made_BTCHW if framer.layout.frames == 1 else made_BTCHW[:, 1:-1]
+    return torch.cat([stills_B2CHW[:, :1], between_BTCHW, stills_B2CHW[:, 1:]], 1)
+
+
+def blend_window(windows: Windows, i: int) -> Tensor:
+    """Blend the ends of window i linearly, as make_window generates."""
+    true_BTCHW = windows.true(i)
+    time_T111 = torch.linspace(0, 1, true_BTCHW.shape[1]).view(-1, 1, 1, 1)
+    return torch.lerp(true_BTCHW[:, :1], true_BTCHW[:, -1:], time_T111)
+
+
+def score(made_BTCHW: Tensor, true_BTCHW: Tensor, lpips: metrics.Distance | None = None) -> dict[str, Tensor]:
+    """Score the frames between the ends of windows against the true ones.
+
+    made, true  (B, T, 3, H, W) in [-1, 1], both with their ends
+    returns     {figure: (B,)}: those of FIGURES, lpips only where it is given, flicker only where more than one frame is
+                between; the mean over the frames, and of the middle frame, the later of two, as psnr_middle and so on.
+                NaN for psnr_moving where nothing moves
+    """
+    clips, between = true_BTCHW.shape[0], true_BTCHW.shape[1] - 2
+    moving_NHW = metrics.moving_mask(true_BTCHW).repeat_interleave(between, 0)
+    made_NCHW, true_NCHW = (frames[:, 1:-1].flatten(0, 1) for frames in (made_BTCHW, true_BTCHW))
+    of_frames = {
+        "psnr_moving": metrics.psnr_moving_db(made_NCHW, true_NCHW, moving_NHW),
+        "psnr": metrics.psnr_db(made_NCHW, true_NCHW),
+        "ssim": metrics.ssim(made_NCHW, true_NCHW),
+    }
+    if lpips is not None:
+        of_frames["lpips"] = lpips(made_NCHW, true_NCHW)
+    of_clips = {name: values_N.view(clips, between) for name, values_N in of_frames.items()}
+    figures = {name: values_BT.mean(1) for name, values_BT in of_clips.items()}
+    figures |= {f"{name}_middle": values_BT[:, between // 2] for name, values_BT in of_clips.items()}
+    if between > 1:
+        figures["flicker"] = metrics.flicker(made_BTCHW, true_BTCHW)
+    figures["lighting_luma"], figures["lighting_colour"] = metrics.lighting_drift(made_BTCHW)
+    return figures
+
+
+def describe(values_B: Tensor, seed: int) -> dict[str, Any]:
+    """The mean of a figure over clips with its 95 % interval; clips where it is not finite do not count.
+
+    returns  {mean, low, high, clips}; None for a number that cannot be given: none for no clip, no interval for one
+    source   percentile bootstrap (Efron 1979): the clips are drawn anew, RESAMPLES times, by the seed
+    """
+    values = values_B[values_B.isfinite()].double()
+    clips = len(values)
+    low = high = math.nan
+    if clips > 1:
+        drawn = torch.randint(clips, (RESAMPLES, clips), generator=rng(seed, "bootstrap"))
+        low, high = values[drawn].mean(1).quantile(values.new_tensor([0.025, 0.975])).tolist()
+    mean = values.mean().item()
+    return {"mean": rounded(mean), "low": rounded(low), "high": rounded(high), "clips": clips}
+
+
+def compare(figure: str, own_B: Tensor, other_B: Tensor, seed: int) -> dict[str, Any]:
+    """Describe the difference own - other, clip by clip, and count the clips in which own is better."""
+    better_B = find_figure(figure).sign * (own_B - other_B) > 0
+    return describe(own_B - other_B, seed) | {"improved": int(better_B.sum())}
+
+
+def rounded(value: float) -> float | None:
+    """Four decimals; None, which JSON knows, for what is not finite."""
+    return round(value, 4) if math.isfinite(value) else None
