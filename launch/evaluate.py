@@ -4,12 +4,10 @@ from pydantic import PositiveInt
 
 from toolkit.cli import importing, main, split
 
-Names = str | tuple[str, ...] | None  # Fire makes a tuple of a,b and leaves a/x,b/y as it is
-
 
 def evaluate(
-    run: Names = None,
-    adapter: Names = None,
+    run: str | None = None,
+    adapter: str | None = None,
     gaps: PositiveInt | tuple[PositiveInt, ...] = (),
     sweep: str | None = None,
     clips: PositiveInt | None = None,
@@ -42,8 +40,11 @@ def evaluate(
     from pathlib import Path
 
     if plot:
+        from toolkit.errors import UserError
         from toolkit.run.curves import write_curves
 
+        if run is None:
+            raise UserError("--plot draws what runs have logged; give --run, a run folder")
         print("\n".join(f"wrote {write_curves(Path(name))}" for name in split(run)))
         return
     with redirect_stdout(sys.stderr), importing():

@@ -109,7 +109,8 @@ def test_what_is_written_is_whole(judged: tuple[Path, dict[str, Any], list[tuple
     assert len(page.pictures) == 2
     for picture in page.pictures:
         with Image.open(io.BytesIO(picture)) as sheet:
-            assert sheet.width == 6 * (TILE_PX + 4)
+            # a row for the clip that gains most, one for that which gains least
+            assert sheet.size == (6 * (TILE_PX + 4), 20 + 2 * (TILE_PX + 4 + 16))
     # six figures, no LPIPS, over the gap and over the scale, and the training's loss
     assert len(page.of("svg")) == 2 * 6 + 1
     text = page.text
@@ -122,6 +123,7 @@ def test_what_is_written_is_whole(judged: tuple[Path, dict[str, Any], list[tuple
     ):
         assert word in text
     table = to_text(report)
+    assert "lora_scale 0.5 against" not in table + text  # it has its charts
     assert table.count("tuned against untuned base: moving PSNR") == table.count("recommended lora_scale: ") == 2
 
 
@@ -131,6 +133,8 @@ def test_the_command_prints_one_object(trained: Path, tmp_path: Path, capsys: py
     evaluate(run=str(trained), steps=1, clips=1, out=out, json=True)
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "evaluation.json").read_text())
     assert not (trained / "evaluation.json").exists()
+    with pytest.raises(UserError, match="--plot draws what runs have logged; give --run"):
+        evaluate(plot=True)
     evaluate(run=str(trained), plot=True)
     assert capsys.readouterr().out == f"wrote {trained}/samples/curves.svg\n"
 

@@ -151,7 +151,7 @@ def _load_clips(config: RunConfig, gaps: Sequence[int], clips: int) -> list[list
 def make_window(framer: Framer, windows: Windows, i: int, sampling: Sampling) -> Tensor:
     """Generate the frames between the ends of window i, with noise that depends on i alone, not on who generates.
 
-    returns  (1, T, 3, H, W) as they are shown, in [-1, 1]; the ends are the true ones
+    returns  (1, T, 3, H, W) in [-1, 1]; the ends are the true ones
     """
     stills_B2CHW = windows.true(i)[:, [0, -1]]
     steering = None
@@ -159,7 +159,7 @@ def make_window(framer: Framer, windows: Windows, i: int, sampling: Sampling) ->
         first, last = windows.frames_BTHWC[i, [0, -1]].numpy()
         steering = [Steering(match_stills(first, last), FOUND_SCALE)]
     fps_B, motion_B = windows.fps_B[i : i + 1], windows.motion_B[i : i + 1]
-    made_BTCHW = framer.generate(stills_B2CHW, fps_B, motion_B, sampling, [i], steering).cpu().clamp(-1, 1)
+    made_BTCHW = framer.generate(stills_B2CHW, fps_B, motion_B, sampling, [i], steering).cpu()
     between_BTCHW = made_BTCHW if framer.layout.frames == 1 else made_BTCHW[:, 1:-1]
     return torch.cat([stills_B2CHW[:, :1], between_BTCHW, stills_B2CHW[:, 1:]], 1)
 
