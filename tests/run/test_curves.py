@@ -45,7 +45,7 @@ def test_flat_lines_and_single_points_are_drawn() -> None:
     """Nothing is divided by no range; nothing at all is no chart."""
     for line in ([Point(3, 0.0)], [Point(0, 7.0), Point(1, 7.0)], [Point(1, -1e6)]):
         for x, y in lines_of(chart("", {"flat": line}, ""))[0]:
-            assert 0 <= x <= 380 and 0 <= y <= 240
+            assert 0 <= x <= 380 and 0 <= y <= 256
     assert chart("", {"none": []}, "") == ""
 
 
@@ -75,4 +75,4 @@ def test_a_run_is_drawn_from_its_log(tmp_path: Path) -> None:
     written = write_curves(tmp_path)
     assert written == tmp_path / "samples/curves.svg"
     inner = [element for element in ElementTree.parse(written).getroot() if element.tag == f"{SVG}svg"]
-    assert [element.get("y") for element in inner] == ["0", "240"]
+    assert [element.get("y") for element in inner] == ["0", "256"]

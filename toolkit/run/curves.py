@@ -16,9 +16,10 @@ from toolkit.errors import UserError
 from toolkit.run.checkpoint import replace_text
 from toolkit.run.monitor import read_log
 
-WIDTH, HEIGHT = 380, 240  # of a chart
+WIDTH, HEIGHT = 380, 256  # of a chart
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 366, 30, 176  # of its axes
 _COLOURS = ("#2f6db0", "#c2571a", "#3a8f4d", "#8d55b5", "#b08500", "#c0392b", "#5f7d8c", "#cf5c9c")
+_IN_A_ROW = 3  # names below a chart
 _MOST_POINTS = 200  # of a line: a long log is averaged to so many
 
 
@@ -58,7 +59,7 @@ def chart(title: str, lines: Mapping[str, Sequence[Point]], axis: str) -> str:
         marks.append(_text(_LEFT - 6, y + 4, f"{tick:.6g}", "end"))
     marks += [_text(place(tick, y_ticks[0])[0], _BOTTOM + 16, f"{tick:,.6g}", "middle") for tick in x_ticks]
     marks.append(_text((_LEFT + _RIGHT) / 2, _BOTTOM + 32, axis, "middle"))
-    across = max(84, (_RIGHT - _LEFT) // min(4, len(lines)))
+    across = (_RIGHT - _LEFT) // _IN_A_ROW
     for i, (name, line) in enumerate(lines.items()):
         colour = _COLOURS[i % len(_COLOURS)]
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y, *_ in line)
@@ -71,7 +72,7 @@ def chart(title: str, lines: Mapping[str, Sequence[Point]], axis: str) -> str:
             if low is not None and high is not None:
                 ends = " ".join("{:.1f},{:.1f}".format(*place(x, end)) for end in (low, high))
                 marks.append(f'<polyline points="{ends}" stroke="{colour}" stroke-opacity="0.6"/>')
-        left, top = _LEFT + i % 4 * across, _BOTTOM + 40 + i // 4 * 14
+        left, top = _LEFT + i % _IN_A_ROW * across, _BOTTOM + 40 + i // _IN_A_ROW * 14
         marks.append(
             f'<rect x="{left}" y="{top}" width="9" height="9" fill="{colour}"/>'
             + _text(left + 13, top + 9, name, "start")
