@@ -12,15 +12,17 @@ from scipy import stats
 from torch import Tensor
 
 from tests.launching import RECIPE
+from tests.model.control import make_controlnet
 from toolkit.config import ModelConfig, RunConfig, load_config
 from toolkit.data.clips import ClipSettings, Crop, decode_frames
 from toolkit.data.index import open_shards
 from toolkit.data.pack import pack
 from toolkit.data.synth import synth
+from toolkit.data.trajectory import match_stills
 from toolkit.errors import UserError
 from toolkit.metrics import flicker, lighting_drift, moving_mask, psnr_db, psnr_moving_db, ssim
 from toolkit.model.base import load_base
-from toolkit.run.framer import Framer, Sampling, to_uint8
+from toolkit.run.framer import FOUND_SCALE, Framer, Sampling, Steering, to_uint8
 from toolkit.run.judge import (
     Windows,
     blend_window,
@@ -203,3 +205,24 @@ def test_a_window_is_filled_between_its_true_ends(
         stills = true[:, [0, -1]]
         direct = framer.generate(stills, own.fps_B[1:], own.motion_B[1:], Sampling(steps=1), [1])
     assert torch.equal(made[:, 1:-1], direct if layout == "spec_middle" else direct[:, 1:-1])
+
+
+def test_a_run_that_was_steered_is_judged_steered(
+    tiny_run: dict[str, Any], tiny_shards: Path, trainable_base: Path
+) -> None:
+    """By the points that match between the two ends, at training's scale."""
+    changes = {"diffusion__layout": "framer_clip", "diffusion__control": True, "model__controlnet": "beside"}
+    config = recipe(tiny_run, tiny_shards, **changes)
+    base = load_base(ModelConfig(base=str(trainable_base)), torch.device("cpu"), "fp32")
+    control = make_controlnet(base.unet, awake=True)
+    framer = Framer(base, config.diffusion, 3, seed=3, controlnet=control)
+    own = load_windows(config, [8], 1)[8]
+    stills, (first, last) = own.true(0)[:, [0, -1]], own.frames_BTHWC[0, [0, -1]].numpy()
+    steering = [Steering(match_stills(first, last), FOUND_SCALE)]
+    with torch.no_grad():
+        steered, free = (
+            framer.generate(stills, own.fps_B, own.motion_B, Sampling(steps=1), [0], points)
+            for points in (steering, None)
+        )
+    made = make_window(framer, own, 0, Sampling(steps=1))
+    assert torch.equal(made[:, 1], steered[:, 1]) and not torch.equal(steered[:, 1], free[:, 1])
