@@ -177,6 +177,14 @@ def test_what_is_drawn_is_the_same_for_all(trained: Path, settings: dict[str, An
     assert {own.config.seed for own in sources.values()} == {load_config(trained / "config.yaml").seed}
 
 
+def test_names_are_never_confused(trained: Path, tmp_path: Path) -> None:
+    """Runs go by their names, and by their whole paths where these are the same or already mean another contender."""
+    for name, second in (("base", "base"), ("trained", "deep/trained"), ("other", "other")):
+        run = Path(shutil.copytree(trained, tmp_path / second))
+        named = list(read_sources([str(trained), str(run)], (), None))
+        assert named == (["trained", "other"] if name == "other" else [str(trained), str(run)])
+
+
 def test_the_recommended_value_is_the_smallest_within_the_noise() -> None:
     """Not the best itself where a smaller one is as good on these clips; one that is worse on each clip alike is not."""
     best = torch.tensor([20.0, 24.0, 22.0, 28.0])
@@ -218,8 +226,9 @@ def test_adapters_alone_need_a_place(trained: Path, no_network: None) -> None:
     first = str(trained / "checkpoints/step_000001")
     with pytest.raises(UserError, match="adapters alone have no folder .*; give --out FOLDER"):
         evaluate_run(adapters=[first])
-    with pytest.raises(UserError, match=f"{first} is given twice"):
-        evaluate_run(str(trained), adapters=[first, first])
+    for again in (first, f"{first}/"):
+        with pytest.raises(UserError, match=f"{first} is given twice"):
+            evaluate_run(str(trained), adapters=[first, again])
     with pytest.raises(UserError, match="--sweep is for one run or adapter"):
         evaluate_run(str(trained), adapters=[first], sweep=SWEEP)
 

@@ -23,6 +23,7 @@ from toolkit.run.inference import FED_BY, Source, load_framer, read_source
 from toolkit.run.judge import Windows, make_window, score
 
 SWEEPABLE = ("lora_scale", "sampler_steps", "max_guidance")
+RESERVED = ("linear", "base", "true")  # names of contenders that nobody trained
 # of a recipe: where contenders that are judged together must agree, so that the same frames are made of the same pictures
 SPLIT_FIELDS = ("frames", "height", "width")
 
@@ -50,12 +51,13 @@ def read_sources(runs: Sequence[str], adapters: Sequence[str], base: str | None)
         raise UserError(
             "nothing to evaluate; give --run, a run folder, or --adapter, a checkpoint or an exported adapter"
         )
-    found = [read_source(run) for run in runs] + [read_source(adapters=[adapter]) for adapter in adapters]
-    places = [*runs, *adapters]
+    places = [Path(place).expanduser().absolute() for place in (*runs, *adapters)]
     if len(set(places)) < len(places):
         raise UserError(f"{max(places, key=places.count)} is given twice; name each run and adapter once")
-    short = [Path(place).name for place in places]
-    names = ["tuned"] if len(places) == 1 else short if len(set(short)) == len(short) else places
+    found = [read_source(run) for run in runs] + [read_source(adapters=[adapter]) for adapter in adapters]
+    names = ["tuned"] if len(places) == 1 else [place.name for place in places]
+    if len({*names, *RESERVED}) < len(names) + len(RESERVED):
+        names = [str(place) for place in places]
     # one seed, so that all draw the same noise
     seed = found[0].config.seed
     seeded = [replace(own, config=own.config.model_copy(update={"seed": seed})) for own in found]
