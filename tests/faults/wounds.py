@@ -94,10 +94,10 @@ def lose_reader(rank: int) -> None:
 def trace(rank: int, path: str) -> None:
     """Append positions and keys of every micro-batch to a file, as one row."""
 
-    def note(count: int, function: Callable[..., Any], framer: Any, batch: Any) -> Any:
+    def note(count: int, function: Callable[..., Any], framer: Any, batch: Any, *timing: Any) -> Any:
         with open(f"{path}.{rank}", "a") as file:
             print(json.dumps([batch.positions, batch.keys]), file=file)
-        return function(framer, batch)
+        return function(framer, batch, *timing)
 
     wrap(LOSS, note)
 
@@ -105,11 +105,11 @@ def trace(rank: int, path: str) -> None:
 def poison_clips(rank: int, positions: list[int]) -> None:
     """Give NaN for the frame rate of the clips at some positions: it goes through the network into loss and gradients."""
 
-    def poison(count: int, function: Callable[..., Any], framer: Any, batch: Any) -> Any:
+    def poison(count: int, function: Callable[..., Any], framer: Any, batch: Any, *timing: Any) -> Any:
         for i, position in enumerate(batch.positions):
             if position in positions:
                 batch.fps_B[i] = math.nan
-        return function(framer, batch)
+        return function(framer, batch, *timing)
 
     wrap(LOSS, poison)
 
@@ -117,10 +117,12 @@ def poison_clips(rank: int, positions: list[int]) -> None:
 def overflow_losses(rank: int, positions: list[int]) -> None:
     """Make the losses at some positions infinite, their gradients being as they were."""
 
-    def overflow(count: int, function: Callable[..., Any], framer: Any, batch: Any) -> Any:
-        loss_B, zero_B = function(framer, batch)
-        raised = loss_B.new_tensor([math.inf if position in positions else 0.0 for position in batch.positions])
-        return loss_B + raised, zero_B
+    def overflow(count: int, function: Callable[..., Any], framer: Any, batch: Any, *timing: Any) -> Any:
+        scores = function(framer, batch, *timing)
+        raised_B = scores.loss_B.new_tensor(
+            [math.inf if position in positions else 0.0 for position in batch.positions]
+        )
+        return scores._replace(loss_B=scores.loss_B + raised_B)
 
     wrap(LOSS, overflow)
 

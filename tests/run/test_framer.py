@@ -157,10 +157,10 @@ def make_oracle(base: Base, z_BTCHW: Tensor, parameterization: Any) -> Base:
 def test_loss_is_a_function_of_positions(base: Base, layout: str, noise_augmentation: float) -> None:
     """The same batch scores the same to the bit, whatever was drawn between; other positions draw other noise."""
     framer, batch = make_framer(base, layout=layout, noise_augmentation=noise_augmentation), make_batch([4, 9])
-    loss_B, zero_B = framer.compute_loss(batch)
+    loss_B, zero_B, _ = framer.compute_loss(batch)
     torch.manual_seed(1)
     framer.compute_loss(make_batch([77]))
-    again_B, zero_again_B = framer.compute_loss(batch)
+    again_B, zero_again_B, _ = framer.compute_loss(batch)
     assert torch.equal(loss_B, again_B) and torch.equal(zero_B, zero_again_B)
     moved = Batch(batch.frames_BTHWC, batch.fps_B, batch.motion_B, [5, 10], batch.keys, [])
     assert not torch.isclose(framer.compute_loss(moved)[0], loss_B).any()
@@ -172,11 +172,11 @@ def test_loss_is_a_function_of_positions(base: Base, layout: str, noise_augmenta
 def test_batch_of_two_equals_two_of_one(base: Base, layout: str, dtype: torch.dtype) -> None:
     """How clips are grouped into micro-batches does not change what each scores."""
     framer = make_framer(replace(base, dtype=dtype), layout=layout, noise_augmentation=0.05, conditioning_dropout=0.2)
-    both, zero_both = framer.compute_loss(make_batch([4, 9]))
+    both, zero_both, _ = framer.compute_loss(make_batch([4, 9]))
     assert both.shape == zero_both.shape == (2,) and both.dtype == zero_both.dtype == torch.float32
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for b, position in enumerate([4, 9]):
-        loss_B, zero_B = framer.compute_loss(make_batch([position]))
+        loss_B, zero_B, _ = framer.compute_loss(make_batch([position]))
         assert torch.allclose(loss_B[0], both[b], rtol=tolerance) and torch.allclose(zero_B[0], zero_both[b], rtol=1e-5)
 
 
@@ -328,7 +328,7 @@ def test_only_training_keeps_a_graph(base: Base) -> None:
 
     base.unet.mask_token.requires_grad_(True)
     try:
-        loss_B, zero_B = framer.compute_loss(batch)
+        loss_B, zero_B, _ = framer.compute_loss(batch)
         framer.generate(stills_of(batch), batch.fps_B, batch.motion_B, Sampling(1), [0], on_step=on_step)
     finally:
         base.unet.mask_token.requires_grad_(False)
@@ -347,7 +347,7 @@ def test_a_network_that_knows_the_clip_is_perfect(base: Base, layout: str, param
     z = torch.stack([encode_by_hand(base, batch, b, frames)[0] for b in (0, 1)])
     knowing = make_oracle(base, z, parameterization)
     for space in ("epsilon", "v", "edm"):
-        loss_B, zero_B = make_framer(knowing, layout=layout, loss_space=space).compute_loss(batch)
+        loss_B, zero_B, _ = make_framer(knowing, layout=layout, loss_space=space).compute_loss(batch)
         assert loss_B.max() < 1e-6 and zero_B.min() > 0.1
     framer = make_framer(knowing, layout=layout)
     condition = framer.condition(stills_of(batch), batch.fps_B, batch.motion_B)

@@ -23,6 +23,7 @@ from av.stream import Discard
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
+from PIL import Image
 
 from toolkit.data.boxes import claimed_samples
 
@@ -192,6 +193,12 @@ def write_video(
         raise ValueError("write_video was given no frames")
     writer.close()
     return writer.count
+
+
+def write_gif(target: Path | io.BytesIO, frames_THWC: np.ndarray, fps: float) -> None:
+    """Write uint8 frames as an animation that goes round for ever."""
+    images = [Image.fromarray(frame_HWC) for frame_HWC in frames_THWC]
+    images[0].save(target, "GIF", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
 
 
 def packed_rate(fps: float) -> Fraction:

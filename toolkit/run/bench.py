@@ -92,7 +92,7 @@ def measure_steps(
     """Time one training step, and one interpolation step."""
 
     def train() -> Tensor:
-        loss_B, _ = framer.compute_loss(batch)
+        loss_B = framer.compute_loss(batch).loss_B
         engine.backward(loss_B.mean())
         return loss_B.detach()
 

@@ -68,7 +68,7 @@ class Contender:
 
     def score(self, clip: Batch) -> Tensor:
         """One micro-step; returns its loss."""
-        loss = self.framer.compute_loss(clip)[0].mean()
+        loss = self.framer.compute_loss(clip).loss_B.mean()
         self.engine.backward(loss)
         return loss.detach()
 

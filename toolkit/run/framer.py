@@ -7,7 +7,7 @@ network is fed the same way in each. Legend as in DESIGN: B clip, T frame, C cha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -53,6 +53,7 @@ from toolkit.model.controlnet import steer
 from toolkit.model.encoders import decode_latents, embed_stills, encode_frames
 from toolkit.rng import normal_like, rng
 from toolkit.run.beside import Beside
+from toolkit.run.scores import Scores
 
 OnStep = Callable[[int, Tensor], Tensor]
 FOUND_SCALE = 0.5  # of the ControlNet's residuals where trajectories were found, not drawn: Framer's autopilot
@@ -132,18 +133,21 @@ class Framer:
         self.device = base.unet.device if device is None else device
         self.beside = Beside(self.device)
 
-    def compute_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Noise a batch and score the network's answer.
+    def compute_loss(self, batch: Batch, timing: Callable[[str], AbstractContextManager[Any]] = nullcontext) -> Scores:
+        """Noise a batch and score the network's answer, fp32.
 
-        returns  loss_B, zero_B: (B,) fp32, the loss and what a prediction of zero scores on the same noise
+        timing  is entered around each phase, "encode" and "forward"
         """
-        task = self.beside(lambda: self.prepare(batch))
-        self.begin(task.condition)
-        raw_BTCHW = self.predict(task.x_BTCHW, task.sigma_B, task.condition)
-        scored_T, space = self.layout.scored_T, self.settings.loss_space
-        return compute_loss(
-            raw_BTCHW, task.z_BTCHW, task.noise_BTCHW, task.sigma_B, scored_T, space, self.parameterization
-        )
+        with timing("encode"):
+            task = self.beside(lambda: self.prepare(batch))
+        with timing("forward"):
+            self.begin(task.condition)
+            raw_BTCHW = self.predict(task.x_BTCHW, task.sigma_B, task.condition)
+            scored_T, space = self.layout.scored_T, self.settings.loss_space
+            loss_B, zero_B = compute_loss(
+                raw_BTCHW, task.z_BTCHW, task.noise_BTCHW, task.sigma_B, scored_T, space, self.parameterization
+            )
+        return Scores(loss_B, zero_B, task.sigma_B)
 
     def prepare(self, batch: Batch) -> Task:
         """Turn a batch of frames, or of their cached latents, into what the network is asked, all draws by position."""
@@ -437,6 +441,12 @@ class Framer:
             normal_B = torch.cat([torch.randn(1, generator=g) for g in generators])
             sigma_B = lognormal_sigma(normal_B, self.settings.lognormal_mean, self.settings.lognormal_std)
         return sigma_B.to(self.device)
+
+    def sigma_quantiles(self, shares_N: Tensor) -> Tensor:
+        """The noise levels below which such shares of training's draws are, (N,); shares inside (0, 1)."""
+        if self.settings.noise_sampler == "uniform_t":
+            return uniform_t_sigma(shares_N, self.alpha_bar)
+        return lognormal_sigma(torch.special.ndtri(shares_N), self.settings.lognormal_mean, self.settings.lognormal_std)
 
     def _drop(self, condition: Condition, positions: Sequence[int]) -> Condition:
         """Hide the stills in some of the clips, so that guidance has an unconditional branch to lean on."""

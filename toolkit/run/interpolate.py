@@ -17,7 +17,7 @@ from toolkit.config import RunConfig
 from toolkit.data.clips import resize_cover
 from toolkit.data.stills import read_stills
 from toolkit.data.trajectory import match_stills, read_trajectories
-from toolkit.data.video import write_video
+from toolkit.data.video import write_gif, write_video
 from toolkit.errors import UserError
 from toolkit.run.framer import FOUND_SCALE, Framer, Sampling, Steering, to_signed, to_uint8
 from toolkit.run.inference import Source, load_framer
@@ -175,8 +175,7 @@ def write_frames(out: Path, frames_THWC: Tensor, fps: float) -> Path:
     if out.suffix == ".mp4":
         write_video(out, pictures, fps)
     elif out.suffix == ".gif":
-        images = [Image.fromarray(p) for p in pictures]
-        images[0].save(out, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+        write_gif(out, pictures, fps)
     else:
         out.mkdir(exist_ok=True)
         for i, picture in enumerate(pictures):

@@ -56,6 +56,11 @@ class Ledger:
         if world.is_main and self.path.exists():
             self._count(_parse(self.path, line) for line in self.path.read_bytes().splitlines())
 
+    @property
+    def bad(self) -> int:
+        """How many different clips have been replaced until now; the main rank knows."""
+        return len(self._bad)
+
     def note(self, substitutes: list[Substitution]) -> None:
         """List the bad clips of a step, of all ranks by position. All ranks call it, each with its own.
 
@@ -78,11 +83,11 @@ class Ledger:
         self._bad |= {(row.shard, row.key): row.reason for row in rows}
 
     def _describe_too_many(self) -> str:
-        if len(self._bad) <= self.allowed:
+        if self.bad <= self.allowed:
             return ""
         faults = [f"{key} in {shard}: {reason}" for (shard, key), reason in sorted(self._bad.items())]
         return (
-            f"{len(self._bad)} of {self.clips} clips are bad, allowed are {self.allowed} ({list_some(faults)}), see "
+            f"{self.bad} of {self.clips} clips are bad, allowed are {self.allowed} ({list_some(faults)}), see "
             f"{self.path}; run python shards/check.py on the folder, ask for fewer frames or a smaller stride, or raise "
             "data.max_bad_fraction"
         )

@@ -1,7 +1,7 @@
 """What a run says while it goes: a progress bar with ETA, a line per log step, log.jsonl and TensorBoard.
 
-Test: pytest tests/run. log.jsonl holds one row per optimizer step; on resume, rows beyond the checkpoint are cut off and
-TensorBoard is told to purge them, so no step appears twice.
+Test: pytest tests/run/test_monitor.py. log.jsonl holds one row per optimizer step, validation.jsonl one per look at held-out
+clips; on resume, rows beyond the checkpoint are cut off and TensorBoard is told to purge them, so no step appears twice.
 """
 
 from __future__ import annotations
@@ -12,116 +12,199 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
+from torch import Tensor
 
+from toolkit.engine.world import World
+from toolkit.run.board import FIGURES, Board
 from toolkit.run.checkpoint import replace_text
+from toolkit.run.health import AdapterHealth
+from toolkit.run.scores import Scores, join_scores, mean_by_sigma, name_bins
+from toolkit.run.timings import PAUSE, Spent, Timings
 
 Item = TypeVar("Item")
+LOG, FIGURES_LOG = "log.jsonl", f"{FIGURES}.jsonl"
 
 
 class Monitor:
-    """Measures and reports one run from a step and position on; on ranks other than the main one it only measures."""
+    """Measures and reports one run from a step and position on; on ranks other than the main one it does nothing.
+
+    every   steps from one line and look at the adapter to the next
+    edges   of the bins of sigma
+    health  of the adapter, where it lies whole on the main rank
+    recipe  a tree of settings
+    """
 
     def __init__(
-        self, run: Path, start: int, position: int, total: int, every: int, clips_per_step: int, is_main: bool
+        self,
+        run: Path,
+        start: int,
+        position: int,
+        total: int,
+        every: int,
+        clips_per_step: int,
+        edges: Sequence[float],
+        health: AdapterHealth | None,
+        recipe: Mapping[str, Any],
+        world: World,
     ) -> None:
-        self.every, self.clips_per_step, self.total = every, clips_per_step, total
-        self.start, self.position = start, position
-        self.wait_s = 0.0
-        self.began_s = self.step_began_s = time.monotonic()
-        self.is_main = is_main
-        if is_main:
-            self._open(run, start)
-
-    def _open(self, run: Path, start: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        self.run, self.every, self.clips_per_step, self.total = run, every, clips_per_step, total
+        self.start, self.step, self.position = start, start, position
+        self.edges, self.health, self.recipe = edges, health, recipe
+        self.scores: list[Scores] = []  # since the last line
+        self.spent, self.all_spent = Spent(), Spent()  # since the last line, and before it
+        self.warm = False  # a first step has been timed
+        self.is_main = world.is_main
+        if not self.is_main:
+            return
         from tqdm import tqdm
 
-        cut_log(run / "log.jsonl", start)
-        self.log = (run / "log.jsonl").open("a")
-        self.board = SummaryWriter(str(run / "tb"), purge_step=start + 1)
-        self.board.add_custom_scalars(
-            {
-                "loss": {
-                    "against predicting zero": ["Multiline", ["loss/train", "loss/validation", "loss/zero_baseline"]]
-                }
-            }
-        )
-        self.bar = tqdm(total=self.total, initial=start, unit="step", dynamic_ncols=True, disable=None)
+        for name in (LOG, FIGURES_LOG):
+            cut_log(run / name, start)
+        self.log = (run / LOG).open("a")
+        figures = {name for row in read_log(run / FIGURES_LOG) for name in row if name != "step"}
+        blocks = health.blocks if health is not None else ()
+        self.board = Board(run / "tb", start, name_bins(edges), blocks, sorted(figures))
+        self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=None)
+        self.began_s = time.monotonic()
+        self.timings = Timings(world.device)
+
+    def timing(self, phase: str) -> contextlib.AbstractContextManager[Any]:
+        """Book what happens in here as one of timings.PHASES."""
+        return self.timings.phase(phase) if self.is_main else contextlib.nullcontext()
+
+    def paused(self) -> contextlib.AbstractContextManager[Any]:
+        """Time in here is not the step's."""
+        return self.timing(PAUSE)
 
     def timed(self, batches: Iterator[Item]) -> Iterator[Item]:
-        """Pass batches on, counting the time spent waiting for each."""
+        """Pass batches on, booking the time spent waiting for each."""
         while True:
-            began_s = time.monotonic()
-            try:
-                batch = next(batches)
-            except StopIteration:
+            with self.timing("data"):
+                batch = next(batches, None)
+            if batch is None:
                 return
-            self.wait_s += time.monotonic() - began_s
             yield batch
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time in here is not the step's."""
-        began_s = time.monotonic()
-        yield
-        self.step_began_s += time.monotonic() - began_s
 
     def report(
         self,
         step: int,
-        loss: float,
-        zero: float,
+        scores: Scores,
         grad_norm: float,
         lr: float,
         skipped: int = 0,
+        bad_clips: int = 0,
         validation: float = math.inf,
     ) -> None:
         """Record optimizer step `step`, counted from 1.
 
+        scores      of the clips of all ranks
         skipped     steps of the whole run until now that changed nothing
+        bad_clips   different clips that it has replaced until now
         validation  the loss on held-out clips, where this step took it
         """
-        now_s = time.monotonic()
-        step_s, self.step_began_s = now_s - self.step_began_s, now_s
-        wait_share, self.wait_s = self.wait_s / step_s, 0.0
         if not self.is_main:
             return
+        self.step = step
+        own, known = self.timings.end_step()
+        self._book(known)
+        self.scores.append(scores)
         row: dict[str, Any] = {
             "step": step, "clips": self.position + (step - self.start) * self.clips_per_step,
-            "loss": loss, "zero_baseline": zero, "grad_norm": grad_norm, "lr": lr, "skipped_steps": skipped,
-            "clips_per_s": self.clips_per_step / step_s, "data_wait_share": wait_share, "memory_gib": peak_memory_gib(),
+            "loss": scores.loss_B.mean().item(), "zero_baseline": scores.zero_B.mean().item(),
+            "grad_norm": grad_norm, "lr": lr, "skipped_steps": skipped, "bad_clips": bad_clips,
+            "clips_per_s": self.clips_per_step / own.total_s, "data_wait_share": own.parts_s["data"] / own.total_s,
+            "memory_gib": peak_memory_gib(), "time_s": known.parts_s,
         } | ({"validation_loss": validation} if validation < math.inf else {})  # fmt: skip
+        is_due = step % self.every == 0 or step == self.total
+        if is_due:
+            row |= self._look(step)
         # JSON has no word for what is not finite
-        row = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        row = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        }
         self.log.write(json.dumps(row) + "\n")
         self.log.flush()
-        for tag, key in _BOARD_TAGS.items():
-            if row.get(key) is not None:
-                self.board.add_scalar(tag, row[key], step)
+        self.board.add_row(step, row)
         self.bar.update()
-        if step % self.every == 0 or step == self.total:
-            self.bar.write(
-                f"step {step:>6,}  clips {row['clips']:>8,}  loss {loss:.4f} (zero {zero:.4f})  gnorm {grad_norm:.3f}  "
-                f"lr {lr:.2e}  {row['clips_per_s']:.2f} clips/s  wait {wait_share:.0%}  mem {row['memory_gib']:.1f} GiB  "
-                f"eta {self._eta(step, now_s)}" + (f"  held-out {validation:.4f}" if validation < math.inf else ""),
-                file=sys.stdout,
-            )
-            sys.stdout.flush()
+        if is_due:
+            self._print(row)
 
-    def _eta(self, step: int, now_s: float) -> str:
-        left_s = (now_s - self.began_s) / (step - self.start) * (self.total - step)
-        return f"{left_s // 3600:.0f}:{left_s // 60 % 60:02.0f}:{left_s % 60:02.0f}"
+    def report_figures(self, step: int, figures: Mapping[str, Mapping[str, float]]) -> None:
+        """Record how contenders do on held-out clips after a step: {figure: {contender: value}}."""
+        if self.is_main:
+            with (self.run / FIGURES_LOG).open("a") as file:
+                file.write(json.dumps({"step": step, **figures}) + "\n")
+            self.board.add_figures(step, figures)
+
+    def show_strip(self, step: int, strip: Path | Image.Image) -> None:
+        """Show pictures of held-out clips, a file or an image."""
+        if self.is_main:
+            self.board.add_picture(step, "samples/strip", strip)
+
+    def show_video(self, step: int, tag: str, frames_TCHW: Tensor, fps: float) -> None:
+        """Show uint8 frames moving."""
+        if self.is_main:
+            self.board.add_video(step, tag, frames_TCHW, fps)
+
+    def conclude(self) -> None:
+        """After the last step: say what bounded the steps, and list the recipe of a run that is finished now."""
+        if not self.is_main or self.step == self.start:
+            return
+        self.all_spent += self.spent
+        if self.all_spent.steps:
+            print(self.all_spent.describe())
+        if self.step == self.total:
+            self.board.add_recipe(self.recipe)
 
     def close(self) -> None:
         if self.is_main:
             self.bar.close()
             self.board.close()
             self.log.close()
+
+    def _book(self, spent: Spent) -> None:
+        """Sum up what steps took, but for the first, which loads, captures and compiles."""
+        if self.warm:
+            self.spent += spent
+        self.warm = self.warm or spent.steps > 0
+
+    def _look(self, step: int) -> dict[str, Any]:
+        """What a row holds beside, at a log step, of the steps since the last."""
+        scores, self.scores = join_scores(self.scores), []
+        self.board.add_histogram(step, "histogram/ln_sigma", scores.sigma_B.log())
+        self.board.add_histogram(step, "histogram/loss", scores.loss_B)
+        means = mean_by_sigma(scores, self.edges)
+        bound = self.spent.find_bound()
+        self.all_spent, self.spent = self.all_spent + self.spent, Spent()
+        return {
+            "loss_by_sigma": {name: loss for name, (loss, _) in means.items()},
+            "zero_by_sigma": {name: zero for name, (_, zero) in means.items()},
+            **(self.health.measure() if self.health is not None else {}),
+            **({"bound": bound} if bound is not None else {}),
+        }
+
+    def _print(self, row: Mapping[str, Any]) -> None:
+        numbers = {key: math.nan if row[key] is None else row[key] for key in ("loss", "zero_baseline", "grad_norm")}
+        self.bar.write(
+            f"step {row['step']:>6,}  clips {row['clips']:>8,}  loss {numbers['loss']:.4f} (zero "
+            f"{numbers['zero_baseline']:.4f})  gnorm {numbers['grad_norm']:.3f}  lr {row['lr']:.2e}  "
+            f"{row['clips_per_s']:.2f} clips/s  wait {row['data_wait_share']:.0%}"
+            + (f"  {row['bound']}-bound" if "bound" in row else "")
+            + f"  mem {row['memory_gib']:.1f} GiB  eta {self._eta()}"
+            + (f"  held-out {row['validation_loss']:.4f}" if row.get("validation_loss") is not None else ""),
+            file=sys.stdout,
+        )
+        sys.stdout.flush()
+
+    def _eta(self) -> str:
+        left_s = (time.monotonic() - self.began_s) / (self.step - self.start) * (self.total - self.step)
+        return f"{left_s // 3600:.0f}:{left_s // 60 % 60:02.0f}:{left_s % 60:02.0f}"
 
 
 def peak_memory_gib() -> float:
@@ -146,16 +229,3 @@ def cut_log(path: Path, step: int) -> None:
     """Drop the rows beyond a step."""
     rows = [row for row in read_log(path) if row["step"] <= step]
     replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-_BOARD_TAGS = {
-    "loss/train": "loss",
-    "loss/validation": "validation_loss",
-    "loss/zero_baseline": "zero_baseline",
-    "optimizer/grad_norm": "grad_norm",
-    "optimizer/lr": "lr",
-    "optimizer/skipped_steps": "skipped_steps",
-    "speed/clips_per_s": "clips_per_s",
-    "speed/data_wait_share": "data_wait_share",
-    "memory/peak_gib": "memory_gib",
-}

@@ -12,20 +12,23 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from toolkit.config import RunConfig, ScheduleConfig
 from toolkit.data.loader import Substitution, naming_dead_workers
 from toolkit.engine.world import World, init_world, naming_lost_ranks
 from toolkit.model.dropout import adapter_dropout
+from toolkit.model.lora import adapted_layers
 from toolkit.run.debug import draw_batches
+from toolkit.run.health import AdapterHealth
 from toolkit.run.job import Job, build_job, make_batches
 from toolkit.run.ledger import Ledger
 from toolkit.run.monitor import Monitor
+from toolkit.run.scores import Scores, gather_scores
 from toolkit.run.signals import REQUEUE, REQUEUE_FILE, Requests, Wishes
 from toolkit.run.skips import Skips
 from toolkit.run.watchdog import Watchdog
 
+SIGMA_BINS = 6  # by which the loss is told apart; each holds as many clips
 DEBUG_PICTURE = "samples/batch.png"
 
 
@@ -74,38 +77,43 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
         for step in range(job.resume.step, job.total):
             if step > job.resume.step or not config.model.compile:  # which takes minutes, at the first step
                 watchdog.beat()
-            sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-            own: list[tuple[list[str], Tensor]] = []
+            own: list[Scores] = []
+            keys: list[list[str]] = []
             substitutes: list[Substitution] = []
             for batch in itertools.islice(batches, job.accumulation):
                 with adapter_dropout(job.framer.base.unet, config.seed, batch.positions):
-                    loss_B, zero_B = job.framer.compute_loss(batch)
-                    job.engine.backward(loss_B.mean())
-                own.append((batch.keys, loss_B.detach()))
+                    scores = job.framer.compute_loss(batch, monitor.timing)
+                    with monitor.timing("backward"):
+                        job.engine.backward(scores.loss_B.mean())
+                own.append(scores.detach())
+                keys.append(batch.keys)
                 substitutes += batch.substitutes
-                sums += torch.stack([loss_B.detach().sum(), zero_B.sum(), loss_B.new_full((), len(batch.substitutes))])
-            asked = sums.new_tensor(requests.read(config.folder if world.is_main else None))
-            loss, zero, replaced, *wished = world.all_reduce_sum(torch.cat([sums / config.engine.global_batch, asked]))
+            asked = requests.read(config.folder if world.is_main else None)
+            step_scores, (replaced, *wished) = gather_scores(own, [len(substitutes), *asked], world)
             wishes = Wishes(*wished)
             if replaced:
                 ledger.note(substitutes)
+            loss = step_scores.loss_B.mean().item()
             lr = learning_rate(config.schedule, config.optimizer.lr, step, job.total)
-            grad_norm = job.engine.step(lr, skip=not math.isfinite(loss))
-            skips.note(step + 1, loss, grad_norm, own)
+            with monitor.timing("optimizer"):
+                grad_norm = job.engine.step(lr, skip=not math.isfinite(loss))
+            skips.note(step + 1, loss, grad_norm, [(k, one.loss_B) for k, one in zip(keys, own, strict=True)])
             score = math.inf
             if job.validator is not None and is_due(config.validation.every_steps, step + 1, job.total):
                 with monitor.paused():
                     score = job.validator.loss(watchdog.beat)
-            monitor.report(step + 1, loss, zero, grad_norm, lr, step + 1 - job.engine.updates, score)
+            monitor.report(step + 1, step_scores, grad_norm, lr, step + 1 - job.engine.updates, ledger.bad, score)
             ends = wishes.stop or wishes.yields or step + 1 == job.total
             if ends or wishes.save or score < best or is_due(config.checkpoint.every_steps, step + 1, job.total):
                 best = min(best, score)
-                save(config, job, world, step + 1, skips.in_a_row, score)
+                with monitor.paused():
+                    save(config, job, world, step + 1, skips.in_a_row, score)
             if ends:
                 break
         watchdog.beat()
         if job.writer is not None:
             job.writer.wait()
+        monitor.conclude()
     if wishes == Wishes(0, 0, 0) or step + 1 == job.total:
         return False
     if world.is_main:
@@ -116,7 +124,19 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
 def make_monitor(config: RunConfig, job: Job, world: World) -> Monitor:
     """What reports the steps from the job's start to its end."""
     every, clips, at = config.log_every_steps, config.engine.global_batch, job.resume
-    return Monitor(config.folder, at.step, at.k_next, job.total, every, clips, world.is_main)
+    edges = job.framer.sigma_quantiles(torch.arange(1, SIGMA_BINS) / SIGMA_BINS).tolist()
+    recipe = config.model_dump(mode="json")
+    health = make_health(config, job) if world.is_main else None
+    return Monitor(config.folder, at.step, at.k_next, job.total, every, clips, edges, health, recipe, world)
+
+
+def make_health(config: RunConfig, job: Job) -> AdapterHealth | None:
+    """What watches the adapter's norms, where an engine leaves it whole on each rank."""
+    if config.engine.kind in ("zero3", "fsdp2"):
+        print(f"engine {config.engine.kind} shards the adapter, so its norms are not shown")
+        return None
+    layers = adapted_layers(job.framer.base.unet)
+    return AdapterHealth(job.adapter, {name: layer.scaling["default"] for name, layer in layers.items()})
 
 
 def is_due(every: int | None, step: int, total: int) -> bool:

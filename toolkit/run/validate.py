@@ -75,6 +75,6 @@ class Validator:
             batch = self.batches[ordinal]
             if isinstance(batch, UserError):
                 raise batch
-            loss_B, _ = self.framer.compute_loss(batch)
+            loss_B = self.framer.compute_loss(batch).loss_B
             total += loss_B.sum() if batch.positions[0] < self.clips else 0
         return self.world.all_reduce_sum(total)[0] / self.clips

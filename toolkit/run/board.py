@@ -1,0 +1,146 @@
+"""A run's TensorBoard folder: scalars, charts put together of them, histograms, pictures, and the recipe beside the result.
+
+Test: pytest tests/run/test_board.py
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from toolkit.data.video import write_gif
+from toolkit.run.timings import PHASES
+
+# of a row of log.jsonl
+TAGS = {
+    "loss": "loss/train",
+    "validation_loss": "loss/validation",
+    "zero_baseline": "loss/zero_baseline",
+    "grad_norm": "optimizer/grad_norm",
+    "lr": "optimizer/lr",
+    "skipped_steps": "optimizer/skipped_steps",
+    "bad_clips": "data/bad_clips",
+    "clips_per_s": "speed/clips_per_s",
+    "data_wait_share": "speed/data_wait_share",
+    "memory_gib": "memory/peak_gib",
+}
+# each a mapping there; a tag is the group and the name in it
+GROUPS = ("time_s", "loss_by_sigma", "zero_by_sigma", "adapter_norm", "update_ratio")
+FIGURES = "validation"  # of figure and contender
+
+
+class Board:
+    """Writes from a step on; what an earlier start wrote beyond it is shown no more.
+
+    bins     names of the ranges of sigma that losses are given for
+    blocks   names of the blocks that norms are given for
+    figures  that are shown already
+    """
+
+    def __init__(
+        self, folder: Path, start: int, bins: Iterable[str], blocks: Iterable[str], figures: Iterable[str]
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1)
+        self.bins, self.blocks, self.figures = [*bins], [*blocks], [*figures]
+        self.shown: set[str] = set()  # tags of scalars
+        self._lay_out()
+
+    def add_row(self, step: int, row: Mapping[str, Any]) -> None:
+        """Show what stands in a row of log.jsonl, but for what is None."""
+        values = {tag: row.get(key) for key, tag in TAGS.items()}
+        values |= {f"{group}/{name}": value for group in GROUPS for name, value in row.get(group, {}).items()}
+        for tag, value in values.items():
+            if value is not None:
+                self._add_scalar(step, tag, value)
+
+    def add_histogram(self, step: int, tag: str, values: Tensor) -> None:
+        """Show how finite values are spread; none are passed over."""
+        if len(values):
+            self.writer.add_histogram(tag, values, step, bins="auto")
+
+    def add_figures(self, step: int, figures: Mapping[str, Mapping[str, float]]) -> None:
+        """Show {figure: {contender: value}}, a chart a figure."""
+        for figure, contenders in figures.items():
+            for contender, value in contenders.items():
+                self._add_scalar(step, f"{FIGURES}/{figure}/{contender}", value)
+        new = [figure for figure in figures if figure not in self.figures]
+        if new:
+            self.figures += new
+            self._lay_out()
+
+    def add_picture(self, step: int, tag: str, picture: Path | Image.Image) -> None:
+        """Show a picture, or one from a file."""
+        image = Image.open(picture) if isinstance(picture, Path) else picture
+        content = io.BytesIO()
+        image.convert("RGB").save(content, "PNG")
+        self._add_image(step, tag, image.size, content)
+
+    def add_video(self, step: int, tag: str, frames_TCHW: Tensor, fps: float) -> None:
+        """Show uint8 frames moving: a browser plays a GIF where TensorBoard has it show a picture."""
+        content = io.BytesIO()
+        write_gif(content, frames_TCHW.movedim(1, 3).cpu().numpy(), fps)
+        self._add_image(step, tag, (frames_TCHW.shape[3], frames_TCHW.shape[2]), content)
+
+    def add_recipe(self, recipe: Mapping[str, Any]) -> None:
+        """List a recipe among others, with the last values of losses and figures.
+
+        In the run's own file: add_hparams of torch makes a run of its own for it, whose metrics are copies.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        metrics = [tag for tag in self.shown if tag.startswith(("loss/", f"{FIGURES}/"))]
+        for summary in hparams(dict(flatten(recipe)), dict.fromkeys(sorted(metrics), 0.0)):
+            self._writer.add_summary(summary)
+
+    def close(self) -> None:
+        self.writer.close()
+
+    def _add_scalar(self, step: int, tag: str, value: float) -> None:
+        self.writer.add_scalar(tag, value, step)
+        self.shown.add(tag)
+
+    @property
+    def _writer(self) -> Any:
+        return self.writer._get_file_writer()
+
+    def _add_image(self, step: int, tag: str, size_px: tuple[int, int], content: io.BytesIO) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        width_px, height_px = size_px
+        image = Summary.Image(height=height_px, width=width_px, colorspace=3, encoded_image_string=content.getvalue())
+        self._writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+    def _lay_out(self) -> None:
+        """Put scalars together in charts, on the tab of custom scalars; of several layouts the last counts."""
+        charts = {
+            "loss": {"against predicting zero": ["loss/train", "loss/validation", "loss/zero_baseline"]},
+            "figures": {figure: [f"{FIGURES}/{figure}/.+"] for figure in self.figures},
+            "loss by noise level": {
+                f"sigma {name.partition('_')[2].replace('_', ' ')}": [f"loss_by_sigma/{name}$", f"zero_by_sigma/{name}$"]
+                for name in self.bins
+            },
+            "time of a step": {"seconds by phase": [f"time_s/{phase}" for phase in PHASES]},
+            "adapter": {
+                group: [f"{group}/{block}$" for block in self.blocks] for group in ("adapter_norm", "update_ratio")
+            },
+        }  # fmt: skip
+        self.writer.add_custom_scalars({
+            category: {title: ["Multiline", tags] for title, tags in own.items() if tags}
+            for category, own in charts.items() if own
+        })  # fmt: skip
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, bool | int | float | str]]:
+    """The leaves of a tree by their dotted names; those that are no numbers or texts as texts, without None."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", value if isinstance(value, bool | int | float | str) else str(value)
