@@ -20,13 +20,14 @@ PHASES = ("data", "encode", "forward", "backward", "optimizer", "other")
 PAUSE = "pause"  # a phase that is not the step's
 DATA_SHARE = 0.1  # of a step spent waiting for clips, from which on it is data-bound
 LAG_SHARE = 0.1  # of a micro-step: a GPU that is less behind the host has waited for work
+ENCODE_SHARE = 0.1  # of a step spent encoding, from which on a cache is worth a word
 
 Bound = Literal["data", "launch", "compute"]
 ADVICE: dict[Bound, str] = {
     "data": "clips come too slowly: raise data.workers, or encode them once with shards/cache.py",
     "launch": "the GPU waits for the host to launch its work: keep model.cuda_graphs on, try model.compile, or raise "
     "engine.micro_batch",
-    "compute": "nothing waits: more ranks or a faster card make it faster, and so does model.memory fast where it fits",
+    "compute": "nothing waits: a faster card, more ranks, or model.memory fast where it fits",
 }
 
 
@@ -98,7 +99,10 @@ class Spent:
         if bound is None:
             return "no step was timed"
         shares = ", ".join(f"{phase} {self.parts_s[phase] / self.total_s:.0%}" for phase in PHASES)
-        return f"{bound}-bound, {self.total_s / self.steps:.3g} s a step ({shares}); {ADVICE[bound]}"
+        cache = self.parts_s["encode"] > ENCODE_SHARE * self.total_s
+        return f"{bound}-bound, {self.total_s / self.steps:.3g} s a step ({shares}); {ADVICE[bound]}" + (
+            "; shards/cache.py takes the encoding out" if cache and bound != "data" else ""
+        )
 
 
 class Timings:

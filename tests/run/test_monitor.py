@@ -1,0 +1,264 @@
+"""What a run shows while it goes: log.jsonl, validation.jsonl and TensorBoard. Run: pytest tests/run/test_monitor.py"""
+
+import io
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.metadata import EXPERIMENT_TAG, SESSION_START_INFO_TAG
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.util.img_mime_type_detector import from_bytes
+
+from tests.launching import read_numbers, train_here
+from toolkit.engine.world import World
+from toolkit.rng import rng
+from toolkit.run.board import GROUPS, TAGS
+from toolkit.run.monitor import Monitor, read_log
+from toolkit.run.timings import PHASES
+
+STEPS, EVERY, BATCH = 6, 2, 4
+MAIN, OTHER = (World(rank, 2, torch.device("cpu")) for rank in (0, 1))
+
+
+@pytest.fixture(scope="module")
+def watched(tiny_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Overrides of six steps of four clips in this process, with a line and a look at every second."""
+    return tiny_run | {
+        "engine.kind": "plain", "engine.global_batch": BATCH, "engine.micro_batch": 2, "schedule.steps": STEPS,
+        "log_every_steps": EVERY, "validation.every_steps": 3, "validation.clips": 2, "checkpoint.every_steps": 1,
+        "runs_dir": str(tmp_path_factory.mktemp("watched")), "name": "run",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(watched: dict[str, Any]) -> Path:
+    """The folder of that run; read only."""
+    return train_here(watched)
+
+
+def read_board(run: Path) -> EventAccumulator:
+    return EventAccumulator(
+        str(run / "tb"), size_guidance=dict.fromkeys(("scalars", "histograms", "images"), 0)
+    ).Reload()
+
+
+def count_sessions(run: Path) -> int:
+    """How often hyperparameters were written, in all event files."""
+    return sum(file.read_bytes().count(SESSION_START_INFO_TAG.encode()) for file in (run / "tb").iterdir())
+
+
+def read_hparams(board: EventAccumulator, tag: str) -> HParamsPluginData:
+    return HParamsPluginData.FromString(board.SummaryMetadata(tag).plugin_data.content)
+
+
+def read_charts(board: EventAccumulator) -> dict[str, list[str]]:
+    """The tags of each chart of custom scalars, as the newest layout has them."""
+    content = board.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0]
+    return {chart.title: [*chart.multiline.tag] for part in Layout.FromString(content).category for chart in part.chart}
+
+
+def check_board(run: Path, every: int) -> EventAccumulator:
+    """Each number of each row is one point at its step, and there are no others; groups stand at log steps, times at all."""
+    board, wanted = read_board(run), {}
+    for row in read_log(run / "log.jsonl"):
+        numbers = {tag: row[key] for key, tag in TAGS.items() if key in row}
+        for group in GROUPS:
+            numbers |= {f"{group}/{name}": value for name, value in row.get(group, {}).items()}
+        wanted |= {(tag, row["step"]): value for tag, value in numbers.items()}
+        assert set(GROUPS) & set(row) == (set(GROUPS) if row["step"] % every == 0 else {"time_s"})
+    points = [(tag, event) for tag in board.Tags()["scalars"] for event in board.Scalars(tag)]
+    found = {(tag, event.step): event.value for tag, event in points}
+    assert len(found) == len(points) and found == pytest.approx(wanted, rel=1e-6)
+    return board
+
+
+def test_tensorboard_shows_what_the_log_holds(run: Path) -> None:
+    board = check_board(run, EVERY)
+    assert [event.step for event in board.Scalars("loss/validation")] == [3, 6]
+    assert {*TAGS.values()} < {*board.Tags()["scalars"]}
+
+
+@pytest.mark.launch
+def test_and_of_two_ranks_under_deepspeed(reference_run: Path) -> None:
+    board = check_board(reference_run, 1)
+    assert [event.step for event in board.Scalars("loss/train")] == [*range(1, 11)]
+
+
+def test_parts_make_up_the_step(run: Path) -> None:
+    """Seconds by phase are those in which the step's clips went by, validation and checkpoints left out."""
+    for row in read_log(run / "log.jsonl"):
+        assert [*row["time_s"]] == [*PHASES] and min(row["time_s"].values()) > 0
+        assert sum(row["time_s"].values()) * row["clips_per_s"] == pytest.approx(BATCH)
+        assert row["data_wait_share"] == pytest.approx(row["time_s"]["data"] * row["clips_per_s"] / BATCH)
+        assert "bound" not in row or row["bound"] in ("data", "compute")
+
+
+def test_losses_by_sigma_are_those_of_the_steps(run: Path) -> None:
+    """Weighted by the clips that were drawn into each bin since the last log step, they are the losses of those steps.
+
+    A sixth of all t is in each bin, the smallest t in the first.
+    """
+    rows, board = read_log(run / "log.jsonl"), read_board(run)
+    for row in (row for row in rows if row["step"] % EVERY == 0):
+        last = row["step"] * BATCH
+        draws = [torch.rand(1, generator=rng(0, "sigma", k)).item() for k in range(last - EVERY * BATCH, last)]
+        clips = np.bincount([int(int(u * 1000) * 6 / 1000) for u in draws], minlength=6)
+        names = {int(name[0]) - 1: name for name in row["loss_by_sigma"]}
+        assert sorted(names) == [*np.flatnonzero(clips)] and row["loss_by_sigma"].keys() == row["zero_by_sigma"].keys()
+        for group, key in (("loss_by_sigma", "loss"), ("zero_by_sigma", "zero_baseline")):
+            total = sum(clips[place] * row[group][name] for place, name in names.items())
+            steps = [one[key] for one in rows if row["step"] - EVERY < one["step"] <= row["step"]]
+            assert total == pytest.approx(BATCH * sum(steps), rel=1e-6)
+        for tag in ("histogram/ln_sigma", "histogram/loss"):
+            (histogram,) = [e.histogram_value for e in board.Histograms(tag) if e.step == row["step"]]
+            assert histogram.num == EVERY * BATCH
+            if tag == "histogram/loss":
+                assert histogram.sum == pytest.approx(
+                    BATCH * sum(one["loss"] for one in rows[last // BATCH - EVERY : last // BATCH])
+                )
+
+
+def test_charts_are_of_tags_that_are_there(run: Path) -> None:
+    """Every tag belongs to what was shown, and each bin has its loss beside its zero baseline."""
+    board = read_board(run)
+    tags, charts = board.Tags()["scalars"], read_charts(board)
+    bins = {name for row in read_log(run / "log.jsonl") for name in row.get("loss_by_sigma", {})}
+    for title, expressions in charts.items():
+        drawn = [[tag for tag in tags if re.match(expression, tag)] for expression in expressions]
+        if title.startswith("sigma"):
+            assert len(expressions) == 2 and {len(own) for own in drawn} <= {0, 1}
+            assert all(loss.replace("loss", "zero") == zero for (loss, zero) in zip(*drawn, strict=True))
+        else:
+            assert all(len(own) == 1 for own in drawn), (title, drawn)
+    assert sum(title.startswith("sigma") for title in charts) == 6 >= len(bins)
+    assert len(charts["seconds by phase"]) == len(PHASES)
+
+
+def test_the_recipe_is_listed_once_with_what_it_reached(
+    run: Path, watched: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end alone: a run that stopped has none, resumed to the end one, and started when finished still one."""
+    board = read_board(run)
+    recipe = read_hparams(board, SESSION_START_INFO_TAG).session_start_info.hparams
+    assert recipe["lora.rank"].number_value == 4 and recipe["diffusion.layout"].string_value == "spec_middle"
+    metrics = {metric.name.tag for metric in read_hparams(board, EXPERIMENT_TAG).experiment.metric_infos}
+    assert metrics == {"loss/train", "loss/zero_baseline", "loss/validation"} <= set(board.Tags()["scalars"])
+    copy = Path(shutil.copytree(run, tmp_path / "finished/run"))
+    train_here(watched | {"runs_dir": str(copy.parent)})
+    assert count_sessions(copy) == count_sessions(run) == 1
+    report = Monitor.report
+
+    def stop_after_four(self: Monitor, step: int, *numbers: Any) -> None:
+        report(self, step, *numbers)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Monitor, "report", stop_after_four)
+        train_here(watched | {"runs_dir": str(tmp_path)})
+    assert count_sessions(tmp_path / "run") == 0
+    assert count_sessions(train_here(watched | {"runs_dir": str(tmp_path)})) == 1
+    assert read_numbers(tmp_path / "run") == read_numbers(run)
+
+
+def test_how_it_ends_is_said(watched: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each line names the bound, the last one says where the time went; a finished run says nothing of it."""
+    overrides = watched | {"runs_dir": str(tmp_path), "schedule.steps": 3, "log_every_steps": 1}
+    train_here(overrides)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "-bound" in line]
+    assert len(lines) == 3 and lines[-1].startswith(("compute-bound, ", "data-bound, ")), lines
+    train_here(overrides)
+    assert "-bound" not in capsys.readouterr().out
+
+
+def test_a_sharded_adapter_is_said_to_have_no_norms(
+    watched: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once, and the rest is shown."""
+    run = train_here(watched | {"runs_dir": str(tmp_path), "schedule.steps": 2, "engine.kind": "fsdp2"})
+    assert capsys.readouterr().out.count("engine fsdp2 shards the adapter, so its norms are not shown") == 1
+    row = read_log(run / "log.jsonl")[-1]
+    assert "adapter_norm" not in row and "loss_by_sigma" in row
+    assert not any("adapter" in title for title in read_charts(read_board(run)))
+
+
+# ---- figures and pictures, which whoever looks at held-out clips hands in
+
+
+@pytest.fixture
+def monitors(tmp_path: Path) -> Iterator[Any]:
+    """Makes monitors of a run of ten steps in a folder, each closing the one before."""
+    opened: list[Monitor] = []
+
+    def make(start: int, world: World = MAIN) -> Monitor:
+        if opened:
+            opened[-1].close()
+        opened.append(Monitor(tmp_path, start, 0, 10, 1, 1, [0.5, 1.0], None, {}, world))
+        return opened[-1]
+
+    yield make
+    opened[-1].close()
+
+
+FIGURES = {"psnr": {"linear": 20.0, "tuned": 21.5}, "psnr_moving": {"linear": 15.0, "tuned": 18.0}}
+
+
+def test_figures_are_kept_and_cut(monitors: Any, tmp_path: Path) -> None:
+    """A row a look, a tag a contender, a chart a figure; resumed before a look, it is as if that had not been."""
+    monitor = monitors(0)
+    monitor.report_figures(2, FIGURES)
+    monitor.report_figures(4, {"psnr": {"tuned": 99.0}})
+    again = monitors(3)
+    again.report_figures(4, {"psnr": {"linear": 20.0, "tuned": 22.0}})
+    again.close()
+    assert read_log(tmp_path / "validation.jsonl") == [
+        {"step": 2, **FIGURES}, {"step": 4, "psnr": {"linear": 20.0, "tuned": 22.0}},
+    ]  # fmt: skip
+    board = read_board(tmp_path)
+    assert [(e.step, e.value) for e in board.Scalars("validation/psnr/tuned")] == [(2, 21.5), (4, 22.0)]
+    assert [(e.step, e.value) for e in board.Scalars("validation/psnr_moving/linear")] == [(2, 15.0)]
+    charts = read_charts(board)
+    for figure in FIGURES:
+        shown = [tag for tag in board.Tags()["scalars"] if re.match(charts[figure][0], tag)]
+        assert sorted(shown) == [f"validation/{figure}/linear", f"validation/{figure}/tuned"]
+
+
+def test_pictures_are_shown(monitors: Any, tmp_path: Path) -> None:
+    """A picture, from memory or a file, comes back pixel for pixel; a video as a GIF of its frames, which browsers play."""
+    monitor, generator = monitors(0), np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (2, 5, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels[1]).save(tmp_path / "strip.png")
+    monitor.show_strip(1, Image.fromarray(pixels[0]))
+    monitor.show_strip(2, tmp_path / "strip.png")
+    frames_TCHW = torch.zeros(4, 3, 6, 10, dtype=torch.uint8)
+    frames_TCHW[[0, 1, 2, 3], 0] = torch.tensor([0, 80, 160, 240], dtype=torch.uint8)[:, None, None]
+    monitor.show_video(2, "samples/first clip", frames_TCHW, fps=8)
+    monitor.close()
+    board = read_board(tmp_path)
+    for event, wanted in zip(board.Images("samples/strip"), pixels, strict=True):
+        assert (event.width, event.height) == (8, 5)
+        assert np.array_equal(Image.open(io.BytesIO(event.encoded_image_string)), wanted)
+    (video,) = board.Images("samples/first clip")
+    assert from_bytes(video.encoded_image_string) == "image/gif" and (video.width, video.height) == (10, 6)
+    gif = Image.open(io.BytesIO(video.encoded_image_string))
+    assert gif.n_frames == 4 and gif.info["loop"] == 0 and gif.info["duration"] == pytest.approx(1000 / 8, abs=10)
+    for number, red in enumerate((0, 80, 160, 240)):
+        gif.seek(number)
+        assert gif.convert("RGB").getpixel((3, 3)) == (red, 0, 0)
+
+
+def test_other_ranks_write_nothing(monitors: Any, tmp_path: Path) -> None:
+    monitor = monitors(0, OTHER)
+    with monitor.timing("forward"), monitor.paused():
+        assert [*monitor.timed(iter([1, 2]))] == [1, 2]
+    monitor.report_figures(1, FIGURES)
+    monitor.conclude()
+    assert not [*tmp_path.iterdir()]
