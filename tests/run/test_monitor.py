@@ -22,6 +22,7 @@ from toolkit.engine.world import World
 from toolkit.rng import rng
 from toolkit.run.board import GROUPS, TAGS
 from toolkit.run.monitor import Monitor, read_log
+from toolkit.run.signals import STOP_FILE
 from toolkit.run.timings import PHASES
 
 STEPS, EVERY, BATCH = 6, 2, 4
@@ -83,7 +84,10 @@ def check_board(run: Path, every: int) -> EventAccumulator:
 def test_tensorboard_shows_what_the_log_holds(run: Path) -> None:
     board = check_board(run, EVERY)
     assert [event.step for event in board.Scalars("loss/validation")] == [3, 6]
-    assert {*TAGS.values()} < {*board.Tags()["scalars"]}
+    numbers = {
+        key for row in read_log(run / "log.jsonl") for key, value in row.items() if isinstance(value, int | float)
+    }
+    assert {*TAGS} == numbers - {"step", "clips"} and {*TAGS.values()} < {*board.Tags()["scalars"]}
 
 
 @pytest.mark.launch
@@ -156,15 +160,14 @@ def test_the_recipe_is_listed_once_with_what_it_reached(
     assert count_sessions(copy) == count_sessions(run) == 1
     report = Monitor.report
 
-    def stop_after_four(self: Monitor, step: int, *numbers: Any) -> None:
+    def ask_to_stop(self: Monitor, step: int, *numbers: Any) -> None:
         report(self, step, *numbers)
-        if step == 4:
-            raise KeyboardInterrupt
+        (self.run / STOP_FILE).touch()
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Monitor, "report", stop_after_four)
+    with monkeypatch.context() as patched:
+        patched.setattr(Monitor, "report", ask_to_stop)
         train_here(watched | {"runs_dir": str(tmp_path)})
-    assert count_sessions(tmp_path / "run") == 0
+    assert len(read_log(tmp_path / "run/log.jsonl")) == 2 and count_sessions(tmp_path / "run") == 0
     assert count_sessions(train_here(watched | {"runs_dir": str(tmp_path)})) == 1
     assert read_numbers(tmp_path / "run") == read_numbers(run)
 
@@ -216,6 +219,8 @@ def test_figures_are_kept_and_cut(monitors: Any, tmp_path: Path) -> None:
     monitor = monitors(0)
     monitor.report_figures(2, FIGURES)
     monitor.report_figures(4, {"psnr": {"tuned": 99.0}})
+    monitor.close()
+    assert {*FIGURES} < {*read_charts(read_board(tmp_path))}
     again = monitors(3)
     again.report_figures(4, {"psnr": {"linear": 20.0, "tuned": 22.0}})
     again.close()
