@@ -333,7 +333,7 @@ def field_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[st
 
 def diff_configs(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     """List the fields in which two runs differ: {dotted name: (old, new)}."""
-    flat_old, flat_new = _flatten(old), _flatten(new)
+    flat_old, flat_new = flatten_config(old), flatten_config(new)
     return {name: (flat_old[name], flat_new[name]) for name in flat_new if flat_old[name] != flat_new[name]}
 
 
@@ -382,10 +382,11 @@ def _set_dotted(tree: dict[str, Any], name: str, value: Any) -> None:
     tree[key] = value
 
 
-def _flatten(section: Section, prefix: str = "") -> dict[str, Any]:
+def flatten_config(section: Section, prefix: str = "") -> dict[str, Any]:
+    """All fields of a tree by their dotted names."""
     flat: dict[str, Any] = {}
     for name, value in section:
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
+        flat |= flatten_config(value, f"{prefix}{name}.") if isinstance(value, Section) else {prefix + name: value}
     return flat
 
 

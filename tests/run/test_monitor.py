@@ -1,6 +1,7 @@
 """What a run shows while it goes: log.jsonl, validation.jsonl and TensorBoard. Run: pytest tests/run/test_monitor.py"""
 
 import io
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -74,6 +75,8 @@ def check_board(run: Path, every: int) -> EventAccumulator:
         for group in GROUPS:
             numbers |= {f"{group}/{name}": value for name, value in row.get(group, {}).items()}
         wanted |= {(tag, row["step"]): value for tag, value in numbers.items()}
+        ends_s = np.cumsum([*row["time_s"].values()])
+        wanted |= {(f"time_stacked_s/{phase}", row["step"]): end_s for phase, end_s in zip(PHASES, ends_s, strict=True)}
         assert set(GROUPS) & set(row) == (set(GROUPS) if row["step"] % every == 0 else {"time_s"})
     points = [(tag, event) for tag in board.Tags()["scalars"] for event in board.Scalars(tag)]
     found = {(tag, event.step): event.value for tag, event in points}
@@ -94,6 +97,8 @@ def test_tensorboard_shows_what_the_log_holds(run: Path) -> None:
 def test_and_of_two_ranks_under_deepspeed(reference_run: Path) -> None:
     board = check_board(reference_run, 1)
     assert [event.step for event in board.Scalars("loss/train")] == [*range(1, 11)]
+    for row in read_log(reference_run / "log.jsonl"):
+        assert len(row["update_ratio"]) == 6 and min(row["update_ratio"].values()) > 0
 
 
 def test_parts_make_up_the_step(run: Path) -> None:
@@ -143,7 +148,7 @@ def test_charts_are_of_tags_that_are_there(run: Path) -> None:
         else:
             assert all(len(own) == 1 for own in drawn), (title, drawn)
     assert sum(title.startswith("sigma") for title in charts) == 6 >= len(bins)
-    assert len(charts["seconds by phase"]) == len(PHASES)
+    assert len(charts["seconds, a phase on another"]) == len(PHASES)
 
 
 def test_the_recipe_is_listed_once_with_what_it_reached(
@@ -153,6 +158,7 @@ def test_the_recipe_is_listed_once_with_what_it_reached(
     board = read_board(run)
     recipe = read_hparams(board, SESSION_START_INFO_TAG).session_start_info.hparams
     assert recipe["lora.rank"].number_value == 4 and recipe["diffusion.layout"].string_value == "spec_middle"
+    assert not {"name", "runs_dir", "data.workers", "model.memory"} & {*recipe}
     metrics = {metric.name.tag for metric in read_hparams(board, EXPERIMENT_TAG).experiment.metric_infos}
     assert metrics == {"loss/train", "loss/zero_baseline", "loss/validation"} <= set(board.Tags()["scalars"])
     copy = Path(shutil.copytree(run, tmp_path / "finished/run"))
@@ -204,7 +210,7 @@ def monitors(tmp_path: Path) -> Iterator[Any]:
     def make(start: int, world: World = MAIN) -> Monitor:
         if opened:
             opened[-1].close()
-        opened.append(Monitor(tmp_path, start, 0, 10, 1, 1, [0.5, 1.0], None, {}, world))
+        opened.append(Monitor(tmp_path, start, 0, 10, 1, 1, [0.5, 123.0], None, {}, world))
         return opened[-1]
 
     yield make
@@ -218,7 +224,8 @@ def test_figures_are_kept_and_cut(monitors: Any, tmp_path: Path) -> None:
     """A row a look, a tag a contender, a chart a figure; resumed before a look, it is as if that had not been."""
     monitor = monitors(0)
     monitor.report_figures(2, FIGURES)
-    monitor.report_figures(4, {"psnr": {"tuned": 99.0}})
+    monitor.report_figures(4, {"psnr": {"tuned": math.inf}})
+    assert read_log(tmp_path / "validation.jsonl")[-1] == {"step": 4, "psnr": {"tuned": None}}
     monitor.close()
     assert {*FIGURES} < {*read_charts(read_board(tmp_path))}
     again = monitors(3)
@@ -231,6 +238,8 @@ def test_figures_are_kept_and_cut(monitors: Any, tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in board.Scalars("validation/psnr/tuned")] == [(2, 21.5), (4, 22.0)]
     assert [(e.step, e.value) for e in board.Scalars("validation/psnr_moving/linear")] == [(2, 15.0)]
     charts = read_charts(board)
+    for tag, expression in zip(("loss_by_sigma", "zero_by_sigma"), charts["sigma 0.5 to 1.2e+02"], strict=True):
+        assert re.match(expression, f"{tag}/2_0.5_to_1.2e+02")
     for figure in FIGURES:
         shown = [tag for tag in board.Tags()["scalars"] if re.match(charts[figure][0], tag)]
         assert sorted(shown) == [f"validation/{figure}/linear", f"validation/{figure}/tuned"]

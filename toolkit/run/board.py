@@ -6,7 +6,9 @@ Test: pytest tests/run/test_board.py
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ TAGS = {
 }
 # each a mapping there; a tag is the group and the name in it
 GROUPS = ("time_s", "loss_by_sigma", "zero_by_sigma", "adapter_norm", "update_ratio")
+STACK = "time_stacked_s"  # of phases: the seconds to the end of each, since TensorBoard draws lines and no areas
+HISTOGRAM_BINS = 30  # as many as are drawn; numpy's own choice is without bound where one loss is far off
 FIGURES = "validation"  # of figure and contender
 
 
@@ -56,6 +60,8 @@ class Board:
         """Show what stands in a row of log.jsonl, but for what is None."""
         values = {tag: row.get(key) for key, tag in TAGS.items()}
         values |= {f"{group}/{name}": value for group in GROUPS for name, value in row.get(group, {}).items()}
+        so_far_s = accumulate(row.get("time_s", {}).values())
+        values |= {f"{STACK}/{phase}": end_s for phase, end_s in zip(PHASES, so_far_s, strict=False)}
         for tag, value in values.items():
             if value is not None:
                 self._add_scalar(step, tag, value)
@@ -63,7 +69,7 @@ class Board:
     def add_histogram(self, step: int, tag: str, values: Tensor) -> None:
         """Show how finite values are spread; none are passed over."""
         if len(values):
-            self.writer.add_histogram(tag, values, step, bins="auto")
+            self.writer.add_histogram(tag, values, step, bins=HISTOGRAM_BINS)
 
     def add_figures(self, step: int, figures: Mapping[str, Mapping[str, float]]) -> None:
         """Show {figure: {contender: value}}, a chart a figure."""
@@ -89,14 +95,16 @@ class Board:
         self._add_image(step, tag, (frames_TCHW.shape[3], frames_TCHW.shape[2]), content)
 
     def add_recipe(self, recipe: Mapping[str, Any]) -> None:
-        """List a recipe among others, with the last values of losses and figures.
+        """List a recipe's fields beside those of others, with the last values of losses and figures.
 
         In the run's own file: add_hparams of torch makes a run of its own for it, whose metrics are copies.
         """
         from torch.utils.tensorboard.summary import hparams
 
         metrics = [tag for tag in self.shown if tag.startswith(("loss/", f"{FIGURES}/"))]
-        for summary in hparams(dict(flatten(recipe)), dict.fromkeys(sorted(metrics), 0.0)):
+        given = {name: value for name, value in recipe.items() if value is not None}
+        fields = {name: value if isinstance(value, int | float) else str(value) for name, value in given.items()}
+        for summary in hparams(fields, dict.fromkeys(sorted(metrics), 0.0)):
             self._writer.add_summary(summary)
 
     def close(self) -> None:
@@ -121,26 +129,18 @@ class Board:
         """Put scalars together in charts, on the tab of custom scalars; of several layouts the last counts."""
         charts = {
             "loss": {"against predicting zero": ["loss/train", "loss/validation", "loss/zero_baseline"]},
-            "figures": {figure: [f"{FIGURES}/{figure}/.+"] for figure in self.figures},
+            "figures": {figure: [f"{FIGURES}/{figure}/"] for figure in self.figures},
             "loss by noise level": {
-                f"sigma {name.partition('_')[2].replace('_', ' ')}": [f"loss_by_sigma/{name}$", f"zero_by_sigma/{name}$"]
+                f"sigma {name.partition('_')[2].replace('_', ' ')}": [f"loss_by_sigma/{name}", f"zero_by_sigma/{name}"]
                 for name in self.bins
             },
-            "time of a step": {"seconds by phase": [f"time_s/{phase}" for phase in PHASES]},
+            "time of a step": {"seconds, a phase on another": [f"{STACK}/{phase}" for phase in PHASES]},
             "adapter": {
-                group: [f"{group}/{block}$" for block in self.blocks] for group in ("adapter_norm", "update_ratio")
+                group: [f"{group}/{block}" for block in self.blocks]
+                for group in ("adapter_norm", "update_ratio") if self.blocks
             },
         }  # fmt: skip
-        self.writer.add_custom_scalars({
-            category: {title: ["Multiline", tags] for title, tags in own.items() if tags}
+        self.writer.add_custom_scalars({  # which takes tags as regular expressions of how they begin
+            category: {title: ["Multiline", [*map(re.escape, tags)]] for title, tags in own.items()}
             for category, own in charts.items() if own
         })  # fmt: skip
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, bool | int | float | str]]:
-    """The leaves of a tree by their dotted names; those that are no numbers or texts as texts, without None."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        elif value is not None:
-            yield f"{prefix}{key}", value if isinstance(value, bool | int | float | str) else str(value)

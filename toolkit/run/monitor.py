@@ -37,7 +37,7 @@ class Monitor:
     every   steps from one line and look at the adapter to the next
     edges   of the bins of sigma
     health  of the adapter, where it lies whole on the main rank
-    recipe  a tree of settings
+    recipe  settings that bear on the result, by their dotted names
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Monitor:
         bad_clips: int = 0,
         validation: float = math.inf,
     ) -> None:
-        """Record optimizer step `step`, counted from 1.
+        """Record optimizer step `step`, counted from 1, with the times of the newest step that are known (see timings.py).
 
         scores      of the clips of all ranks
         skipped     steps of the whole run until now that changed nothing
@@ -119,15 +119,16 @@ class Monitor:
             "loss": scores.loss_B.mean().item(), "zero_baseline": scores.zero_B.mean().item(),
             "grad_norm": grad_norm, "lr": lr, "skipped_steps": skipped, "bad_clips": bad_clips,
             "clips_per_s": self.clips_per_step / own.total_s, "data_wait_share": own.parts_s["data"] / own.total_s,
-            "memory_gib": peak_memory_gib(), "time_s": known.parts_s,
-        } | ({"validation_loss": validation} if validation < math.inf else {})  # fmt: skip
+            "memory_gib": peak_memory_gib(),
+        }  # fmt: skip
+        if validation < math.inf:
+            row["validation_loss"] = validation
+        if known.steps:
+            row["time_s"] = known.parts_s
         is_due = step % self.every == 0 or step == self.total
         if is_due:
             row |= self._look(step)
-        # JSON has no word for what is not finite
-        row = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-        }
+        row = without_infinities(row)
         self.log.write(json.dumps(row) + "\n")
         self.log.flush()
         self.board.add_row(step, row)
@@ -139,7 +140,7 @@ class Monitor:
         """Record how contenders do on held-out clips after a step: {figure: {contender: value}}."""
         if self.is_main:
             with (self.run / FIGURES_LOG).open("a") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
+                file.write(json.dumps(without_infinities({"step": step, **figures})) + "\n")
             self.board.add_figures(step, figures)
 
     def show_strip(self, step: int, strip: Path | Image.Image) -> None:
@@ -212,6 +213,13 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def without_infinities(value: Any) -> Any:
+    """The same with None for each number that is not finite, for which JSON has no word."""
+    if isinstance(value, Mapping):
+        return {key: without_infinities(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
-from toolkit.config import RunConfig, ScheduleConfig
+from toolkit.config import RunConfig, ScheduleConfig, flatten_config
 from toolkit.data.loader import Substitution, naming_dead_workers
 from toolkit.engine.world import World, init_world, naming_lost_ranks
 from toolkit.model.dropout import adapter_dropout
 from toolkit.model.lora import adapted_layers
 from toolkit.run.debug import draw_batches
+from toolkit.run.folder import FREE_FIELDS
 from toolkit.run.health import AdapterHealth
 from toolkit.run.job import Job, build_job, make_batches
 from toolkit.run.ledger import Ledger
@@ -125,7 +126,9 @@ def make_monitor(config: RunConfig, job: Job, world: World) -> Monitor:
     """What reports the steps from the job's start to its end."""
     every, clips, at = config.log_every_steps, config.engine.global_batch, job.resume
     edges = job.framer.sigma_quantiles(torch.arange(1, SIGMA_BINS) / SIGMA_BINS).tolist()
-    recipe = config.model_dump(mode="json")
+    recipe = {
+        name: value for name, value in flatten_config(config).items() if not name.startswith(("name", *FREE_FIELDS))
+    }
     health = make_health(config, job) if world.is_main else None
     return Monitor(config.folder, at.step, at.k_next, job.total, every, clips, edges, health, recipe, world)
 
