@@ -64,11 +64,6 @@ def read_sources(runs: Sequence[str], adapters: Sequence[str], base: str | None)
     return {name: own.with_model(base=base) for name, own in zip(names, seeded, strict=True)}
 
 
-def untuned(source: Source) -> Source:
-    """The same network without what was trained."""
-    return replace(source, adapters=())
-
-
 def refuse_other_split(sources: dict[str, Source]) -> None:
     """Refuse to judge together what was not trained to make the same frames of the same clips, saying what differs."""
     (first, own), *others = sources.items()
@@ -104,7 +99,7 @@ def list_contenders(sources: dict[str, Source], sampling: Sampling, sweep: str |
         label = next((label for label, other in bases.items() if is_fed_alike(other.source, source)), None)
         if label is None:
             label = f"base of {name}" if bases else "base"
-            bases[label] = Contender(untuned(source), sampling, label)
+            bases[label] = Contender(source.untuned, sampling, label)
         tuned[name] = Contender(source, sampling, label)
     if sweep is not None:
         if len(sources) > 1:
@@ -148,7 +143,7 @@ def apply_sweep(contender: Contender, field: str, value: float) -> Contender:
                 "--sweep lora_scale is for adapters, and this run trained whole weights; sweep something else"
             )
         scaled = tuple((place, weight * value) for place, weight in source.adapters)
-        return replace(contender, source=replace(source, adapters=scaled) if value else untuned(source))
+        return replace(contender, source=replace(source, adapters=scaled) if value else source.untuned)
     if field == "sampler_steps":
         if value != int(value):
             raise UserError(f"--sweep sampler_steps={value:g}: steps are whole numbers")

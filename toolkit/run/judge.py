@@ -75,8 +75,8 @@ class Windows:
 
 
 def own_gap(config: RunConfig) -> int:
-    """The gap that a recipe trains on."""
-    return config.data.stride * (config.data.frames - 1)
+    """The gap that a recipe trains on, the shortest of several."""
+    return config.data.strides[0] * (config.data.frames - 1)
 
 
 def load_windows(config: RunConfig, gaps: Sequence[int], clips: int) -> dict[int, Windows]:
