@@ -114,7 +114,10 @@ def broken(tiny_run: dict[str, Any], tiny_shards: Path, tmp_path: Path) -> dict[
 
 
 def test_run_stops_at_the_same_step_again(broken: dict[str, Any], tmp_path: Path) -> None:
-    """Three bad clips where two are allowed: the run stops, and stops there again when it is resumed, with one ledger."""
+    """Three bad clips where two are allowed: the run stops, and stops there again when it is resumed, with one ledger.
+
+    Each step's row counts the different bad clips until then.
+    """
     ledgers, numbers = [], []
     for _ in range(2):
         with pytest.raises(UserError, match="3 of 10 clips are bad, allowed are 2"):
@@ -125,7 +128,9 @@ def test_run_stops_at_the_same_step_again(broken: dict[str, Any], tmp_path: Path
     positions = [entry["position"] for entry in ledgers[0]]
     assert len({(entry["position"], entry["key"]) for entry in ledgers[0]}) == len(positions)
     train_here(broken | {"data.max_bad_fraction": 0.3})
-    assert len(read_numbers(tmp_path / "broken")) == 3
+    counted = read_numbers(tmp_path / "broken", "clips", "bad_clips")
+    listed = [(entry["position"], (entry["shard"], entry["key"])) for entry in read(tmp_path / "broken")]
+    assert counted == [(n, len({clip for k, clip in listed if k < n})) for n in (4, 8, 12)]
     assert [entry for entry in read(tmp_path / "broken") if entry["position"] <= positions[-1]] == ledgers[0]
 
 
