@@ -57,7 +57,8 @@ def evaluate(
         print(dumps(report, indent=2))
     else:
         print(
-            f"{to_text(report)}\npictures: {report['strip']}  (first | generated | true | last)\nreport: {report['report']}"
+            f"{to_text(report)}\npictures: {report['strip']}  (first | linear | base | tuned | true | last)\n"
+            f"report: {report['report']}"
         )
 
 

@@ -103,6 +103,7 @@ seed
 tuning
 validation.clips
 validation.every_steps
+validation.figures_every_steps
 validation.max_guidance
 validation.min_guidance
 validation.sampler

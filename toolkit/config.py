@@ -207,6 +207,8 @@ class ValidationConfig(Section):
     clips: int = Field(8, ge=1)  # held-out clips that the run and launch/evaluate.py score
     # steps between two losses on them, always at the same noise; the lowest names the best checkpoint. null: never
     every_steps: int | None = Field(None, ge=1)
+    # steps between two looks at generated frames: figures beside blending and the start, strips, a video. null: never
+    figures_every_steps: int | None = Field(None, ge=1)
     sampler: Literal["euler", "lcm"] = "euler"  # lcm: a few steps, for bases distilled to it
     sampler_steps: int = Field(25, ge=1, le=1000)
     # classifier-free guidance rises over the window from one to the other; 1 and 1 is none, at half the cost

@@ -53,7 +53,7 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Score the frames between the ends of held-out windows: linear blend, untuned base and tuned, against the true ones.
 
-    Writes evaluation.json, report.html and samples/strip.png (first | generated | true | last).
+    Writes evaluation.json, report.html and samples/strip.png (first | linear | base | tuned | true | last).
     run       a run folder, or several that are judged on the first one's clips
     clips     held-out clips at most; default the recipe's
     steps     sampler steps; default the recipe's
@@ -94,8 +94,8 @@ def evaluate_run(
         for name, label in (("linear", "linear"), ("base", "base"), ("tuned", tuned)):
             report[f"{metric}_{name}"] = by_gap[str(gap)]["figures"][label][f"{metric}_middle"]["mean"]
     first_BCHW, *_, last_BCHW = to_signed(own.frames_BTHWC).unbind(1)
-    generated_BCHW = to_signed(results[gap][tuned].middle_BHWC)
-    columns = {"first": first_BCHW, "generated": generated_BCHW, "true": true_middles(own), "last": last_BCHW}
+    made = {label: to_signed(results[gap][label].middle_BHWC) for label in ("linear", contenders[tuned].base, tuned)}
+    columns = {"first": first_BCHW, **made, "true": true_middles(own), "last": last_BCHW}
     report |= {
         "strip": str(draw_strip(folder / "samples/strip.png", columns)),
         "report": str(folder / "report.html"),

@@ -51,6 +51,7 @@ from toolkit.run.folder import (
     record_start,
 )
 from toolkit.run.framer import Framer, check_objective
+from toolkit.run.gallery import Gallery
 from toolkit.run.inference import load_control
 from toolkit.run.ledger import bad_limit
 from toolkit.run.memory import choose_blocks, choose_plan, choose_replay
@@ -75,6 +76,7 @@ class Job:
     engine: Engine
     index: DatasetIndex
     validator: Validator | None
+    gallery: Gallery | None
     identity: dict[str, Any]  # fingerprints that a checkpoint must share
     about: dict[str, Any]  # what the adapter's file tells of itself
     computed_by: str  # kernel, blocks and memory plan
@@ -108,7 +110,8 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     if config.diffusion.control:
         find_controlnet(str(config.model.controlnet), config.model.controlnet_revision)
     attention = choose_kernel(config.model.attention, config, world, PRECISIONS[config.engine.precision])
-    encoders = not index.cached or config.data.debug  # which decodes what it draws
+    generates = config.validation.figures_every_steps is not None
+    encoders = not index.cached or config.data.debug or generates  # which decode what is drawn
     base = load_base(model, world.device, config.engine.precision, encoders=encoders)
     plan = choose_plan(config, base.unet.config, base.latent_px, world.device)
     framer, adapter = make_framer(config, base, attention, plan, start)
@@ -135,12 +138,26 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     validator = Validator(config, held_out, clip_settings(config), framer, world) if held_out is not None else None
     if validator is not None and not encoders:  # its clips are videos still
         validator.encode(*load_encoders(model, world.device, config.engine.precision))
+    gallery = Gallery(config, framer, world) if generates else None
     writer = CheckpointWriter(config.folder, config.checkpoint) if world.is_main else None
     if world.is_main:
         announce(config, index, computed_by, trainable, resume.step, total, world.size)
     about = describe_adapter(config, base, index)
     return Job(
-        framer, adapter, engine, index, validator, identity, about, computed_by, per_rank, resume, total, writer, lock
+        framer,
+        adapter,
+        engine,
+        index,
+        validator,
+        gallery,
+        identity,
+        about,
+        computed_by,
+        per_rank,
+        resume,
+        total,
+        writer,
+        lock,
     )
 
 

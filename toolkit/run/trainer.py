@@ -75,6 +75,8 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
         naming_dead_workers(),
     ):
         batches = monitor.timed(make_batches(config, job, world))
+        if job.resume.step == 0:
+            look(config, job, monitor, 0, watchdog)
         for step in range(job.resume.step, job.total):
             if step > job.resume.step or not config.model.compile:  # which takes minutes, at the first step
                 watchdog.beat()
@@ -99,10 +101,7 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
             with monitor.timing("optimizer"):
                 grad_norm = job.engine.step(lr, skip=not math.isfinite(loss))
             skips.note(step + 1, loss, grad_norm, [(k, one.loss_B) for k, one in zip(keys, own, strict=True)])
-            score = math.inf
-            if job.validator is not None and is_due(config.validation.every_steps, step + 1, job.total):
-                with monitor.paused():
-                    score = job.validator.loss(watchdog.beat)
+            score = look(config, job, monitor, step + 1, watchdog)
             monitor.report(step + 1, step_scores, grad_norm, lr, step + 1 - job.engine.updates, ledger.bad, score)
             ends = wishes.stop or wishes.yields or step + 1 == job.total
             if ends or wishes.save or score < best or is_due(config.checkpoint.every_steps, step + 1, job.total):
@@ -120,6 +119,17 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
     if world.is_main:
         print(f"ended after step {step + 1} as asked, saved; the same command again, without --fresh, goes on")
     return bool(wishes.yields) and not wishes.stop
+
+
+def look(config: RunConfig, job: Job, monitor: Monitor, step: int, watchdog: Watchdog) -> float:
+    """Validate what is due after a step, and show it; returns the loss on held-out clips, or inf where it is not due."""
+    score, every = math.inf, config.validation
+    with monitor.paused():
+        if job.gallery is not None and is_due(every.figures_every_steps, step, job.total):
+            job.gallery.show(monitor, step, watchdog.beat)
+        if job.validator is not None and step and is_due(every.every_steps, step, job.total):
+            score = job.validator.loss(watchdog.beat)
+    return score
 
 
 def make_monitor(config: RunConfig, job: Job, world: World) -> Monitor:

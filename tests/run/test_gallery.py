@@ -1,0 +1,101 @@
+"""Generated frames are judged while a run goes on, as evaluate does at its end. Run: pytest tests/run/test_gallery.py"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.launching import adapter_bytes, launch, read_numbers, train_here
+from tests.run.test_monitor import read_board
+from toolkit.run.cache import cache_shards
+from toolkit.run.evaluate import evaluate_run
+from toolkit.run.monitor import read_log
+
+LOOKS = {"validation.figures_every_steps": 2, "validation.clips": 2, "validation.sampler_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Overrides of three steps in this process, of clips of five frames."""
+    return tiny_run | {
+        "engine.kind": "plain", "engine.precision": "fp32", "engine.global_batch": 2, "schedule.steps": 3,
+        "data.frames": 5, "diffusion.layout": "middle_in_clip", "model.memory": "fast", "checkpoint.every_steps": 1,
+        "lora.alpha": 32, "optimizer.lr": 0.1, "runs_dir": str(tmp_path_factory.mktemp("gallery")), "name": "shown",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shown(plain: dict[str, Any]) -> Path:
+    """The folder of that run, judged before it, after two steps and at the end; read only."""
+    return train_here(plain | LOOKS)
+
+
+def test_training_is_the_same_without_it(plain: dict[str, Any], shown: Path) -> None:
+    """Losses, norms and the adapter are those of a run that never generated anything, to the bit."""
+    run = train_here(plain | {"name": "alone"})
+    assert read_numbers(run) == read_numbers(shown)
+    assert adapter_bytes(run, 3) == adapter_bytes(shown, 3)
+
+
+def test_figures_are_those_of_evaluate(shown: Path, tmp_path: Path) -> None:
+    """At the end each figure of blending, start and tuned is what evaluate finds for linear, base and tuned."""
+    rows = read_log(shown / "validation.jsonl")
+    assert [row["step"] for row in rows] == [0, 2, 3]
+    copy = Path(shutil.copytree(shown, tmp_path / "shown"))
+    (judged,) = evaluate_run(str(copy))["gaps"].values()
+    for ours, theirs in (("linear", "linear"), ("start", "base"), ("tuned", "tuned")):
+        for name, values in judged["figures"][theirs].items():
+            assert rows[-1][name][ours] == pytest.approx(values["mean"], rel=1e-3, abs=1e-3), (ours, name)
+    assert rows[0]["psnr"].keys() == {"linear", "start"} and rows[1]["psnr"].keys() == {"linear", "start", "tuned"}
+    assert rows[-1]["psnr"]["start"] == rows[0]["psnr"]["start"]
+    assert abs(rows[-1]["psnr"]["tuned"] - rows[-1]["psnr"]["start"]) > 0.01, "nothing was tuned, so nothing is shown"
+
+
+def test_pictures_are_kept_and_on_the_board(shown: Path) -> None:
+    """At each look a strip of first, linear, start, tuned, true and last, and the frames of one window moving."""
+    strips = sorted((shown / "samples").glob("step_*.png"))
+    assert [strip.name for strip in strips] == ["step_000002.png", "step_000003.png"]
+    with Image.open(strips[0]) as strip:
+        assert strip.width // strip.height == 6 * 196 // (20 + 2 * 196)
+    board = read_board(shown)
+    assert [image.step for image in board.Images("samples/strip")] == [2, 3]
+    moving = board.Images("samples/linear_start_tuned_true")
+    assert [image.step for image in moving] == [2, 3] and moving[0].encoded_image_string.startswith(b"GIF")
+
+
+def test_a_resumed_run_shows_the_same(plain: dict[str, Any], shown: Path, tmp_path: Path) -> None:
+    """Thrown back to the first step and resumed: the same figures, still beside the start's, and the same pictures."""
+    run = Path(shutil.copytree(shown, tmp_path / "shown"))
+    for step in (2, 3):
+        shutil.rmtree(run / f"checkpoints/step_{step:06d}")
+        (run / f"samples/step_{step:06d}.png").unlink()
+    train_here(plain | LOOKS | {"runs_dir": str(tmp_path)})
+    assert read_log(run / "validation.jsonl") == read_log(shown / "validation.jsonl")
+    for name in ("step_000002.png", "step_000003.png"):
+        assert (run / "samples" / name).read_bytes() == (shown / "samples" / name).read_bytes()
+
+
+def test_cached_clips_show_the_same(
+    plain: dict[str, Any], shown: Path, tiny_shards: Path, trainable_base: Path, tmp_path: Path
+) -> None:
+    """With cached clips, whose training needs no VAE, one is loaded to look; the start's figures are the same."""
+    cache_shards(str(tiny_shards), str(trainable_base), str(tmp_path / "cached"), precision="fp32", height=32, width=32)
+    run = train_here(plain | LOOKS | {"name": "cached", "data.shards": str(tmp_path / "cached"), "schedule.steps": 1})
+    assert read_log(run / "validation.jsonl")[0] == read_log(shown / "validation.jsonl")[0]
+
+
+@pytest.mark.launch
+def test_ranks_share_the_windows_out(plain: dict[str, Any], tiny_shards: Path, tmp_path: Path) -> None:
+    """Two ranks find for three windows the figures of one rank, though one of them has a window less to fill."""
+    shards = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
+    for path in tiny_shards.glob("train-000000.*"):
+        shutil.copy(path, shards / path.name.replace("train-000000", "val-000001"))
+    changes = plain | LOOKS | {"validation.clips": 3, "schedule.steps": 1, "data.shards": str(shards)}
+    one = train_here(changes | {"name": "one"})
+    done = launch("torchrun", 2, changes | {"name": "two", "engine.kind": "zero2"})
+    assert done.returncode == 0, done.stderr
+    for found, wanted in zip(*(read_log(run / "validation.jsonl") for run in (one.with_name("two"), one)), strict=True):
+        for name in wanted.keys() - {"step"}:
+            assert found[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-3)

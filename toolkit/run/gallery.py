@@ -1,0 +1,109 @@
+"""Held-out windows filled while a run goes on: figures beside blending and the network that it began with, and pictures.
+
+Test: pytest tests/run/test_gallery.py. The same windows and noise each time, those of launch/evaluate.py: only the weights
+differ, and a run computes the same with and without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from toolkit.config import RunConfig
+from toolkit.engine.world import World
+from toolkit.run.evaluate import draw_strip
+from toolkit.run.framer import Framer, to_signed, to_uint8
+from toolkit.run.inference import recipe_sampling
+from toolkit.run.judge import blend_window, load_windows, make_window, own_gap, score
+from toolkit.run.monitor import FIGURES_LOG, Monitor, read_log
+
+SHOWN = 4  # windows in a strip
+
+
+class Gallery:
+    """Judges the network in training on the first held-out windows, the ranks sharing them out."""
+
+    def __init__(self, config: RunConfig, framer: Framer, world: World) -> None:
+        gap = own_gap(config)
+        self.windows = load_windows(config, [gap], config.validation.clips)[gap]
+        self.framer, self.world, self.sampling = framer, world, recipe_sampling(config)
+        self.folder = config.folder
+        blends = [score(blend_window(self.windows, i), self.windows.true(i)) for i in range(len(self.windows))]
+        self.linear = {name: _mean(torch.cat([one[name] for one in blends])) for name in blends[0]}
+
+    @property
+    def _kept(self) -> Path:
+        return self.folder / "samples/start.safetensors"  # the main rank's frames, before the first step
+
+    def show(self, monitor: Monitor, step: int, beat: Callable[[], None]) -> None:
+        """Fill, judge and report; every rank calls it. Step 0, before the first, is what later ones are compared with."""
+        made, figures = self._fill(beat)
+        means = {name: _mean(values_B) for name, values_B in figures.items()}
+        if not self.world.is_main:
+            return
+        if step == 0:
+            save_file({str(i): to_uint8(frames_TCHW).contiguous() for i, frames_TCHW in made.items()}, self._kept)
+        begun = {row["step"]: row for row in read_log(self.folder / FIGURES_LOG)}.get(0, {})
+        monitor.report_figures(step, {
+            name: {"linear": self.linear[name]}
+            | ({"start": mean} if step == 0 else {"start": begun[name]["start"]} if name in begun else {})
+            | ({"tuned": mean} if step else {})
+            for name, mean in means.items()
+        })  # fmt: skip
+        if step:
+            self._draw(monitor, step, made)
+
+    @torch.no_grad()
+    def _fill(self, beat: Callable[[], None]) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+        """Frames of this rank's windows, {window: (T, 3, H, W)}, and figures of all, {name: (B,)}, on every rank."""
+        made, clips = {}, len(self.windows)
+        columns: list[Tensor] = []
+        names: list[str] = []
+        for turn in range(math.ceil(clips / self.world.size)):  # as many on each rank: an engine may gather weights
+            beat()
+            i = turn * self.world.size + self.world.rank
+            window_BTCHW = make_window(self.framer, self.windows, min(i, clips - 1), self.sampling)
+            if i < clips:
+                made[i] = window_BTCHW[0]
+            figures = score(window_BTCHW, self.windows.true(min(i, clips - 1)))
+            names = list(figures)
+            columns.append(torch.stack([figures[name][0] for name in names]).double())
+        own_FTR = torch.zeros(len(names), len(columns), self.world.size, dtype=torch.float64)
+        own_FTR[:, :, self.world.rank] = torch.stack(columns, 1)
+        summed = self.world.all_reduce_sum(own_FTR.flatten().to(self.world.device))
+        all_FB = torch.tensor(summed, dtype=torch.float64).view(len(names), -1)[:, :clips]
+        return made, dict(zip(names, all_FB, strict=True))
+
+    def _draw(self, monitor: Monitor, step: int, made: dict[int, Tensor]) -> None:
+        shown = sorted(made)[:SHOWN]
+        kept = load_file(self._kept) if self._kept.exists() else {}
+        sides = {
+            "linear": {i: blend_window(self.windows, i)[0] for i in shown},
+            "start": {i: to_signed(kept[str(i)]) for i in shown if str(i) in kept},
+            "tuned": made,
+            "true": {i: self.windows.true(i)[0] for i in shown},
+        }
+        sides = {label: frames for label, frames in sides.items() if len(frames) >= len(shown)}
+        middle = self.windows.frames_BTHWC.shape[1] // 2
+
+        def stack(frames: dict[int, Tensor], t: int) -> Tensor:
+            return torch.stack([frames[i][t] for i in shown])
+
+        columns: dict[str, Any] = {"first": stack(sides["true"], 0)}
+        columns |= {label: stack(frames, middle) for label, frames in sides.items()}
+        columns["last"] = stack(sides["true"], -1)
+        monitor.show_strip(step, draw_strip(self.folder / f"samples/step_{step:06d}.png", columns))
+        beside_TCHW = torch.cat([frames[shown[0]] for frames in sides.values()], 3)
+        rate = self.windows.fps_B[shown[0]].item()
+        monitor.show_video(step, f"samples/{'_'.join(sides)}", to_uint8(beside_TCHW).movedim(3, 1), rate)
+
+
+def _mean(values_B: Tensor) -> float:
+    """Over the clips where a figure is finite; NaN for none."""
+    return values_B[values_B.isfinite()].double().mean().item()
