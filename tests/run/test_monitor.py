@@ -4,6 +4,7 @@ import io
 import math
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,13 @@ def check_board(run: Path, every: int) -> EventAccumulator:
         wanted |= {(tag, row["step"]): value for tag, value in numbers.items()}
         ends_s = np.cumsum([*row["time_s"].values()])
         wanted |= {(f"time_stacked_s/{phase}", row["step"]): end_s for phase, end_s in zip(PHASES, ends_s, strict=True)}
-        assert set(GROUPS) & set(row) == (set(GROUPS) if row["step"] % every == 0 else {"time_s"})
+        looks = {"validation_by_sigma", "validation_zero_by_sigma"} if "validation_loss" in row else set()
+        own = (
+            {group for group in GROUPS if not group.startswith("validation")}
+            if row["step"] % every == 0
+            else {"time_s"}
+        )
+        assert set(GROUPS) & set(row) == own | looks
     points = [(tag, event) for tag in board.Tags()["scalars"] for event in board.Scalars(tag)]
     found = {(tag, event.step): event.value for tag, event in points}
     assert len(found) == len(points) and found == pytest.approx(wanted, rel=1e-6)
@@ -143,8 +150,8 @@ def test_charts_are_of_tags_that_are_there(run: Path) -> None:
     for title, expressions in charts.items():
         drawn = [[tag for tag in tags if re.match(expression, tag)] for expression in expressions]
         if title.startswith("sigma"):
-            assert len(expressions) == 2 and {len(own) for own in drawn} <= {0, 1}
-            assert all(loss.replace("loss", "zero") == zero for (loss, zero) in zip(*drawn, strict=True))
+            assert len(expressions) == 3 and {len(own) for own in drawn} <= {0, 1}
+            assert all(loss.replace("loss", "zero") == zero for (loss, zero) in zip(*drawn[:2], strict=True))
         else:
             assert all(len(own) == 1 for own in drawn), (title, drawn)
     assert sum(title.startswith("sigma") for title in charts) == 6 >= len(bins)
@@ -160,7 +167,11 @@ def test_the_recipe_is_listed_once_with_what_it_reached(
     assert recipe["lora.rank"].number_value == 4 and recipe["diffusion.layout"].string_value == "spec_middle"
     assert not {"name", "runs_dir", "data.workers", "model.memory"} & {*recipe}
     metrics = {metric.name.tag for metric in read_hparams(board, EXPERIMENT_TAG).experiment.metric_infos}
-    assert metrics == {"loss/train", "loss/zero_baseline", "loss/validation"} <= set(board.Tags()["scalars"])
+    assert (
+        metrics
+        == {"loss/train", "loss/zero_baseline", "loss/validation", "loss/seen_clips"}
+        <= set(board.Tags()["scalars"])
+    )
     copy = Path(shutil.copytree(run, tmp_path / "finished/run"))
     train_here(watched | {"runs_dir": str(copy.parent)})
     assert count_sessions(copy) == count_sessions(run) == 1
@@ -228,6 +239,7 @@ def test_figures_are_kept_and_cut(monitors: Any, tmp_path: Path) -> None:
     assert read_log(tmp_path / "validation.jsonl")[-1] == {"step": 4, "psnr": {"tuned": None}}
     monitor.close()
     assert {*FIGURES} < {*read_charts(read_board(tmp_path))}
+    time.sleep(1.1)  # files of one second would be read in the order of ".10", ".9"
     again = monitors(3)
     again.report_figures(4, {"psnr": {"linear": 20.0, "tuned": 22.0}})
     again.close()
@@ -238,7 +250,9 @@ def test_figures_are_kept_and_cut(monitors: Any, tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in board.Scalars("validation/psnr/tuned")] == [(2, 21.5), (4, 22.0)]
     assert [(e.step, e.value) for e in board.Scalars("validation/psnr_moving/linear")] == [(2, 15.0)]
     charts = read_charts(board)
-    for tag, expression in zip(("loss_by_sigma", "zero_by_sigma"), charts["sigma 0.5 to 1.2e+02"], strict=True):
+    for tag, expression in zip(
+        ("loss_by_sigma", "zero_by_sigma", "validation_by_sigma"), charts["sigma 0.5 to 1.2e+02"], strict=True
+    ):
         assert re.match(expression, f"{tag}/2_0.5_to_1.2e+02")
     for figure in FIGURES:
         shown = [tag for tag in board.Tags()["scalars"] if re.match(charts[figure][0], tag)]

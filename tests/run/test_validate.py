@@ -4,9 +4,11 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 from tests.launching import RECIPE, adapter_bytes, launch, read_numbers, train_here
 from toolkit.config import load_config
@@ -17,6 +19,8 @@ from toolkit.run.cache import cache_shards
 from toolkit.run.checkpoint import best_checkpoint, list_checkpoints
 from toolkit.run.evaluate import load_held_out
 from toolkit.run.job import build_job
+from toolkit.run.monitor import read_log
+from toolkit.run.validate import name_overfitting
 
 EVERY = {"validation.every_steps": 1, "validation.clips": 2}
 
@@ -94,7 +98,7 @@ def test_clips_are_those_that_evaluate_scores(plain: dict[str, Any]) -> None:
     config = load_config(RECIPE, plain | EVERY | {"name": "centred", "data.flip": True, "data.random_crop": 0.5})
     validator = build_job(config, init_world(join=False), fresh=False).validator
     for ordinal, clip in enumerate(load_held_out(config, 2)):
-        assert np.array_equal(validator.batches[ordinal].frames_BTHWC[0], clip.frames_THWC)
+        assert np.array_equal(validator.batches[0][ordinal].frames_BTHWC[0], clip.frames_THWC)
 
 
 def test_cached_clips_give_the_same_figure(
@@ -135,3 +139,52 @@ def test_no_held_out_clips_are_told_before_the_weights_are_read(
     assert not (Path(plain["runs_dir"]) / "none").exists()
     with pytest.raises(ZeroDivisionError):
         train_here(plain | {"name": "none", "data.shards": str(shards)})
+
+
+def test_levels_are_scored_apart(plain: dict[str, Any], validated: Path) -> None:
+    """The loss is the mean over six noise levels, each beside its zero baseline; more noise is easier to tell from none."""
+    for row in read_log(validated / "log.jsonl"):
+        by_sigma, zero = row["validation_by_sigma"], row["validation_zero_by_sigma"]
+        assert len(by_sigma) == 6 and by_sigma.keys() == zero.keys()
+        assert np.mean([*by_sigma.values()]) == pytest.approx(row["validation_loss"], rel=1e-6)
+    config = load_config(RECIPE, plain | EVERY | {"name": "levels"})
+    job = build_job(config, init_world(join=False), fresh=False)
+    batch, sigma = job.validator.batches[0][0], job.validator.sigmas[2]
+    assert 1 / 3 < (job.framer.sigma_quantiles(torch.linspace(0.01, 0.99, 99)) < sigma).float().mean() < 1 / 2
+    scores = job.validator.framer.compute_loss(batch, sigma_B=torch.full((1,), sigma))
+    assert scores.sigma_B.item() == pytest.approx(sigma)
+
+
+def test_clips_trained_on_are_scored_alike(plain: dict[str, Any], tiny_shards: Path, tmp_path: Path) -> None:
+    """Where the held-out clips are those of training, the two losses are one."""
+    shards = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
+    for path in shards.glob("val-*"):
+        path.unlink()
+    for path in tiny_shards.glob("train-000000.*"):
+        shutil.copy(path, shards / path.name.replace("train", "val"))
+    run = train_here(plain | EVERY | {"name": "same", "data.shards": str(shards), "schedule.steps": 2})
+    for held_out, seen in read_numbers(run, "validation_loss", "seen_loss"):
+        assert held_out == seen
+
+
+def test_overfitting_has_its_name() -> None:
+    """Held-out clips worse for three looks while those trained on get better; not sooner, and not where both get worse."""
+    falls = [(10, 0.5, 0.50), (20, 0.4, 0.41), (30, 0.41, 0.35), (40, 0.42, 0.30)]
+    assert name_overfitting(falls) is None and name_overfitting([]) is None
+    said = name_overfitting([*falls, (50, 0.45, 0.2)])
+    assert said is not None and "since step 20" in said and "0.4100 to 0.2000" in said and "0.4000 to 0.4500" in said
+    assert name_overfitting([*falls, (50, 0.45, 0.6)]) is None
+    assert name_overfitting([*falls, (50, 0.39, 0.2)]) is None
+
+
+def test_overfitting_is_said_once(plain: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """One clip, learned by heart at a fast rate: one sentence that names the step of the best, also after resuming."""
+    overrides = plain | EVERY | {
+        "name": "heart", "runs_dir": str(tmp_path), "schedule.steps": 12, "optimizer.lr": 0.02, "diffusion.loss_space": "v",
+        "checkpoint.every_steps": 6,
+    }  # fmt: skip
+    with mock.patch("toolkit.run.monitor.name_overfitting", lambda looks: "overfitting" if len(looks) > 3 else None):
+        train_here(overrides)
+        shutil.rmtree(tmp_path / "heart/checkpoints/step_000012")
+        train_here(overrides)
+    assert capsys.readouterr().out.splitlines().count("overfitting") == 1

@@ -22,6 +22,7 @@ from toolkit.run.timings import PHASES
 TAGS = {
     "loss": "loss/train",
     "validation_loss": "loss/validation",
+    "seen_loss": "loss/seen_clips",
     "zero_baseline": "loss/zero_baseline",
     "grad_norm": "optimizer/grad_norm",
     "lr": "optimizer/lr",
@@ -32,7 +33,10 @@ TAGS = {
     "memory_gib": "memory/peak_gib",
 }
 # each a mapping there; a tag is the group and the name in it
-GROUPS = ("time_s", "loss_by_sigma", "zero_by_sigma", "adapter_norm", "update_ratio")
+GROUPS = (
+    "time_s", "loss_by_sigma", "zero_by_sigma", "validation_by_sigma", "validation_zero_by_sigma", "adapter_norm",
+    "update_ratio",
+)  # fmt: skip
 STACK = "time_stacked_s"  # of phases: the seconds to the end of each, since TensorBoard draws lines and no areas
 HISTOGRAM_BINS = 30  # as many as are drawn; numpy's own choice is without bound where one loss is far off
 FIGURES = "validation"  # of figure and contender
@@ -128,10 +132,15 @@ class Board:
     def _lay_out(self) -> None:
         """Put scalars together in charts, on the tab of custom scalars; of several layouts the last counts."""
         charts = {
-            "loss": {"against predicting zero": ["loss/train", "loss/validation", "loss/zero_baseline"]},
+            "loss": {
+                "against predicting zero": ["loss/train", "loss/validation", "loss/zero_baseline"],
+                "held-out clips against those trained on": ["loss/validation", "loss/seen_clips"],
+            },
             "figures": {figure: [f"{FIGURES}/{figure}/"] for figure in self.figures},
             "loss by noise level": {
-                f"sigma {name.partition('_')[2].replace('_', ' ')}": [f"loss_by_sigma/{name}", f"zero_by_sigma/{name}"]
+                f"sigma {name.partition('_')[2].replace('_', ' ')}": [
+                    f"loss_by_sigma/{name}", f"zero_by_sigma/{name}", f"validation_by_sigma/{name}",
+                ]
                 for name in self.bins
             },
             "time of a step": {"seconds, a phase on another": [f"{STACK}/{phase}" for phase in PHASES]},

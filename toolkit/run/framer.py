@@ -133,13 +133,19 @@ class Framer:
         self.device = base.unet.device if device is None else device
         self.beside = Beside(self.device)
 
-    def compute_loss(self, batch: Batch, timing: Callable[[str], AbstractContextManager[Any]] = nullcontext) -> Scores:
+    def compute_loss(
+        self,
+        batch: Batch,
+        timing: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+        sigma_B: Tensor | None = None,
+    ) -> Scores:
         """Noise a batch and score the network's answer, fp32.
 
-        timing  is entered around each phase, "encode" and "forward"
+        timing   is entered around each phase, "encode" and "forward"
+        sigma_B  noise levels; default drawn by position
         """
         with timing("encode"):
-            task = self.beside(lambda: self.prepare(batch))
+            task = self.beside(lambda: self.prepare(batch, sigma_B))
         with timing("forward"):
             self.begin(task.condition)
             raw_BTCHW = self.predict(task.x_BTCHW, task.sigma_B, task.condition)
@@ -149,7 +155,7 @@ class Framer:
             )
         return Scores(loss_B, zero_B, task.sigma_B)
 
-    def prepare(self, batch: Batch) -> Task:
+    def prepare(self, batch: Batch, sigma_B: Tensor | None = None) -> Task:
         """Turn a batch of frames, or of their cached latents, into what the network is asked, all draws by position."""
         positions = batch.positions
         mean_BTCHW, std_BTCHW, means_B2CHW = self._encode_window(batch)
@@ -169,7 +175,7 @@ class Framer:
         condition = self._drop(condition, positions)
         if self.settings.control:
             condition = replace(condition, heatmaps_BTCHW=self._find_heatmaps(batch), control_scale=FOUND_SCALE)
-        sigma_B = self._draw_sigma(positions)
+        sigma_B = self._draw_sigma(positions) if sigma_B is None else sigma_B
         noise_BTCHW = normal_like(z_BTCHW, self.seed, "noise", positions)
         x_BTCHW = scale_input(z_BTCHW + expand_like(sigma_B, z_BTCHW) * noise_BTCHW, sigma_B)
         return Task(z_BTCHW, noise_BTCHW, sigma_B, x_BTCHW, condition)

@@ -135,7 +135,9 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     engine = make_engine(config, base.unet, adapter, per_rank)
     if resume.tensors is not None:
         engine.scatter(adapter.join(resume.tensors), resume.updates)
-    validator = Validator(config, held_out, clip_settings(config), framer, world) if held_out is not None else None
+    validator = (
+        Validator(config, held_out, index, clip_settings(config), framer, world) if held_out is not None else None
+    )
     if validator is not None and not encoders:  # its clips are videos still
         validator.encode(*load_encoders(model, world.device, config.engine.precision))
     gallery = Gallery(config, framer, world) if generates else None

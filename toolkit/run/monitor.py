@@ -26,6 +26,7 @@ from toolkit.run.checkpoint import replace_text
 from toolkit.run.health import AdapterHealth
 from toolkit.run.scores import Scores, join_scores, mean_by_sigma, name_bins
 from toolkit.run.timings import PAUSE, Spent, Timings
+from toolkit.run.validate import Losses, name_overfitting
 
 Item = TypeVar("Item")
 LOG, FIGURES_LOG = "log.jsonl", f"{FIGURES}.jsonl"
@@ -66,6 +67,11 @@ class Monitor:
 
         for name in (LOG, FIGURES_LOG):
             cut_log(run / name, start)
+        self.looks = [
+            (row["step"], row["validation_loss"], row["seen_loss"]) for row in read_log(run / LOG)
+            if None not in (row.get("validation_loss"), row.get("seen_loss"))
+        ]  # fmt: skip
+        self.named = name_overfitting(self.looks) is not None  # overfitting, which is said once
         self.log = (run / LOG).open("a")
         figures = {name for row in read_log(run / FIGURES_LOG) for name in row if name != "step"}
         blocks = health.blocks if health is not None else ()
@@ -99,14 +105,14 @@ class Monitor:
         lr: float,
         skipped: int = 0,
         bad_clips: int = 0,
-        validation: float = math.inf,
+        validation: Losses | None = None,
     ) -> None:
         """Record optimizer step `step`, counted from 1, with the times of the newest step that are known (see timings.py).
 
         scores      of the clips of all ranks
         skipped     steps of the whole run until now that changed nothing
         bad_clips   different clips that it has replaced until now
-        validation  the loss on held-out clips, where this step took it
+        validation  losses on held-out clips, where this step took them
         """
         if not self.is_main:
             return
@@ -121,8 +127,12 @@ class Monitor:
             "clips_per_s": self.clips_per_step / own.total_s, "data_wait_share": own.parts_s["data"] / own.total_s,
             "memory_gib": peak_memory_gib(),
         }  # fmt: skip
-        if validation < math.inf:
-            row["validation_loss"] = validation
+        if validation is not None:
+            row |= {
+                "validation_loss": validation.held_out, "seen_loss": validation.seen,
+                "validation_by_sigma": validation.by_sigma, "validation_zero_by_sigma": validation.zero_by_sigma,
+            }  # fmt: skip
+            self.looks.append((step, validation.held_out, validation.seen))
         if known.steps:
             row["time_s"] = known.parts_s
         is_due = step % self.every == 0 or step == self.total
@@ -135,6 +145,9 @@ class Monitor:
         self.bar.update()
         if is_due:
             self._print(row)
+        if validation is not None and (said := name_overfitting(self.looks)) and not self.named:
+            self.bar.write(said, file=sys.stdout)
+            self.named = True
 
     def report_figures(self, step: int, figures: Mapping[str, Mapping[str, float]]) -> None:
         """Record how contenders do on held-out clips after a step: {figure: {contender: value}}."""
@@ -198,7 +211,11 @@ class Monitor:
             f"{row['clips_per_s']:.2f} clips/s  wait {row['data_wait_share']:.0%}"
             + (f"  {row['bound']}-bound" if "bound" in row else "")
             + f"  mem {row['memory_gib']:.1f} GiB  eta {self._eta()}"
-            + (f"  held-out {row['validation_loss']:.4f}" if row.get("validation_loss") is not None else ""),
+            + (
+                f"  held-out {row['validation_loss']:.4f} (trained on {row['seen_loss']:.4f})"
+                if None not in (row.get("validation_loss"), row.get("seen_loss"))
+                else ""
+            ),
             file=sys.stdout,
         )
         sys.stdout.flush()

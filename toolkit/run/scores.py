@@ -13,6 +13,8 @@ from torch import Tensor
 
 from toolkit.engine.world import World
 
+SIGMA_BINS = 6  # by which the loss is told apart; in training each is as likely as the others
+
 
 class Scores(NamedTuple):
     """Of each clip, (B,): its loss, what a prediction of zero scores on the same noise, and that noise's level."""

@@ -24,12 +24,12 @@ from toolkit.run.health import AdapterHealth
 from toolkit.run.job import Job, build_job, make_batches
 from toolkit.run.ledger import Ledger
 from toolkit.run.monitor import Monitor
-from toolkit.run.scores import Scores, gather_scores
+from toolkit.run.scores import SIGMA_BINS, Scores, gather_scores
 from toolkit.run.signals import REQUEUE, REQUEUE_FILE, Requests, Wishes
 from toolkit.run.skips import Skips
+from toolkit.run.validate import Losses
 from toolkit.run.watchdog import Watchdog
 
-SIGMA_BINS = 6  # by which the loss is told apart; each holds as many clips
 DEBUG_PICTURE = "samples/batch.png"
 
 
@@ -101,8 +101,9 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
             with monitor.timing("optimizer"):
                 grad_norm = job.engine.step(lr, skip=not math.isfinite(loss))
             skips.note(step + 1, loss, grad_norm, [(k, one.loss_B) for k, one in zip(keys, own, strict=True)])
-            score = look(config, job, monitor, step + 1, watchdog)
-            monitor.report(step + 1, step_scores, grad_norm, lr, step + 1 - job.engine.updates, ledger.bad, score)
+            losses = look(config, job, monitor, step + 1, watchdog)
+            score = math.inf if losses is None else losses.held_out
+            monitor.report(step + 1, step_scores, grad_norm, lr, step + 1 - job.engine.updates, ledger.bad, losses)
             ends = wishes.stop or wishes.yields or step + 1 == job.total
             if ends or wishes.save or score < best or is_due(config.checkpoint.every_steps, step + 1, job.total):
                 best = min(best, score)
@@ -121,15 +122,15 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
     return bool(wishes.yields) and not wishes.stop
 
 
-def look(config: RunConfig, job: Job, monitor: Monitor, step: int, watchdog: Watchdog) -> float:
-    """Validate what is due after a step, and show it; returns the loss on held-out clips, or inf where it is not due."""
-    score, every = math.inf, config.validation
+def look(config: RunConfig, job: Job, monitor: Monitor, step: int, watchdog: Watchdog) -> Losses | None:
+    """Validate what is due after a step, and show pictures; returns the losses, or None where they are not due."""
+    losses, every = None, config.validation
     with monitor.paused():
         if job.gallery is not None and is_due(every.figures_every_steps, step, job.total):
             job.gallery.show(monitor, step, watchdog.beat)
         if job.validator is not None and step and is_due(every.every_steps, step, job.total):
-            score = job.validator.loss(watchdog.beat)
-    return score
+            losses = job.validator.measure(watchdog.beat)
+    return losses
 
 
 def make_monitor(config: RunConfig, job: Job, world: World) -> Monitor:
