@@ -2,7 +2,7 @@
 # make test                   format, lint, types, tests
 # make gpu                    the tests that need a GPU, on one
 # make faults                 kill, cut, flip, fill and attack, in full: one line a test, and runs/faults.json
-# make setup                  what both need, once: .venv from the lock file, and the tiny base
+# make setup                  what both need, once: .venv from the lock file
 # make lock                   renew requirements.lock from the newest versions that setup.py allows
 # Without a GPU, PyTorch's CPU build saves gigabytes; name its index to pip (PIP_EXTRA_INDEX_URL) before the first call.
 
@@ -28,7 +28,7 @@ gpu: .venv/ready
 faults: .venv/ready
 	@.venv/bin/python -m pytest tests/faults --long $(ARGS)
 
-setup: .venv/ready bases/tiny_v1
+setup: .venv/ready
 
 .venv/ready: requirements.lock setup.py
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python3.12"; exit 1; }
@@ -36,9 +36,6 @@ setup: .venv/ready bases/tiny_v1
 	@$(PYTHON) -m venv .venv || { echo "this Python has no venv; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@$(PIP) --quiet --constraint requirements.lock --editable ".[$(EXTRAS)]"
 	@touch $@
-
-bases/tiny_v1: | .venv/ready
-	@.venv/bin/python -m toolkit.run.pretrain
 
 lock: .venv/ready
 	@$(PIP) --quiet --upgrade ".[dev]"

@@ -7,6 +7,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["toolkit", "toolkit.*"]),
+    package_data={"toolkit": ["bases/tiny/**"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8,<0.20",

@@ -296,7 +296,10 @@ def test_every_recipe_resolves_and_its_dump_is_a_recipe(path: Path, tmp_path: Pa
     saved.write_text(dump_config(config))
     again = load_config(saved)
     assert again == config and diff_configs(config, again) == {}
-    assert set(field_names()) == set(_leaves(yaml.safe_load(saved.read_text())))
+    leaves = {
+        "data.mix" if name.startswith("data.mix.") else name for name in _leaves(yaml.safe_load(saved.read_text()))
+    }
+    assert set(field_names()) == leaves
 
 
 def test_recipes_and_deepspeed_files_exist() -> None:

@@ -103,7 +103,7 @@ def test_what_is_written_is_whole(judged: tuple[Path, dict[str, Any], list[tuple
     folder, report, _ = judged
     assert json.loads((folder / "evaluation.json").read_text()) == report
     with Image.open(report["strip"]) as strip:
-        assert strip.size == (4 * (TILE_PX + 4), 20 + 2 * (TILE_PX + 4))
+        assert strip.size == (6 * (TILE_PX + 4), 20 + 2 * (TILE_PX + 4))
     page = Page((folder / "report.html").read_text())
     assert not page.of("script", "link", "iframe") and all(image["src"].startswith("data:") for image in page.of("img"))
     assert len(page.pictures) == 2

@@ -84,7 +84,7 @@ def test_fresh_with_a_faulty_recipe_moves_nothing(tiny_run, tmp_path: Path) -> N
 
 def test_clips_too_short_for_the_window_are_refused_at_the_start(tiny_shards: Path) -> None:
     """Twelve clips of 15 frames cannot give windows of 5 frames at stride 4: said before anything is loaded."""
-    config = load_config(RECIPE, {"data.shards": str(tiny_shards)})
+    config = load_config(RECIPE, {"data.shards": str(tiny_shards), "data.frames": 5, "data.stride": 4})
     with pytest.raises(UserError, match="holds 0 training clips of 17 frames or more"):
         check_clips(config, open_shards(tiny_shards, "train"))
 

@@ -1,9 +1,10 @@
-"""A tiny base with SVD's classes and roles, made locally from a seed: for demos, tests and CI, without any download.
+"""A tiny base with SVD's classes and roles, made from a seed: what the base that comes with the toolkit was trained from.
 
-Test: pytest tests/model/test_tiny.py. It must give watchable frames after a minute of pretraining on a CPU, so what can be
-set by construction is: every residual branch starts at zero, which leaves a linear path through each network, and that
-path is wired. The VAE is then a codec (latents are 2x2 means of colour and luma, decoded by linear interpolation), and
-the UNet starts as "at high noise, the answer is the conditioning latents". The rest is learned (toolkit/run/pretrain.py).
+Test: pytest tests/model/test_tiny.py. It must learn to interpolate within hours on a CPU, so what can be set by construction
+is: every residual branch starts at zero, which leaves a linear path through each network, and that path is wired. The VAE is
+then a codec (latents are 2x2 means of colour and a difference of luma, decoded linearly), and the UNet starts as "at high
+noise, the answer is the conditioning latents, and for a frame without any the mean of its neighbours'". The rest is learned:
+toolkit/bases/tiny/README.md.
 
 A linear path must cross GroupNorm and SiLU. It does in groups of three channels (x, -x, K): a large constant K makes the
 group's statistics independent of x, and SiLU(x) - SiLU(-x) = x exactly.
