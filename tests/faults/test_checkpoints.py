@@ -318,7 +318,7 @@ def test_a_run_whose_disk_fills_up(tiny_run: dict[str, Any], tmp_path: Path, fau
     """It takes every step, and ends with code 2 and one sentence as its last save failed; given space, it finishes."""
     faults.begin("T6 run on a full disk", 2)
     with small_disk(tmp_path / "disk") as disk:
-        overrides = tiny_run | {"runs_dir": str(disk), "name": "full"}
+        overrides = tiny_run | {"runs_dir": str(disk), "name": "full", "lora.rank": 6}
         code, stderr = end_of_run(overrides)
         folder = disk / "full"
         saved = len(names(folder))

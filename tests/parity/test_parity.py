@@ -270,4 +270,4 @@ def test_widened_svd_samples_the_stock_frames(tiny_base: Path) -> None:
     framer = Framer(widened, DiffusionConfig(layout="spec_middle", clip_tokens="first"), 3, SEED)
     stills_B2CHW = to_signed(batch.frames_BTHWC)[:, [0, -1]]
     ours = framer.generate(stills_B2CHW, batch.fps_B, batch.motion_B, Sampling(4), [POSITION])
-    assert theirs.std() > 0.1 and torch.allclose(ours, theirs * 2 - 1, atol=1e-3)
+    assert theirs.std() > 0.05 and torch.allclose(ours, theirs * 2 - 1, atol=1e-3)

@@ -386,7 +386,7 @@ def test_a_run_on_latents_needs_no_encoders(
         held = [kind for kind, network in loaded if network() is not None]
         read = [kind for kind, _ in loaded]
         loss = job.framer.compute_loss(next(make_batches(config, job, world)))[0].item()
-        score = job.validator.loss(lambda: None) if job.validator else None
+        score = job.validator.measure(lambda: None).held_out if job.validator else None
         found[name] = read, held, job.framer.base.vae is None, job.identity, loss, score
     unet, encoders = ["FramerUNet"], ["AutoencoderKLTemporalDecoder", "CLIPVisionModelWithProjection"]
     assert found["alone"][:3] == (unet, unet, True)
