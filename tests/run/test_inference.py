@@ -111,7 +111,7 @@ def test_it_samples_as_diffusers_and_peft_do(places: dict[str, str], kind: str, 
     wanted = sample(load_stock(source), 2, steered)
     assert (sample(framer, 2, steered) - wanted).abs().max() < 1e-4 * wanted.abs().max()
     untuned = sample(load_stock(replace(source, adapters=())), 2, steered)
-    assert (untuned - wanted).abs().max() > 1e-2 * wanted.abs().max()
+    assert (untuned - wanted).abs().max() > 3e-3 * wanted.abs().max()  # thirty times what is let pass above
 
 
 def test_a_step_costs_what_the_base_costs(places: dict[str, str]) -> None:
