@@ -261,6 +261,8 @@ class RunConfig(Section):
             raise ValueError("schedule gives neither epochs nor steps; give one")
         if self.diffusion.control and self.model.controlnet is None:
             raise ValueError("diffusion.control is on, but model.controlnet names none; give one, or switch it off")
+        if self.lora.init_from is not None and self.tuning == "full":
+            raise ValueError("lora.init_from is for adapters, and tuning full has none; start from a UNet: model.unet")
         if self.model.quantize is not None and self.tuning == "full":
             raise ValueError("model.quantize is for frozen weights, and tuning full trains them; leave one of them out")
         if self.model.quantize is not None and self.engine.kind == "zero3":

@@ -121,6 +121,7 @@ def test_is_used_as_any_run(full: dict[str, Any], tmp_path: Path) -> None:
     [
         ({"full.parameters": "nothing"}, "matches no parameter"),
         ({"full.parameters": "["}, "no regular expression"),
+        ({"lora.init_from": "adapter"}, "tuning full has none"),
         ({"model.quantize": "int8"}, "tuning full trains them"),
         ({"model.compile": True}, "tuning full takes diffusers"),
     ],

@@ -1,6 +1,6 @@
 """What trains of a UNet: an adapter in it, which is lora.py's, or weights of its own.
 
-Test: pytest tests/model/test_tuning.py
+Test: pytest tests/run/test_full.py
 """
 
 from __future__ import annotations

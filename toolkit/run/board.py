@@ -1,6 +1,6 @@
 """A run's TensorBoard folder: scalars, charts put together of them, histograms, pictures, and the recipe beside the result.
 
-Test: pytest tests/run/test_board.py
+Test: pytest tests/run/test_monitor.py
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Board:
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=start + 1)
+        self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
         self.bins, self.blocks, self.figures = [*bins], [*blocks], [*figures]
         self.shown: set[str] = set()  # tags of scalars
         self._lay_out()
@@ -79,7 +79,8 @@ class Board:
         """Show {figure: {contender: value}}, a chart a figure."""
         for figure, contenders in figures.items():
             for contender, value in contenders.items():
-                self._add_scalar(step, f"{FIGURES}/{figure}/{contender}", value)
+                if value is not None:  # as it comes back from JSON where it was not finite
+                    self._add_scalar(step, f"{FIGURES}/{figure}/{contender}", value)
         new = [figure for figure in figures if figure not in self.figures]
         if new:
             self.figures += new

@@ -39,7 +39,7 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
     model = config.model
     check_objective(config.diffusion, read_parameterization(model))
     away = check_weights(model)
-    if config.lora.init_from is not None and config.tuning == "lora":
+    if config.lora.init_from is not None:
         find_adapter(Path(config.lora.init_from))
     if config.diffusion.control and model.controlnet is not None:
         if is_hub_id(model.controlnet):

@@ -101,7 +101,7 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     held_out = open_sources(config.data, "val") if config.validation.every_steps is not None else None
     changed = "" if fresh else check_folder(config, allow_change)
     begun = not fresh and list_checkpoints(config.folder)  # its own adapter is further than the one it started from
-    start = find_start(config) if not begun else None
+    start = find_adapter(Path(config.lora.init_from)) if config.lora.init_from is not None and not begun else None
     model = config.model
     if index.cached:
         check_cache(config, model)
@@ -161,12 +161,6 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
         writer,
         lock,
     )
-
-
-def find_start(config: RunConfig) -> Path | None:
-    """The adapter whose values a new one takes over, if the recipe names one."""
-    place = config.lora.init_from if config.tuning == "lora" else None
-    return find_adapter(Path(place)) if place is not None else None
 
 
 def goes_on_by_itself(folder: Path, world: World) -> bool:

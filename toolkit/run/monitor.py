@@ -66,7 +66,7 @@ class Monitor:
         from tqdm import tqdm
 
         for name in (LOG, FIGURES_LOG):
-            cut_log(run / name, start)
+            cut_log(run / name, start or -1)  # at 0, what a start looked at that was killed before its first save
         self.looks = [
             (row["step"], row["validation_loss"], row["seen_loss"]) for row in read_log(run / LOG)
             if None not in (row.get("validation_loss"), row.get("seen_loss"))
