@@ -145,7 +145,7 @@ def test_levels_are_scored_apart(plain: dict[str, Any], validated: Path) -> None
     """The loss is the mean over six noise levels, each beside its zero baseline; more noise is easier to tell from none."""
     for row in read_log(validated / "log.jsonl"):
         by_sigma, zero = row["validation_by_sigma"], row["validation_zero_by_sigma"]
-        assert len(by_sigma) == 6 and by_sigma.keys() == zero.keys()
+        assert len(by_sigma) == len({*by_sigma.values()}) == 6 and by_sigma.keys() == zero.keys()
         assert np.mean([*by_sigma.values()]) == pytest.approx(row["validation_loss"], rel=1e-6)
     config = load_config(RECIPE, plain | EVERY | {"name": "levels"})
     job = build_job(config, init_world(join=False), fresh=False)
@@ -155,8 +155,11 @@ def test_levels_are_scored_apart(plain: dict[str, Any], validated: Path) -> None
     assert scores.sigma_B.item() == pytest.approx(sigma)
 
 
-def test_clips_trained_on_are_scored_alike(plain: dict[str, Any], tiny_shards: Path, tmp_path: Path) -> None:
-    """Where the held-out clips are those of training, the two losses are one."""
+def test_clips_trained_on_are_scored_alike(
+    plain: dict[str, Any], validated: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    """Where the held-out clips are those of training, the two losses are one, and else they are not."""
+    assert all(held_out != seen for held_out, seen in read_numbers(validated, "validation_loss", "seen_loss"))
     shards = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
     for path in shards.glob("val-*"):
         path.unlink()
