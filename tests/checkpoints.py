@@ -45,7 +45,13 @@ def save(run: Path, step: int, settings: CheckpointConfig = KEEP_ALL, score: flo
 
 def submission(step: int, score: float | None = None, clips: int = 8) -> tuple[Any, ...]:
     """What a trainer hands to a CheckpointWriter."""
-    return step, make_tensors(step), UNET, STATE | {"validation_loss": score, "validation_clips": clips}, ABOUT
+    return (
+        step,
+        make_tensors(step),
+        UNET,
+        STATE | {"validation_by": "loss", "validation_score": score, "validation_clips": clips},
+        ABOUT,
+    )
 
 
 def is_whole(folder: Path) -> bool:

@@ -50,6 +50,7 @@ diffusion.layout
 diffusion.lognormal_mean
 diffusion.lognormal_std
 diffusion.loss_space
+diffusion.min_snr_gamma
 diffusion.noise_augmentation
 diffusion.noise_sampler
 diffusion.parameterization
@@ -101,11 +102,13 @@ schedule.steps
 schedule.warmup_steps
 seed
 tuning
+validation.best_by
 validation.clips
 validation.every_steps
 validation.figures_every_steps
 validation.max_guidance
 validation.min_guidance
+validation.patience
 validation.sampler
 validation.sampler_steps
 """

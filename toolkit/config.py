@@ -158,6 +158,8 @@ class DiffusionConfig(Section):
     lognormal_mean: float = 0.7
     lognormal_std: float = Field(1.6, gt=0)
     loss_space: Literal["epsilon", "v", "edm"] = "epsilon"
+    # gamma of min-SNR: errors of z count min(SNR, gamma), so less at high noise, where only the two stills tell; null: off
+    min_snr_gamma: float | None = Field(None, gt=0)
     noise_augmentation: float = Field(0.0, ge=0, le=1)  # std of pixel noise on the two stills; also the third time id
     # p: tokens zeroed in 2p of the clips, end latents in 2p, both in p of them; guidance at inference wants 0.1
     conditioning_dropout: float = Field(0.0, ge=0, le=1 / 3)
@@ -205,15 +207,32 @@ class EngineConfig(Section):
 
 class ValidationConfig(Section):
     clips: int = Field(8, ge=1)  # held-out clips that the run and launch/evaluate.py score
-    # steps between two losses on them, always at the same noise; the lowest names the best checkpoint. null: never
+    # steps between two losses on them, always at the same noise. null: never
     every_steps: int | None = Field(None, ge=1)
     # steps between two looks at generated frames: figures beside blending and the start, strips, a video. null: never
     figures_every_steps: int | None = Field(None, ge=1)
+    # what names the best checkpoint, which is kept: the loss, or a figure of generated frames
+    best_by: Literal["loss", "psnr_moving", "psnr", "ssim"] = "loss"
+    patience: int | None = Field(None, ge=1)  # so many looks in a row without a better one end the run
     sampler: Literal["euler", "lcm"] = "euler"  # lcm: a few steps, for bases distilled to it
     sampler_steps: int = Field(25, ge=1, le=1000)
     # classifier-free guidance rises over the window from one to the other; 1 and 1 is none, at half the cost
     min_guidance: float = Field(1.0, ge=1, le=30)
     max_guidance: float = Field(1.0, ge=1, le=30)
+
+    @property
+    def best_every_steps(self) -> int | None:
+        """Steps between two looks that best_by judges."""
+        return self.every_steps if self.best_by == "loss" else self.figures_every_steps
+
+    @model_validator(mode="after")
+    def check_looks(self) -> ValidationConfig:
+        if self.best_every_steps is None and (self.patience is not None or self.best_by != "loss"):
+            name = "every_steps" if self.best_by == "loss" else "figures_every_steps"
+            raise ValueError(
+                f"best_by is {self.best_by} and patience {self.patience}, but nothing is looked at: give {name} too"
+            )
+        return self
 
 
 class CheckpointConfig(Section):

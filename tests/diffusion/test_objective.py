@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 from toolkit.diffusion.objective import (
     compute_loss,
     expand_like,
     make_v,
+    min_snr_weight,
     refuse_combination,
     scale_input,
     time_input,
@@ -173,6 +176,21 @@ def test_loss_is_taken_in_fp32(space: str, parameterization: str) -> None:
     full = compute_loss(raw, z, noise, sigma_B, EVERY_FRAME, space, parameterization)
     assert low[0].dtype == low[1].dtype == torch.float32
     assert torch.equal(low[0], full[0]) and torch.equal(low[1], full[1])
+
+
+@every_space
+@either
+def test_min_snr_counts_errors_of_z(space: str, parameterization: str) -> None:
+    """In every space the weighted loss is min(SNR, gamma) (D - z)^2, with SNR as diffusers' own training scripts have it."""
+    z, noise, raw, _, sigma_B = draw()
+    loss_B, _ = compute_loss(raw, z, noise, sigma_B, EVERY_FRAME, space, parameterization)
+    x = scale_input(add_noise(z, noise, sigma_B), sigma_B)
+    error_B = mean_square(to_denoised(raw, x, sigma_B, parameterization) - z)
+    snr_B = compute_snr(DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), T_B)
+    torch.testing.assert_close(
+        loss_B * min_snr_weight(sigma_B, space, 5.0), snr_B.clamp(max=5) * error_B, rtol=1e-4, atol=0
+    )
+    assert (snr_B > 5).any() and (snr_B < 5).any(), "one side of the clamp alone shows nothing"
 
 
 def test_time_of_v_is_a_quarter_of_log_sigma() -> None:

@@ -37,7 +37,11 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     folder = save(tmp_path, 7)
     state, tensors = load_checkpoint(folder)
     wanted = make_tensors(7)
-    assert state == {"step": 7} | STATE | {"validation_loss": None, "validation_clips": 8} and is_whole(folder)
+    assert state == {"step": 7} | STATE | {
+        "validation_by": "loss",
+        "validation_score": None,
+        "validation_clips": 8,
+    } and is_whole(folder)
     assert read_metadata(folder) == ABOUT | {"step": 7}
     adapter = load_file(folder / "adapter_model.safetensors")
     masters = [saved["master"] for saved in wanted.values()]
@@ -193,7 +197,7 @@ def test_which_are_kept(tmp_path: Path) -> None:
                 kept[step] = [int(name[-6:]) for name in names(tmp_path)]
     assert (kept[4], kept[7], kept[10], kept[14]) == ([3, 4], [3, 6, 7], [3, 8, 9, 10], [8, 11, 13, 14])
     assert best_checkpoint(tmp_path).name == "step_000011"
-    assert json.loads((tmp_path / "BEST").read_text()) == {"step": 11, "validation_loss": 0.4, "validation_clips": 8}
+    assert json.loads((tmp_path / "BEST").read_text()) == {"step": 11, "by": "loss", "score": 0.4, "clips": 8}
     assert all(is_whole(folder) for folder in list_checkpoints(tmp_path))
 
 
@@ -219,7 +223,7 @@ def test_the_best_is_what_the_checkpoints_say(tmp_path: Path) -> None:
     settings = CheckpointConfig(keep=2)
     save(tmp_path, 1, settings, score=0.5)
     save(tmp_path, 2, settings, score=0.1)
-    (tmp_path / "BEST").write_text('{"step": 1, "validation_loss": 0.5, "validation_clips": 8}\n')
+    (tmp_path / "BEST").write_text('{"step": 1, "by": "loss", "score": 0.5, "clips": 8}\n')
     assert best_checkpoint(tmp_path).name == "step_000002"
     for step in (3, 4, 5):
         (tmp_path / "BEST").unlink(missing_ok=True)

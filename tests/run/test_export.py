@@ -218,7 +218,7 @@ def test_any_checkpoint_can_be_named(run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     first = copy / "checkpoints/step_000001"
     state = json.loads((first / "state.json").read_text())
-    (first / "state.json").write_text(json.dumps(state | {"validation_loss": 0.5}))
+    (first / "state.json").write_text(json.dumps(state | {"validation_score": 0.5}))
     (first / "manifest.json").unlink()
     write_manifest(first, copy.name, 1)
     alone = shutil.copytree(first, tmp_path / "handed over")

@@ -1,5 +1,6 @@
 """Generated frames are judged while a run goes on, as evaluate does at its end. Run: pytest tests/run/test_gallery.py"""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from PIL import Image
 from tests.launching import adapter_bytes, launch, read_numbers, train_here
 from tests.run.test_monitor import read_board
 from toolkit.run.cache import cache_shards
+from toolkit.run.checkpoint import best_checkpoint
 from toolkit.run.evaluate import evaluate_run
 from toolkit.run.monitor import read_log
 
@@ -51,6 +53,17 @@ def test_figures_are_those_of_evaluate(shown: Path, tmp_path: Path) -> None:
     assert rows[0]["psnr"].keys() == {"linear", "start"} and rows[1]["psnr"].keys() == {"linear", "start", "tuned"}
     assert rows[-1]["psnr"]["start"] == rows[0]["psnr"]["start"]
     assert abs(rows[-1]["psnr"]["tuned"] - rows[-1]["psnr"]["start"]) > 0.01, "nothing was tuned, so nothing is shown"
+
+
+def test_best_may_be_a_figure(plain: dict[str, Any], shown: Path, tmp_path: Path) -> None:
+    """The step whose figure is highest is the best and is kept, whatever the loss says; no better one ends the run."""
+    overrides = plain | LOOKS | {"runs_dir": str(tmp_path), "checkpoint.keep": 2, "schedule.steps": 8}
+    looks = {"validation.best_by": "psnr", "validation.figures_every_steps": 1, "validation.patience": 3}
+    run = train_here(overrides | looks)
+    psnr = {row["step"]: row["psnr"]["tuned"] for row in read_log(run / "validation.jsonl") if row["step"]}
+    best = max(psnr, key=psnr.__getitem__)
+    assert json.loads((run / "BEST").read_text()) == {"step": best, "by": "psnr", "score": psnr[best], "clips": 2}
+    assert max(psnr) == min(best + 3, 8) and best_checkpoint(run).name == f"step_{best:06d}"
 
 
 def test_pictures_are_kept_and_on_the_board(shown: Path) -> None:

@@ -43,7 +43,7 @@ def validated(plain: dict[str, Any]) -> Path:
 
 def read_best(run: Path) -> tuple[int, float]:
     best = json.loads((run / "BEST").read_text())
-    return best["step"], best["validation_loss"]
+    return best["step"], best["score"]
 
 
 def test_training_is_the_same_without_it(plain: dict[str, Any], validated: Path) -> None:
@@ -91,6 +91,33 @@ def test_a_resumed_run_keeps_its_best(plain: dict[str, Any], validated: Path, tm
     )
     assert read_best(run) == read_best(validated)
     assert [folder.name for folder in list_checkpoints(run)] == [best, "step_000006"]
+
+
+def test_patience_ends_a_run(
+    plain: dict[str, Any], validated: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Two looks after the best it ends, saved, as far equal to a run without; again ends at once; with more it goes on."""
+    best, _ = read_best(validated)
+    assert best + 2 < 6, "a run that is over anyway shows nothing"
+    overrides = plain | EVERY | {"name": "patient", "runs_dir": str(tmp_path), "validation.patience": 2}
+    run = train_here(overrides)
+    assert f"no better than step {best}" in capsys.readouterr().out
+    assert read_numbers(run) == read_numbers(validated)[: best + 2] and read_best(run) == read_best(validated)
+    assert list_checkpoints(run)[-1].name == f"step_{best + 2:06d}"
+    train_here(overrides)
+    assert "ended early" in capsys.readouterr().out and len(read_numbers(run)) == best + 2
+    train_here(overrides | {"validation.patience": 6})
+    assert read_numbers(run) == read_numbers(validated) and "ended early" not in capsys.readouterr().out
+
+
+def test_patience_without_looks_is_refused(plain: dict[str, Any]) -> None:
+    """Looks that never come, of the loss or of figures, are told with the field to set."""
+    for changes, field in (
+        ({"validation.patience": 2}, "give every_steps"),
+        ({"validation.best_by": "psnr"} | EVERY, "give figures_every_steps"),
+    ):
+        with pytest.raises(UserError, match=field):
+            load_config(RECIPE, plain | {"name": "blind"} | changes)
 
 
 def test_clips_are_those_that_evaluate_scores(plain: dict[str, Any]) -> None:

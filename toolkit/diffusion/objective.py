@@ -109,6 +109,15 @@ def compute_loss(
     return _mean_square(predicted - target, scored_T), _mean_square(nothing - target, scored_T)
 
 
+def min_snr_weight(sigma_B: Tensor, space: str, gamma: float) -> Tensor:
+    """What a loss in a space is multiplied by so that (D - z)^2 counts min(SNR, gamma), with SNR = 1 / sigma^2.
+
+    source  Hang et al. 2023 (arXiv:2303.09556), section 3.4, and for v its appendix: v's own loss counts SNR + 1
+    """
+    snr_B = sigma_B**-2
+    return snr_B.clamp(max=gamma) / (snr_B if space == "epsilon" else snr_B + 1)
+
+
 def refuse_combination(parameterization: str, noise_sampler: str, loss_space: str) -> None:
     """Check that a network can be trained as asked; raises ValueError with the reason.
 

@@ -1,10 +1,10 @@
 """A tiny base with SVD's classes and roles, made from a seed: what the base that comes with the toolkit was trained from.
 
 Test: pytest tests/model/test_tiny.py. It must learn to interpolate within hours on a CPU, so what can be set by construction
-is: every residual branch starts at zero, which leaves a linear path through each network, and that path is wired. The VAE is
-then a codec (latents are 2x2 means of colour and a difference of luma, decoded linearly), and the UNet starts as "at high
-noise, the answer is the conditioning latents, and for a frame without any the mean of its neighbours'". The rest is learned:
-toolkit/bases/tiny/README.md.
+is: residual branches start at zero in some channels, which leaves a linear path through each network, which is wired. The
+VAE is then a codec (latents are 2x2 means of colour and a difference of luma, decoded linearly), and the UNet starts as
+"at high noise, the answer is the conditioning latents, and for a frame without any the mean of its neighbours'". The rest is
+learned, by branches that are awake in every other channel: toolkit/bases/tiny/README.md.
 
 A linear path must cross GroupNorm and SiLU. It does in groups of three channels (x, -x, K): a large constant K makes the
 group's statistics independent of x, and SiLU(x) - SiLU(-x) = x exactly.
@@ -148,28 +148,28 @@ def unfold(images_NCHW: torch.Tensor) -> torch.Tensor:
 
 
 def build_unet() -> Any:
-    """A FramerUNet of two levels whose raw output starts as minus the scaled conditioning latents."""
+    """A FramerUNet of two levels, whose raw output starts as minus the scaled conditioning latents."""
     from toolkit.model.unet import FramerUNet
 
     unet = FramerUNet(
         in_channels=9,
         out_channels=4,
-        block_out_channels=(CHANNELS, 64),
+        block_out_channels=(CHANNELS, 32),
         layers_per_block=1,
-        down_block_types=("DownBlockSpatioTemporal", "CrossAttnDownBlockSpatioTemporal"),
-        up_block_types=("CrossAttnUpBlockSpatioTemporal", "UpBlockSpatioTemporal"),
-        num_attention_heads=(3, 2),
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        num_attention_heads=(3, 1),
         cross_attention_dim=32,
         addition_time_embed_dim=32,
         projection_class_embeddings_input_dim=96,
         num_frames=5,
     )
-    zero_residual_branches(unet)
+    wired = 3 * 4
+    zero_residual_branches(unet, wired)
     copy_cond = torch.zeros(4, 9)
     copy_cond[:, 4:8] = SCALING * torch.eye(4)
     wire_in(unet.conv_in, copy_cond)
     # the last resnet joins the path from below with the skip from conv_in: let the wired channels of the skip through
-    wired = 3 * 4
     shortcut = unet.up_blocks[-1].resnets[-1].spatial_res_block.conv_shortcut
     shortcut.weight.data[:wired] = 0
     shortcut.weight.data[:wired, CHANNELS : CHANNELS + wired, 0, 0] = torch.eye(wired)
@@ -199,15 +199,18 @@ def blend_neighbours(resnet: Any) -> None:
         temporal.conv1.bias.data[constant] = CONSTANT
 
 
-def zero_residual_branches(network: nn.Module) -> None:
-    """Zero the last layer of every resnet, attention and transformer branch, so that each passes its input on."""
+def zero_residual_branches(network: nn.Module, channels: int | None = None) -> None:
+    """Zero the last layer of every resnet, attention and transformer branch, so that each passes its input on.
+
+    channels  in the first ones alone: the rest of the network starts as it is drawn, and so learns from the first step
+    """
     for name, layer in network.named_modules():
         last = name.endswith((".conv2", ".proj_out")) or (
             name.endswith("to_out.0") and "mid_block.attentions.0.to" in name
         )
         if last and isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d):
             for parameter in layer.parameters():
-                nn.init.zeros_(parameter)
+                nn.init.zeros_(parameter[:channels])
 
 
 def wire_in(conv: Any, values: torch.Tensor) -> None:

@@ -29,18 +29,20 @@ from toolkit.config import CheckpointConfig
 from toolkit.engine.plain import STATE_KEYS, State
 from toolkit.errors import UserError
 from toolkit.model.tuning import save_tuned
+from toolkit.run.best import is_better
 from toolkit.run.manifest import find_fault, write_manifest
 
 _STEP_NAME = re.compile(r"step_\d{6,}")
 _OTHER_BYTES = 1 << 20  # of a checkpoint: headers, the JSON files, and what a file system adds
 
 
-class Best(NamedTuple):
+class Scored(NamedTuple):
     """The checkpoint of a run that scored best on its held-out clips."""
 
     step: int
-    validation_loss: float
-    validation_clips: int
+    by: str  # as validation.best_by
+    score: float
+    clips: int
 
 
 def save_checkpoint(
@@ -55,7 +57,7 @@ def save_checkpoint(
     """Publish checkpoints/step_NNNNNN and point LATEST to it; a crash at any moment leaves the older ones whole.
 
     tensors  what the engine gathered: {parameter name: {master, exp_avg, exp_avg_sq}}
-    state    what goes into state.json beside the step; by its validation_loss, if there is one, the best is not pruned
+    state    what goes into state.json beside the step; by its score, if there is one, the best is not pruned
     about    what goes into the adapter's header beside the step
     raises   UserError for a number that is not finite, or too little space; OSError or SafetensorError for a failing disk
     """
@@ -214,20 +216,23 @@ def _refuse_non_finite(tensors: State) -> None:
                 raise UserError(f"{name}/{key} holds NaN or infinity, which is not saved")
 
 
-def find_best(run: Path) -> Best | None:
-    """Find the checkpoint with the lowest validation loss, of those scored on as many clips as the newest of them."""
+def find_best(run: Path) -> Scored | None:
+    """Find the checkpoint with the best score, of those scored alike and on as many clips as the newest of them."""
     scored = []
     for folder in list_checkpoints(run):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what verifying is for
             state = json.loads((folder / "state.json").read_text())
-            if state["validation_loss"] is not None:
-                best = Best(checkpoint_step(folder), float(state["validation_loss"]), int(state["validation_clips"]))
-                scored.append(best)
-    comparable = (best for best in scored if best.validation_clips == scored[-1].validation_clips)
-    return min(comparable, key=lambda best: best.validation_loss, default=None)
+            if (score := state["validation_score"]) is not None:
+                by, clips = str(state["validation_by"]), int(state["validation_clips"])
+                scored.append(Scored(checkpoint_step(folder), by, float(score), clips))
+    best = None
+    for one in scored:
+        if one[1::2] == scored[-1][1::2] and (best is None or is_better(one.by, one.score, best.score)):
+            best = one
+    return best
 
 
-def _prune(run: Path, settings: CheckpointConfig, best: Best | None) -> None:
+def _prune(run: Path, settings: CheckpointConfig, best: Scored | None) -> None:
     found, every = list_checkpoints(run), settings.keep_every_steps
     stays = {*found[-settings.keep :], *([checkpoint_folder(run, best.step)] if best else [])}
     stays |= {folder for folder in found if every and checkpoint_step(folder) % every == 0}

@@ -66,7 +66,8 @@ class Resume:
     skipped_in_a_row: int = 0
     k_next: int = 0  # position of the next clip
     computed_by: str = ""  # kernel, blocks and plan of the steps done
-    best: float = math.inf  # lowest loss on held-out clips so far
+    best: float | None = None  # score of the best look at held-out clips until now
+    best_step: int = 0
 
 
 def check_folder(config: RunConfig, allow_change: bool = False) -> str:
@@ -147,15 +148,17 @@ def find_resume(
     resume = Resume()
     if step:
         resume = _load(checkpoint_folder(folder, step), identity, shapes, world, allow_change)
-    best = 0.0  # of ranks that leave it to the main one
+    best, best_step = 0.0, 0.0  # of ranks that leave it to the main one
     if world.is_main:
         cut_ledger(folder, resume.k_next)
         cut_skips(folder, resume.step)
         known = find_best(folder)
-        best = known.validation_loss if known and known.validation_clips == config.validation.clips else math.inf
+        by, clips = config.validation.best_by, config.validation.clips
+        comparable = known is not None and (known.by, known.clips) == (by, clips)
+        best, best_step = (known.score, known.step) if known is not None and comparable else (math.nan, 0.0)
     # the same on every rank
-    (best,) = world.all_reduce_sum(torch.tensor([best], dtype=torch.float64, device=world.device))
-    return replace(resume, best=best)
+    best, best_step = world.all_reduce_sum(torch.tensor([best, best_step], dtype=torch.float64, device=world.device))
+    return replace(resume, best=None if math.isnan(best) else best, best_step=int(best_step))
 
 
 def _load(

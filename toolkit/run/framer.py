@@ -32,6 +32,7 @@ from toolkit.diffusion.layout import make_layout
 from toolkit.diffusion.objective import (
     compute_loss,
     expand_like,
+    min_snr_weight,
     refuse_combination,
     scale_input,
     time_input,
@@ -153,6 +154,9 @@ class Framer:
             loss_B, zero_B = compute_loss(
                 raw_BTCHW, task.z_BTCHW, task.noise_BTCHW, task.sigma_B, scored_T, space, self.parameterization
             )
+            if (gamma := self.settings.min_snr_gamma) is not None:
+                weight_B = min_snr_weight(task.sigma_B, space, gamma)
+                loss_B, zero_B = loss_B * weight_B, zero_B * weight_B
         return Scores(loss_B, zero_B, task.sigma_B)
 
     def prepare(self, batch: Batch, sigma_B: Tensor | None = None) -> Task:

@@ -41,12 +41,15 @@ class Gallery:
     def _kept(self) -> Path:
         return self.folder / "samples/start.safetensors"  # the main rank's frames, before the first step
 
-    def show(self, monitor: Monitor, step: int, beat: Callable[[], None]) -> None:
-        """Fill, judge and report; every rank calls it. Step 0, before the first, is what later ones are compared with."""
+    def show(self, monitor: Monitor, step: int, beat: Callable[[], None]) -> dict[str, float]:
+        """Fill, judge and report; every rank calls it, and all are given the means of the figures.
+
+        Step 0, before the first, is what later ones are compared with.
+        """
         made, figures = self._fill(beat)
         means = {name: _mean(values_B) for name, values_B in figures.items()}
         if not self.world.is_main:
-            return
+            return means
         if step == 0:
             save_file({str(i): to_uint8(frames_TCHW).contiguous() for i, frames_TCHW in made.items()}, self._kept)
         begun = {row["step"]: row for row in read_log(self.folder / FIGURES_LOG)}.get(0, {})
@@ -58,6 +61,7 @@ class Gallery:
         })  # fmt: skip
         if step:
             self._draw(monitor, step, made)
+        return means
 
     @torch.no_grad()
     def _fill(self, beat: Callable[[], None]) -> tuple[dict[int, Tensor], dict[str, Tensor]]:

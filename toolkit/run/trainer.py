@@ -18,6 +18,7 @@ from toolkit.data.loader import Substitution, naming_dead_workers
 from toolkit.engine.world import World, init_world, naming_lost_ranks
 from toolkit.model.dropout import adapter_dropout
 from toolkit.model.lora import adapted_layers
+from toolkit.run.best import Best
 from toolkit.run.debug import draw_batches
 from toolkit.run.folder import FREE_FIELDS
 from toolkit.run.health import AdapterHealth
@@ -68,7 +69,8 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
     """Take the optimizer steps to the end, or until asked to stop; returns whether the run is to be started again."""
     ledger = Ledger(config.folder, len(job.index), config.data.max_bad_fraction, world)
     skips = Skips(config.folder, config.optimizer.max_skipped_steps, job.resume.skipped_in_a_row, world)
-    best, wishes = job.resume.best, Wishes(0, 0, 0)
+    best, wishes = Best(config.validation, job.resume.best, job.resume.best_step), Wishes(0, 0, 0)
+    over = best.is_over(job.resume.step)
     with (
         closing(make_monitor(config, job, world)) as monitor,
         closing(job.writer) if job.writer is not None else nullcontext(),
@@ -77,7 +79,7 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
         batches = monitor.timed(make_batches(config, job, world))
         if job.resume.step == 0:
             look(config, job, monitor, 0, watchdog)
-        for step in range(job.resume.step, job.total):
+        for step in range(job.resume.step, job.resume.step if over else job.total):
             if step > job.resume.step or not config.model.compile:  # which takes minutes, at the first step
                 watchdog.beat()
             own: list[Scores] = []
@@ -101,12 +103,11 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
             with monitor.timing("optimizer"):
                 grad_norm = job.engine.step(lr, skip=not math.isfinite(loss))
             skips.note(step + 1, loss, grad_norm, [(k, one.loss_B) for k, one in zip(keys, own, strict=True)])
-            losses = look(config, job, monitor, step + 1, watchdog)
-            score = math.inf if losses is None else losses.held_out
+            losses, score = look(config, job, monitor, step + 1, watchdog)
             monitor.report(step + 1, step_scores, grad_norm, lr, step + 1 - job.engine.updates, ledger.bad, losses)
-            ends = wishes.stop or wishes.yields or step + 1 == job.total
-            if ends or wishes.save or score < best or is_due(config.checkpoint.every_steps, step + 1, job.total):
-                best = min(best, score)
+            better, over = best.note(step + 1, score), best.is_over(step + 1)
+            ends = wishes.stop or wishes.yields or over or step + 1 == job.total
+            if ends or wishes.save or better or is_due(config.checkpoint.every_steps, step + 1, job.total):
                 with monitor.paused():
                     save(config, job, world, step + 1, skips.in_a_row, score)
             if ends:
@@ -115,22 +116,31 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
         if job.writer is not None:
             job.writer.wait()
         monitor.conclude()
-    if wishes == Wishes(0, 0, 0) or step + 1 == job.total:
+    if over and world.is_main:
+        print(
+            f"ended early: {config.validation.patience} looks in a row were no better than step {best.step:,}, whose "
+            f"{best.settings.best_by} was {best.score}; it is kept as the best"
+        )
+    if over or wishes == Wishes(0, 0, 0) or step + 1 == job.total:
         return False
     if world.is_main:
         print(f"ended after step {step + 1} as asked, saved; the same command again, without --fresh, goes on")
     return bool(wishes.yields) and not wishes.stop
 
 
-def look(config: RunConfig, job: Job, monitor: Monitor, step: int, watchdog: Watchdog) -> Losses | None:
-    """Validate what is due after a step, and show pictures; returns the losses, or None where they are not due."""
-    losses, every = None, config.validation
+def look(
+    config: RunConfig, job: Job, monitor: Monitor, step: int, watchdog: Watchdog
+) -> tuple[Losses | None, float | None]:
+    """Validate what is due after a step, and show pictures; returns the losses and best_by's score, None where not due."""
+    losses, figures, every = None, {}, config.validation
     with monitor.paused():
         if job.gallery is not None and is_due(every.figures_every_steps, step, job.total):
-            job.gallery.show(monitor, step, watchdog.beat)
+            figures = job.gallery.show(monitor, step, watchdog.beat)
         if job.validator is not None and step and is_due(every.every_steps, step, job.total):
             losses = job.validator.measure(watchdog.beat)
-    return losses
+    if every.best_by == "loss":
+        return losses, losses.held_out if losses is not None else None
+    return losses, figures.get(every.best_by)
 
 
 def make_monitor(config: RunConfig, job: Job, world: World) -> Monitor:
@@ -168,15 +178,17 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, total: int) 
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def save(config: RunConfig, job: Job, world: World, step: int, skipped_in_a_row: int, score: float) -> None:
-    """Gather on every rank, and hand over to the main rank's writer; score: inf where this step took none."""
+def save(config: RunConfig, job: Job, world: World, step: int, skipped_in_a_row: int, score: float | None) -> None:
+    """Gather on every rank, and hand over to the main rank's writer; score: of a look at this step, if there was one."""
+    finite = score is not None and math.isfinite(score)
     gathered = job.engine.gather()
     if job.writer is not None:
         state = job.identity | {
             "computed_by": job.computed_by,
             "updates": job.engine.updates, "skipped_in_a_row": skipped_in_a_row,
             "k_next": job.resume.k_next + (step - job.resume.step) * config.engine.global_batch, "seed": config.seed,
-            "validation_loss": score if score < math.inf else None, "validation_clips": config.validation.clips,
+            "validation_by": config.validation.best_by, "validation_score": score if finite else None,
+            "validation_clips": config.validation.clips,
             "ranks": world.size, "global_batch": config.engine.global_batch, "micro_batch": config.engine.micro_batch,
         }  # fmt: skip
         job.writer.submit(step, job.adapter.split(gathered), job.framer.base.unet, state, job.about)
