@@ -200,6 +200,7 @@ def test_overrides_win_by_dotted_name(recipe: Path) -> None:
     """An override replaces one field, makes sections that the file does not name, and leaves the rest."""
     config = load_config(recipe, {"lora.rank": 32, "optimizer.lr": 3e-4, "name": "b", "schedule.steps": 7})
     assert (config.lora.rank, config.optimizer.lr, config.name, config.schedule.steps) == (32, 3e-4, "b", 7)
+    assert load_config(recipe, {"schedule.epochs": "null", "schedule.steps": 7}).schedule.epochs is None
     changed = diff_configs(load_config(recipe), config)
     assert changed == {
         "lora.rank": (8, 32), "optimizer.lr": (1e-4, 3e-4), "name": ("a", "b"), "schedule.steps": (None, 7)

@@ -402,7 +402,7 @@ def _set_dotted(tree: dict[str, Any], name: str, value: Any) -> None:
         tree = tree[section]
         if not isinstance(tree, dict):
             raise UserError(_unknown(name))
-    tree[key] = value
+    tree[key] = None if value == "null" else value  # Fire leaves it as text: recipes say null, Python None
 
 
 def flatten_config(section: Section, prefix: str = "") -> dict[str, Any]:

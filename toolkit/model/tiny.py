@@ -154,11 +154,11 @@ def build_unet() -> Any:
     unet = FramerUNet(
         in_channels=9,
         out_channels=4,
-        block_out_channels=(CHANNELS, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-        num_attention_heads=(3, 1),
+        block_out_channels=(CHANNELS, CHANNELS),
+        layers_per_block=0,  # none on the way down, one on the way up: the upper level is costly
+        down_block_types=("CrossAttnDownBlockSpatioTemporal",) * 2,
+        up_block_types=("CrossAttnUpBlockSpatioTemporal",) * 2,
+        num_attention_heads=1,
         cross_attention_dim=32,
         addition_time_embed_dim=32,
         projection_class_embeddings_input_dim=96,
@@ -166,6 +166,7 @@ def build_unet() -> Any:
     )
     wired = 3 * 4
     zero_residual_branches(unet, wired)
+    unet.conv_in.weight.data[:, :4] *= 0.1  # at high noise the noisy latents tell nothing
     copy_cond = torch.zeros(4, 9)
     copy_cond[:, 4:8] = SCALING * torch.eye(4)
     wire_in(unet.conv_in, copy_cond)
@@ -176,6 +177,8 @@ def build_unet() -> Any:
     shortcut.bias.data[:wired] = 0
     wire_out(unet.conv_norm_out, unet.conv_out, -torch.eye(4))
     blend_neighbours(unet.up_blocks[-1].resnets[-1])
+    for i in range(4):  # else the last attention would see what is wired at a fifteenth of its size
+        read_linearly(unet.up_blocks[-1].attentions[-1].norm, 3 * i, 3 * i + 1)
     return unet
 
 
