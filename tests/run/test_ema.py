@@ -25,7 +25,7 @@ from toolkit.model.base import load_base
 from toolkit.model.flat import NAME, FlatAdapter
 from toolkit.model.formats import read_adapter
 from toolkit.model.lora import compute_dtypes
-from toolkit.run.checkpoint import check_space, checkpoint_folder, list_checkpoints, load_checkpoint
+from toolkit.run.checkpoint import checkpoint_folder, list_checkpoints, load_checkpoint
 from toolkit.run.ema import (
     LARGEST_ERROR,
     TRACKS,
@@ -432,10 +432,10 @@ def test_a_damaged_snapshot_is_named(adapted: Path, tmp_path: Path, place: int) 
     assert all(tensor.isfinite().all() for tensor in put_together(last, 0.08).values())
 
 
-def test_space_is_asked_for(adapted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two tracks more than without, which the disk must have before the run."""
-    parameters, usage = 1 << 20, shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=20 << 20))
-    check_space(tmp_path, parameters)
-    with pytest.raises(UserError, match="1 checkpoint of 25.0 MiB does not fit"):
-        check_space(tmp_path, parameters, ema=True)
+def test_space_is_asked_for(settings: dict[str, Any], adapted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that has room for two checkpoints of four copies of what trains, and not for two of six."""
+    parameters, usage = read_masters(adapted)[0].shape[1], shutil.disk_usage(adapted)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=2 * (parameters * 4 * 5 + (1 << 20))))
+    with pytest.raises(UserError, match="2 checkpoints of 1.7 MiB do not fit on the disk"):
+        train_here(settings | {"name": "full_disk"})
+    train_here(settings | {"name": "full_disk", "checkpoint.ema": False, "schedule.steps": 1})
