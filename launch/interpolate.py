@@ -21,7 +21,7 @@ def interpolate(
     seed: NonNegativeInt | tuple[NonNegativeInt, ...] = (), trajectories: str | None = None,
     controlnet: str | None = None, control_scale: Amount | None = None,
     chunk_frames: PositiveInt | None = None, batch: PositiveInt = 1, config: str | None = None, base: str | None = None,
-    unet: str | None = None, compile: bool = False,
+    unet: str | None = None, ema: FiniteFloat = 0.0, compile: bool = False,
 ) -> None:  # fmt: skip
     """Interpolate with a run's newest adapter, or with exported adapters.
 
@@ -32,6 +32,7 @@ def interpolate(
     frames        of each gap, its two stills included: 3, 5, 9, 17, ..., or the window of the recipe, which is the default
                   where the recipe generates it at once (5 for layout spec_middle)
     lora_scale    multiplies alpha / rank: 0 is the untuned base
+    ema           0.1 for the average over the training of this sigma_rel, of a run with checkpoint.ema; 0 is none
     weights       one per adapter, with commas between
     fps, motion   frame rate of the result and motion bucket, which the network is told; default those of the training clips
     steps         sampler steps; default the recipe's
@@ -63,7 +64,7 @@ def interpolate(
     if stills and (first or last):
         raise UserError("both --stills and --first or --last are given; give all pictures as --stills, or just two")
     source = read_source(run, split(adapter), split(weights), lora_scale, config, unet)
-    source = source.with_model(base=base, unet=unet, controlnet=controlnet)
+    source = source.with_model(base=base, unet=unet, controlnet=controlnet).averaged(ema)
     given = {"steps": steps, "sampler": sampler, "min_guidance": min_guidance, "max_guidance": max_guidance}
     sampling = replace(
         recipe_sampling(source.config),

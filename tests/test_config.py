@@ -26,6 +26,7 @@ DEEPSPEED_FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 
 # Every option of a run. A new option is a visible change here; a renamed one breaks old recipes.
 FIELDS = """
+checkpoint.ema
 checkpoint.every_steps
 checkpoint.keep
 checkpoint.keep_every_steps
@@ -227,6 +228,8 @@ def test_targets_are_a_name_an_expression_or_a_list(recipe: Path, given: Any, re
         ({"lora.dora": True, "lora.dropout": 0.1}, "dora and dropout do not go together"),
         ({"diffusion.control": True}, "diffusion.control is on, but model.controlnet names none"),
         ({"model.quantize": "int8", "engine.kind": "zero3"}, "model.quantize is int8, but engine.kind zero3"),
+        ({"checkpoint.ema": True, "engine.kind": "zero3"}, "checkpoint.ema is on, but engine.kind zero3 shards"),
+        ({"checkpoint.ema": True, "engine.kind": "fsdp2"}, "checkpoint.ema is on, but engine.kind fsdp2 shards"),
         ({"diffusion.conditioning_dropout": 0.4}, "conditioning_dropout is 0.4"),
         ({"lora.rank_pattern": {"mid_block.*": 0}}, "lora.rank_pattern.mid_block.* is 0"),
         ({"lora.extra_trainable": ["conv_out"]}, "lora.extra_trainable.0 is 'conv_out': .*'conv_in' or 'mask_token'"),

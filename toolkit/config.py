@@ -239,6 +239,9 @@ class CheckpointConfig(Section):
     every_steps: int = Field(200, ge=1)
     keep: int = Field(3, ge=2)  # newest checkpoints kept; the best by validation stays beside them
     keep_every_steps: int | None = Field(None, ge=1)  # those of every so many steps stay as well
+    # average what trains as well, for launch/evaluate.py --sweep ema=0,0.05,0.1,0.2: each checkpoint leaves in ema/ for good
+    # twice what trains in fp32, 106 MB at rank 64 on 128 modules, 12 GB of the whole UNet. Not with zero3 and fsdp2
+    ema: bool = False
 
 
 class RunConfig(Section):
@@ -287,6 +290,11 @@ class RunConfig(Section):
         if self.model.quantize is not None and self.engine.kind == "zero3":
             raise ValueError(
                 f"model.quantize is {self.model.quantize}, but engine.kind zero3 shards whole weights; take zero2"
+            )
+        if self.checkpoint.ema and self.engine.kind in ("zero3", "fsdp2"):
+            raise ValueError(
+                f"checkpoint.ema is on, but engine.kind {self.engine.kind} shards what trains, and averages are of the "
+                "whole; take zero2, or leave it off"
             )
         return self
 

@@ -22,12 +22,12 @@ def make(**changes: Any) -> RunConfig:
 
 
 def test_more_is_more() -> None:
-    """More frames, pixels, clips, rank or digits need more; computing again needs less."""
+    """More frames, pixels, clips, rank, digits or averages need more; computing again needs less."""
     unet = build_unet().config
     base = predict_bytes(make(), unet, 2, "fast")
     for changes in ({"data__frames": 5, "diffusion__layout": "framer_clip"}, {"data__height": 64},
                     {"engine__micro_batch": 2}, {"lora__rank": 64}, {"engine__precision": "fp32"},
-                    {"model__quantize": "int8"}):  # fmt: skip
+                    {"model__quantize": "int8"}, {"checkpoint__ema": True}):  # fmt: skip
         assert predict_bytes(make(**changes), unet, 2, "fast") > base, changes
     assert predict_bytes(make(), unet, 2, "small") < base
     stock = predict_bytes(make(model__blocks="stock"), unet, 2, "fast")

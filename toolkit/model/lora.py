@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -135,25 +136,34 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], unet: nn.Module, meta
     tensors   {parameter name: tensor}, those of inject_lora
     metadata  kept in the safetensors header as JSON
     """
-    write_peft(
-        folder,
-        AdapterFile(
-            _find_kind(unet, "default"),
-            {_file_name(name): tensor for name, tensor in tensors.items() if name not in EXTRA_NAMES},
-            {name: tensor for name, tensor in tensors.items() if name in EXTRA_NAMES},
-            metadata,
-        ),
+    write_peft(folder, with_values(AdapterFile(_find_kind(unet, "default"), {}, {}, metadata), tensors))
+
+
+def with_values(adapter: AdapterFile, values: Mapping[str, Tensor]) -> AdapterFile:
+    """The same adapter with other tensors, {parameter name: tensor}, those of inject_lora."""
+    return replace(
+        adapter,
+        tensors={_file_name(name): tensor for name, tensor in values.items() if name not in EXTRA_NAMES},
+        extras={name: tensor for name, tensor in values.items() if name in EXTRA_NAMES},
     )
 
 
 def load_adapter(
-    unet: Any, source: Path, signature: list[float], name: str = "default", scale: float = 1.0
+    unet: Any,
+    source: Path,
+    signature: list[float],
+    name: str = "default",
+    scale: float = 1.0,
+    values: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Read an adapter of any format into the base it was trained on; see add_adapter.
 
+    values   in place of those in the file, as with_values takes them
     returns  the adapter's metadata, empty for adapters of other programs
     """
     adapter = read_adapter(source, unet)
+    if values is not None:
+        adapter = with_values(adapter, values)
     add_adapter(unet, adapter, source, signature, name, scale)
     return adapter.metadata
 

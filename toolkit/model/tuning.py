@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ def match_parameters(unet: nn.Module, settings: FullConfig) -> list[str]:
             "regular expression over whole names"
         )
     return chosen
+
+
+def put_values(unet: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give a UNet other values, {parameter name: tensor}, those of choose_trainable with tuning full."""
+    for name, tensor in values.items():
+        unet.get_parameter(name).data.copy_(tensor)
 
 
 def save_tuned(folder: Path, tensors: dict[str, Tensor], unet: Any, about: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 Test: pytest tests/run/test_checkpoint.py, tests/faults/test_checkpoints.py. A folder per checkpoint, no pickle in it:
     adapter_model.safetensors, adapter_config.json   PEFT's files, fp32; with tuning full the whole UNet as diffusers has it
     optimizer.safetensors                            fp32 masters and moments by parameter name, whole tensors
+    ema.safetensors                                  with checkpoint.ema: averages by parameter name (ema.py)
     state.json                                       optimizer step, what the run was then, its fingerprints
     manifest.json                                    sha256 and size of each of these (manifest.py)
 Beside the folder checkpoints/ stand LATEST, the newest one's name, and BEST, the one with the lowest validation loss: for
@@ -26,10 +27,12 @@ import torch
 from torch import nn
 
 from toolkit.config import CheckpointConfig
+from toolkit.data.files import link_or_copy
 from toolkit.engine.plain import STATE_KEYS, State
 from toolkit.errors import UserError
 from toolkit.model.tuning import save_tuned
 from toolkit.run.best import is_better
+from toolkit.run.ema import SNAPSHOT, TRACKS, snapshot_file, write_snapshot
 from toolkit.run.manifest import find_fault, write_manifest
 
 _STEP_NAME = re.compile(r"step_\d{6,}")
@@ -56,7 +59,7 @@ def save_checkpoint(
 ) -> Path:
     """Publish checkpoints/step_NNNNNN and point LATEST to it; a crash at any moment leaves the older ones whole.
 
-    tensors  what the engine gathered: {parameter name: {master, exp_avg, exp_avg_sq}}
+    tensors  what the engine gathered: {parameter name: {master, exp_avg, exp_avg_sq}}, and averages beside these
     state    what goes into state.json beside the step; by its score, if there is one, the best is not pruned
     about    what goes into the adapter's header beside the step
     raises   UserError for a number that is not finite, or too little space; OSError or SafetensorError for a failing disk
@@ -65,7 +68,7 @@ def save_checkpoint(
     folder = checkpoint_folder(run, step)
     # The state at a step is a function of the step: one that is whole need not be replaced, and so is never without a name.
     if not folder.is_dir() or find_fault(folder):
-        check_space(run, sum(saved["master"].numel() for saved in tensors.values()))
+        check_space(run, sum(saved["master"].numel() for saved in tensors.values()), ema=_has_averages(tensors))
         _publish(folder, tensors, unet, {"step": step, **state}, about | {"step": step})
     replace_text(run / "LATEST", folder.name + "\n")
     best = find_best(run)
@@ -85,16 +88,28 @@ def _publish(folder: Path, tensors: State, unet: nn.Module, state: dict[str, Any
         save_tuned(aside, {name: saved["master"] for name, saved in tensors.items()}, unet, about)
         flat = {f"{name}/{key}": saved[key].contiguous() for name, saved in tensors.items() for key in STATE_KEYS}
         save_file(flat, aside / "optimizer.safetensors")
+        if _has_averages(tensors):
+            write_snapshot(aside / SNAPSHOT, tensors, state["updates"])
         (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         write_manifest(aside, folder.parents[1].name, state["step"])
         for path in [*aside.iterdir(), aside]:
             _sync(path)
+        if _has_averages(tensors):  # first: no checkpoint is ever without
+            snapshot = snapshot_file(folder)
+            snapshot.parent.mkdir(exist_ok=True)
+            link_or_copy(aside / SNAPSHOT, snapshot)
+            _sync(snapshot)
+            _sync(snapshot.parent)
         if folder.exists():  # a bad one
             _remove([folder])
         os.replace(aside, folder)
         _sync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _has_averages(tensors: State) -> bool:
+    return all(TRACKS.keys() <= saved.keys() for saved in tensors.values())
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -151,20 +166,30 @@ def best_checkpoint(run: Path) -> Path:
     return folder
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, Any], State]:
-    """Read state.json and the optimizer's tensors back."""
+def load_checkpoint(folder: Path, ema: bool = False) -> tuple[dict[str, Any], State]:
+    """Read state.json and the optimizer's tensors back, with the averages where asked; raises UserError without these."""
     from safetensors.torch import load_file
 
+    if ema and not (folder / SNAPSHOT).is_file():
+        raise UserError(
+            f"checkpoint.ema is on, but {folder} was saved without it, and averages begin with a run; leave it off, or "
+            "start anew with --fresh"
+        )
     tensors: State = {}
-    for full_name, tensor in load_file(folder / "optimizer.safetensors").items():
-        name, _, key = full_name.rpartition("/")
-        tensors.setdefault(name, {})[key] = tensor
+    for file in ("optimizer.safetensors", *[SNAPSHOT] * ema):
+        for full_name, tensor in load_file(folder / file).items():
+            name, _, key = full_name.rpartition("/")
+            tensors.setdefault(name, {})[key] = tensor
     return json.loads((folder / "state.json").read_text()), tensors
 
 
-def refuse_misfit(folder: Path, tensors: State, shapes: Mapping[str, torch.Size]) -> None:
-    """Raise UserError unless a checkpoint holds master and moments of each parameter that trains, in its shape."""
-    wanted = {f"{name}/{key}": tuple(shape) for name, shape in shapes.items() for key in STATE_KEYS}
+def refuse_misfit(folder: Path, tensors: State, shapes: Mapping[str, torch.Size], ema: bool = False) -> None:
+    """Raise UserError unless a checkpoint holds master and moments of each parameter that trains, in its shape.
+
+    ema  and averages
+    """
+    keys = (*STATE_KEYS, *TRACKS) if ema else STATE_KEYS
+    wanted = {f"{name}/{key}": tuple(shape) for name, shape in shapes.items() for key in keys}
     found = {f"{name}/{key}": tuple(t.shape) for name, saved in tensors.items() for key, t in saved.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
@@ -174,12 +199,14 @@ def refuse_misfit(folder: Path, tensors: State, shapes: Mapping[str, torch.Size]
             )
 
 
-def check_space(run: Path, parameters: int, checkpoints: int = 1) -> None:
+def check_space(run: Path, parameters: int, checkpoints: int = 1, ema: bool = False) -> None:
     """Raise UserError where the disk of a run folder, which may be still to be made, has no room for more checkpoints.
 
     parameters  how many numbers train: the adapter's file holds each once, the optimizer's three times, in fp32
+    ema         averages of them are kept as well
     """
-    needed_bytes = checkpoints * (parameters * 4 * (1 + len(STATE_KEYS)) + _OTHER_BYTES)
+    copies = 1 + len(STATE_KEYS) + ema * len(TRACKS)
+    needed_bytes = checkpoints * (parameters * 4 * copies + _OTHER_BYTES)
     place = next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())
     if (free_bytes := shutil.disk_usage(place).free) < needed_bytes:
         raise UserError(
@@ -211,8 +238,8 @@ def replace_text(path: Path, text: str) -> None:
 
 def _refuse_non_finite(tensors: State) -> None:
     for name, saved in tensors.items():
-        for key in STATE_KEYS:
-            if not torch.stack(saved[key].aminmax()).isfinite().all():  # either is NaN where any number is
+        for key, tensor in saved.items():
+            if not torch.stack(tensor.aminmax()).isfinite().all():  # either is NaN where any number is
                 raise UserError(f"{name}/{key} holds NaN or infinity, which is not saved")
 
 

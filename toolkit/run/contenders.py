@@ -22,7 +22,7 @@ from toolkit.run.framer import Sampling, to_uint8
 from toolkit.run.inference import FED_BY, Source, load_framer, read_source
 from toolkit.run.judge import Windows, make_window, score
 
-SWEEPABLE = ("lora_scale", "sampler_steps", "max_guidance")
+SWEEPABLE = ("lora_scale", "ema", "sampler_steps", "max_guidance")
 RESERVED = ("linear", "base", "true")  # names of contenders that nobody trained
 # of a recipe: where contenders that are judged together must agree, so that the same frames are made of the same pictures
 SPLIT_FIELDS = ("frames", "height", "width")
@@ -135,7 +135,7 @@ def parse_sweep(sweep: str) -> tuple[str, list[float]]:
 
 
 def apply_sweep(contender: Contender, field: str, value: float) -> Contender:
-    """The same contender with another value of one field; a lora_scale of 0 is the untuned base."""
+    """The same contender with another value of one field; a lora_scale of 0 is the untuned base, an ema of 0 the tuned."""
     source, sampling = contender.source, contender.sampling
     if field == "lora_scale":
         if not source.adapters:
@@ -144,6 +144,8 @@ def apply_sweep(contender: Contender, field: str, value: float) -> Contender:
             )
         scaled = tuple((place, weight * value) for place, weight in source.adapters)
         return replace(contender, source=replace(source, adapters=scaled) if value else source.untuned)
+    if field == "ema":
+        return replace(contender, source=source.averaged(value))
     if field == "sampler_steps":
         if value != int(value):
             raise UserError(f"--sweep sampler_steps={value:g}: steps are whole numbers")

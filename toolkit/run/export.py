@@ -8,22 +8,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from toolkit.config import RunConfig, load_config, parse_config
 from toolkit.errors import UserError
 from toolkit.model.base import PRECISIONS, build_unet_on_meta, describe_unet, find_unet, load_unet, name_base, sign_unet
 from toolkit.model.formats import AdapterFile, read_metadata, read_peft, write_diffusers, write_kohya, write_peft
-from toolkit.model.lora import load_adapter, merge_adapters, refuse_other_base
+from toolkit.model.lora import load_adapter, merge_adapters, refuse_other_base, with_values
 from toolkit.model.quiet import quiet_libraries
 from toolkit.model.sources import is_hub_id
-from toolkit.model.tuning import ABOUT_FILE
+from toolkit.model.tuning import ABOUT_FILE, put_values
 from toolkit.model.unet import FramerUNet
 from toolkit.run.checkpoint import best_checkpoint, list_checkpoints
+from toolkit.run.ema import put_together
 from toolkit.run.inference import read_merged, read_run
 from toolkit.run.manifest import MANIFEST, find_fault
 
@@ -60,13 +64,21 @@ _IMPORT = {
 }
 
 
-def export_run(run: str | None, to: str, out: str, checkpoint: str | None = None, precision: str | None = None) -> Path:
+def export_run(
+    run: str | None,
+    to: str,
+    out: str,
+    checkpoint: str | None = None,
+    precision: str | None = None,
+    ema: float = 0.0,
+) -> Path:
     """Write a run's adapter and a model card into a new folder.
 
     to          peft, diffusers, kohya or merged
     checkpoint  as find_checkpoint takes it
     precision   of PRECISIONS, of a merged UNet; adapters are fp32. Default fp16, as Stability ships its weights: bf16 keeps
                 8 bits of a weight, in which much of a small update is lost (docs/LEDGER.md)
+    ema         sigma_rel of the average over the training that is written, see ema.py; 0: the checkpoint's own weights
     returns     the folder
     raises      UserError where it is not empty, the run has no such checkpoint, or its base is not here and is needed
     """
@@ -81,13 +93,16 @@ def export_run(run: str | None, to: str, out: str, checkpoint: str | None = None
             f"{source} holds a whole UNet (tuning full) and no adapter that could be written in the form {to}; give --to "
             "merged"
         )
-    adapter = None if config.tuning == "full" else read_peft(source)
-    about = read_about(source) if adapter is None else adapter.metadata
+    about = read_about(source) | ({"ema": ema} if ema else {})
+    values = put_together(source, ema) if ema else None
+    adapter = None if config.tuning == "full" else replace(read_peft(source), metadata=about)
+    if adapter is not None and values is not None:
+        adapter = with_values(adapter, values)
     aside = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
     aside.mkdir(parents=True)
     try:
         if adapter is None or to == "merged":
-            _write_merged(aside, source, about | {"precision": precision or "fp16"}, config)
+            _write_merged(aside, source, about | {"precision": precision or "fp16"}, config, values)
         elif to == "peft":
             write_peft(aside, adapter)
         elif to == "diffusers":
@@ -176,6 +191,8 @@ def make_card(adapter: AdapterFile | None, about: dict[str, Any], config: RunCon
             "trained whole": ", ".join(lora.extra_trainable) or "nothing",
         }
     facts["optimizer steps"] = about.get("step", "unknown")
+    if "ema" in about:
+        facts["average over them"] = f"sigma_rel {about['ema']:g} (arXiv 2312.02696)"
     table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items())
     notes = "".join(f"\n- {note}" for note in _list_notes(adapter, to)) if adapter is not None else ""
     return f"""\
@@ -276,13 +293,17 @@ def _write_kohya(file: Path, adapter: AdapterFile, source: Path, config: RunConf
     write_kohya(file, adapter, unet.config.layers_per_block, base)
 
 
-def _write_merged(folder: Path, source: Path, metadata: dict[str, Any], config: RunConfig) -> None:
+def _write_merged(
+    folder: Path, source: Path, metadata: dict[str, Any], config: RunConfig, values: Mapping[str, Tensor] | None
+) -> None:
     model = config.model
     whole = config.tuning == "full"
     unet: FramerUNet = load_unet(source if whole else find_unet(model), torch.float32, model.variant)
     if not whole:  # in fp32, so that sums are rounded once
-        load_adapter(unet, source, sign_unet(unet))
+        load_adapter(unet, source, sign_unet(unet), values=values)
         merge_adapters(unet)
+    elif values is not None:
+        put_values(unet, values)
     with quiet_libraries():
         unet.to(PRECISIONS[metadata["precision"]]).save_pretrained(folder / "unet", safe_serialization=True)
     (folder / ABOUT_FILE).write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n")

@@ -1,4 +1,4 @@
-"""The run folder: config.yaml env.json log.jsonl tb/ samples/ checkpoints/ LATEST, and where a run goes on from.
+"""The run folder: config.yaml env.json log.jsonl tb/ samples/ checkpoints/ ema/ LATEST, and where a run goes on from.
 
 Test: pytest tests/run. The same command again resumes; a folder made by another recipe is refused, never overwritten.
 """
@@ -38,6 +38,7 @@ from toolkit.run.checkpoint import (
     refuse_misfit,
     replace_text,
 )
+from toolkit.run.ema import cut_snapshots
 from toolkit.run.ledger import cut_ledger
 from toolkit.run.manifest import MANIFEST
 from toolkit.run.skips import cut_skips
@@ -61,7 +62,7 @@ class Resume:
     """Where to go on; the defaults are the very start."""
 
     step: int = 0  # steps done
-    tensors: State | None = None  # the optimizer's
+    tensors: State | None = None  # the optimizer's, and averages where the recipe has them
     updates: int = 0  # steps that changed something
     skipped_in_a_row: int = 0
     k_next: int = 0  # position of the next clip
@@ -135,7 +136,7 @@ def find_resume(
 ) -> Resume:
     """Load the newest good checkpoint; the main rank chooses it, so that all ranks load the same.
 
-    The lists of bad clips and of skipped steps are cut back to it.
+    The lists of bad clips and of skipped steps are cut back to it, and snapshots of averages.
 
     identity      what must not have changed: the data set's, the base's and the code's fingerprints
     shapes        of what trains, by name
@@ -147,11 +148,12 @@ def find_resume(
     step = world.broadcast_int(checkpoint_step(newest) if newest else 0)
     resume = Resume()
     if step:
-        resume = _load(checkpoint_folder(folder, step), identity, shapes, world, allow_change)
+        resume = _load(checkpoint_folder(folder, step), identity, shapes, world, allow_change, config.checkpoint.ema)
     best, best_step = 0.0, 0.0  # of ranks that leave it to the main one
     if world.is_main:
         cut_ledger(folder, resume.k_next)
         cut_skips(folder, resume.step)
+        cut_snapshots(folder, resume.step)
         known = find_best(folder)
         by, clips = config.validation.best_by, config.validation.clips
         comparable = known is not None and (known.by, known.clips) == (by, clips)
@@ -162,9 +164,14 @@ def find_resume(
 
 
 def _load(
-    folder: Path, identity: dict[str, Any], shapes: Mapping[str, torch.Size], world: World, allow_change: bool
+    folder: Path,
+    identity: dict[str, Any],
+    shapes: Mapping[str, torch.Size],
+    world: World,
+    allow_change: bool,
+    ema: bool,
 ) -> Resume:
-    state, tensors = load_checkpoint(folder)
+    state, tensors = load_checkpoint(folder, ema)
     changed = [f"{key.replace('_', ' ')} was {state.get(key)}, is {value}"
                for key, value in identity.items() if state.get(key) != value]  # fmt: skip
     if changed and not allow_change:
@@ -172,7 +179,7 @@ def _load(
             f"{folder} was made with something else ({'; '.join(changed)}), so the run could not go on exactly; put it "
             "back, go on all the same with --allow_change, or start anew with --fresh or another --name"
         )
-    refuse_misfit(folder, tensors, shapes)
+    refuse_misfit(folder, tensors, shapes, ema)
     if world.is_main:
         if changed:
             print(f"going on with something else than {folder} was made with: {'; '.join(changed)}")

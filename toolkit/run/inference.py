@@ -25,8 +25,9 @@ from toolkit.model.formats import read_metadata
 from toolkit.model.lora import load_adapter, merge_adapters
 from toolkit.model.prepare import prepare_frozen
 from toolkit.model.quiet import quiet_libraries
-from toolkit.model.tuning import ABOUT_FILE
+from toolkit.model.tuning import ABOUT_FILE, put_values
 from toolkit.run.attention import choose_kernel
+from toolkit.run.ema import plan_average, put_together
 from toolkit.run.folder import find_adapter, newest_adapter
 from toolkit.run.framer import Framer, Sampling
 
@@ -42,6 +43,7 @@ class Source:
     adapters: tuple[tuple[Path, float], ...]
     about: dict[str, Any]  # what the first adapter, or the whole UNet, tells of itself
     tuned_unet: Path | None = None  # in place of the recipe's: what a run with tuning full made of it
+    ema: float = 0.0  # sigma_rel of the average that stands for what was trained; 0: itself
 
     @property
     def model(self) -> ModelConfig:
@@ -53,7 +55,7 @@ class Source:
     @property
     def untuned(self) -> Source:
         """The base alone, as the recipe feeds it."""
-        return replace(self, adapters=(), tuned_unet=None)
+        return replace(self, adapters=(), tuned_unet=None, ema=0.0)
 
     @property
     def precision(self) -> str:
@@ -72,6 +74,20 @@ class Source:
         model = ModelConfig.model_validate(self.config.model.model_dump() | changes)
         tuned = None if changes.get("unet") is not None else self.tuned_unet
         return replace(self, config=self.config.model_copy(update={"model": model}), tuned_unet=tuned)
+
+    def averaged(self, sigma_rel: float) -> Source:
+        """The same with an average over the training, see ema.py; 0 is the weights themselves.
+
+        raises  UserError where there are several adapters or none, or no such average can be put together
+        """
+        if sigma_rel:
+            places = [place for place, _ in self.adapters] or [
+                place for place in (self.tuned_unet,) if place is not None
+            ]
+            if len(places) != 1:
+                raise UserError(f"ema is for one run or checkpoint, and here are {len(places)}; leave it out")
+            plan_average(places[0], sigma_rel)
+        return replace(self, ema=sigma_rel)
 
 
 def read_run(run: str | Path) -> tuple[Path, RunConfig]:
@@ -177,8 +193,11 @@ def load_framer(source: Source, steered: bool = False, compiled: bool = False) -
     precision = "fp32" if device.type == "cpu" and source.precision == "fp16" else source.precision
     # on the CPU first: a card needs no room for the sum
     base = load_base(model, torch.device("cpu"), precision, torch.float32)
+    if source.ema and source.tuned_unet is not None:
+        put_values(base.unet, put_together(source.tuned_unet, source.ema))
     for i, (path, weight) in enumerate(source.adapters):
-        load_adapter(base.unet, path, base.signature, f"adapter{i}", weight)
+        values = put_together(path, source.ema) if source.ema else None
+        load_adapter(base.unet, path, base.signature, f"adapter{i}", weight, values)
     merge_adapters(base.unet)
     with quiet_libraries():
         base.unet.to(base.dtype)

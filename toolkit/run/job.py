@@ -40,6 +40,7 @@ from toolkit.rng import RNG_VERSION
 from toolkit.run.attention import choose_kernel
 from toolkit.run.cache import check_cache
 from toolkit.run.checkpoint import check_space, list_checkpoints
+from toolkit.run.ema import Averages
 from toolkit.run.folder import (
     INEXACT,
     Resume,
@@ -84,6 +85,7 @@ class Job:
     resume: Resume
     total: int
     # the main rank's own
+    averages: Averages | None
     writer: CheckpointWriter | None
     lock: IO[str] | None  # of the run folder, as long as the job lives
 
@@ -119,7 +121,7 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     computed_by = f"attention {attention}, blocks {blocks}{compiled}, memory {plan}"
     trainable = adapter.flat.numel()
     identity = identify(config, base, index)
-    check_space(config.folder, trainable, checkpoints=2)
+    check_space(config.folder, trainable, checkpoints=2, ema=config.checkpoint.ema)
     lock = prepare_folder(config, fresh) if world.is_main else None  # last: nothing is moved aside for a faulty recipe
     resume = find_resume(config, identity, adapter.shapes, world, allow_change)
     if world.is_main:
@@ -133,8 +135,11 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     await_folder(config, world)
     total = total_steps(config, len(index), resume.step, resume.k_next)
     engine = make_engine(config, base.unet, adapter, per_rank)
-    if resume.tensors is not None:
-        engine.scatter(adapter.join(resume.tensors), resume.updates)
+    saved = adapter.join(resume.tensors) if resume.tensors is not None else None
+    if saved is not None:
+        engine.scatter(saved, resume.updates)
+    averaged = config.checkpoint.ema and world.is_main
+    averages = Averages(adapter, resume.updates, saved[FLAT] if saved is not None else None) if averaged else None
     validator = (
         Validator(config, held_out, index, clip_settings(config), framer, world) if held_out is not None else None
     )
@@ -158,6 +163,7 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
         per_rank,
         resume,
         total,
+        averages,
         writer,
         lock,
     )

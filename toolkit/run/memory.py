@@ -27,6 +27,7 @@ from toolkit.run.recall import recall
 USABLE = 0.85  # of what is free: an allocator rounds and fragments, and libraries take workspace
 PLANS: tuple[Plan, ...] = get_args(Plan)
 STATE_BYTES = 16  # per trainable parameter: master, gradient and two moments, fp32
+EMA_BYTES = 8  # two averages, where they are kept
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def predict_bytes(config: RunConfig, unet: dict[str, Any], latent_px: int, plan:
         "tuning": config.tuning, "lora": config.lora.model_dump(mode="json"), "full": config.full.parameters,
         "precision": config.engine.precision,
         "shape": asdict(shape), "plan": plan, "blocks": blocks, "quantize": config.model.quantize,
+        "ema": config.checkpoint.ema,
     }  # fmt: skip
     return recall(question, lambda: _count_bytes(config, unet, shape, plan, blocks))
 
@@ -109,7 +111,8 @@ def _count_bytes(config: RunConfig, unet: dict[str, Any], shape: Shape, plan: Pl
     parameters = choose_trainable(network, config)
     trainable = prepare_unet(network, parameters, dtype, "sdpa", plan, blocks, config.model.quantize)
     costs = count_step(network, shape, trainable)
-    return max(cost.peak_bytes for cost in costs.values()) + STATE_BYTES * trainable.adapter.flat.numel()
+    state_bytes = STATE_BYTES + EMA_BYTES * config.checkpoint.ema
+    return max(cost.peak_bytes for cost in costs.values()) + state_bytes * trainable.adapter.flat.numel()
 
 
 def count_step(unet: Any, shape: Shape, trainable: Trainable | None = None) -> dict[str, Cost]:

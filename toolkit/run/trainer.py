@@ -17,6 +17,7 @@ from toolkit.config import RunConfig, ScheduleConfig, flatten_config
 from toolkit.data.loader import Substitution, naming_dead_workers
 from toolkit.engine.world import World, init_world, naming_lost_ranks
 from toolkit.model.dropout import adapter_dropout
+from toolkit.model.flat import NAME as FLAT
 from toolkit.model.lora import adapted_layers
 from toolkit.run.best import Best
 from toolkit.run.debug import draw_batches
@@ -102,6 +103,8 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
             lr = learning_rate(config.schedule, config.optimizer.lr, step, job.total)
             with monitor.timing("optimizer"):
                 grad_norm = job.engine.step(lr, skip=not math.isfinite(loss))
+                if job.averages is not None:
+                    job.averages.follow(job.engine.updates)
             skips.note(step + 1, loss, grad_norm, [(k, one.loss_B) for k, one in zip(keys, own, strict=True)])
             losses, score = look(config, job, monitor, step + 1, watchdog)
             monitor.report(step + 1, step_scores, grad_norm, lr, step + 1 - job.engine.updates, ledger.bad, losses)
@@ -191,4 +194,6 @@ def save(config: RunConfig, job: Job, world: World, step: int, skipped_in_a_row:
             "validation_clips": config.validation.clips,
             "ranks": world.size, "global_batch": config.engine.global_batch, "micro_batch": config.engine.micro_batch,
         }  # fmt: skip
+        if job.averages is not None:
+            gathered[FLAT] |= job.averages.copy()
         job.writer.submit(step, job.adapter.split(gathered), job.framer.base.unet, state, job.about)
