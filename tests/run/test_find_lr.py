@@ -107,7 +107,9 @@ def test_what_is_still_and_what_explodes(settings: dict[str, Any], monkeypatch: 
     made(0.1, 0.09, 0.08)
     assert "still falling at the highest rate" in tell(find_lr(str(RECIPE), 10, settings | {"name": "still"}))
     # the rise at the end does not flatten the fall before it
-    assert draw(0.1, [Trial(1e-6, 0.1), Trial(1e-3, 0.09), Trial(1e-2, 50.0)]).count("<circle") == 2 + 2
+    assert (
+        draw(0.1, [Trial(1e-6, 0.1), Trial(1e-3, 0.09), Trial(1e-2, 50.0), Trial(0.1, 0.1)]).count("<circle") == 2 + 2
+    )
 
 
 def test_what_a_run_would_refuse_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:

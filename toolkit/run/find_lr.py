@@ -12,6 +12,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,9 +171,11 @@ def show_trials(trials: Iterator[Trial], steps: int) -> list[Trial]:
 
 
 def draw(start_loss: float, trials: list[Trial]) -> str:
-    """The loss over the rate, as far as its fall is still seen beside its rise; and where it began."""
-    fall = start_loss - min(trial.loss for trial in trials)
-    seen = [trial for trial in trials if trial.loss <= start_loss + max(fall, SLIGHT * start_loss)]
+    """The loss over the rate, until its rise would flatten its fall; and where it began."""
+    losses = [trial.loss for trial in trials]
+    lowest = losses.index(min(losses))
+    most = start_loss + max(start_loss - losses[lowest], SLIGHT * start_loss)
+    seen = [*trials[: lowest + 1], *takewhile(lambda trial: trial.loss <= most, trials[lowest + 1 :])]
     first, last = (round(math.log10(rate)) for rate in (LOWEST, HIGHEST))
     lines = {
         "after a step": [Point(math.log10(trial.rate), trial.loss) for trial in seen],
