@@ -305,21 +305,32 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
     overrides  {"lora.rank": 32}: what the command line gave
     raises     UserError naming the field, what was given and the nearest known name
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(_MAX_RECIPE_CHARACTERS + 1)
-        if len(text) > _MAX_RECIPE_CHARACTERS:
-            raise UserError(f"{path} has over {_MAX_RECIPE_CHARACTERS} characters; recipes are in launch/recipes")
-        tree = _load_yaml(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe {path}: {error}; recipes are in launch/recipes") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    tree = read_yaml(path, "the recipe", "recipes are in launch/recipes")
     if not isinstance(tree, dict):
         raise UserError(f"{path} is not a recipe: it must hold `section: {{key: value}}`, see launch/recipes")
     for name, value in (overrides or {}).items():
         _set_dotted(tree, name, value)
     return parse_config(tree, path)
+
+
+def read_yaml(path: str | Path, what: str, remedy: str) -> Any:
+    """Read a file of plain YAML values. Raises UserError, which calls it `what` and ends with the remedy."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_MAX_RECIPE_CHARACTERS + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {what} {path}: {error}; {remedy}") from None
+    if len(text) > _MAX_RECIPE_CHARACTERS:
+        raise UserError(f"{path} has over {_MAX_RECIPE_CHARACTERS} characters; {remedy}")
+    return parse_yaml(text, path)
+
+
+def parse_yaml(text: str, source: str | Path) -> Any:
+    """Read plain YAML values; source is where they came from, for the error. Raises UserError."""
+    try:
+        return _load_yaml(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,4 +1,4 @@
-"""Pack or cache on many machines: python launch/slurm/submit_array.py --parts 8 shards/pack.py VIDEOS OUT [its flags]."""
+"""Pack, cache or sweep on many machines: launch/slurm/submit_array.py --parts 8 shards/pack.py VIDEOS OUT [its flags]."""
 
 import sys
 
@@ -14,12 +14,12 @@ def submit_array(
     partition: str | None = None, account: str | None = None, qos: str | None = None, logs: str = "runs/arrays",
     dry_run: bool = False,
 ) -> None:  # fmt: skip
-    """Submit shards/pack.py or shards/cache.py to SLURM as an array; whoever ends last joins the parts.
+    """Submit shards/pack.py, shards/cache.py or launch/sweep.py to SLURM as an array; whoever ends last joins the parts.
 
     Flags before the program are the array's, those after it the program's.
 
-    parts    jobs of the array, each with its share of the videos or clips
-    gpus     per job: 0 to pack, 1 to cache
+    parts    jobs of the array, each with its share of the videos, clips or runs
+    gpus     per job: 0 to pack, 1 to cache or sweep
     cpus     per job
     mem      per job, such as 16G
     time     limit of a job, such as 4:00:00

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from toolkit.errors import UserError
-from toolkit.run.curves import Point, chart, thin, training_charts, write_curves
+from toolkit.run.curves import Point, chart, intervals, stack_charts, thin, training_charts, write_curves
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -76,3 +76,36 @@ def test_a_run_is_drawn_from_its_log(tmp_path: Path) -> None:
     assert written == tmp_path / "samples/curves.svg"
     inner = [element for element in ElementTree.parse(written).getroot() if element.tag == f"{SVG}svg"]
     assert [element.get("y") for element in inner] == ["0", "256"]
+
+
+def test_means_lie_beside_each_other() -> None:
+    """Places are affine in the value, with 0 among the marks; a bar reaches from low to high on the height of its dot."""
+    series = {
+        "on a": {"one": (1.0, 0.5, 2.0), "two": (-1.0, None, None)},
+        "on b": {"one": (3.0, None, None)},
+        "none": {},
+    }
+    root = ElementTree.fromstring(intervals("a < b", series, "dB"))
+    dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in root.iter(f"{SVG}circle")]
+    (bar,) = lines_of(intervals("a < b", series, "dB"))
+    one, two, other = dots
+    assert one[0] - two[0] == pytest.approx(other[0] - one[0], abs=0.2) and one[0] > two[0]
+    assert bar[0][0] == pytest.approx((3 * one[0] + two[0]) / 4, abs=0.1) and bar[1][0] == pytest.approx(
+        (one[0] + other[0]) / 2, abs=0.1
+    )
+    assert bar[0][1] == bar[1][1] == one[1] != other[1] and len({y for _, y in dots}) == 3
+    assert {"a < b", "one", "two", "on a", "on b", "dB", "0"} <= set(texts_of(intervals("a < b", series, "dB")))
+    (zero,) = [float(line.get("x1")) for line in root.iter(f"{SVG}line") if line.get("stroke-width") == "2"]
+    assert zero == pytest.approx((one[0] + two[0]) / 2, abs=0.1)
+    assert intervals("", {"on a": {}}, "dB") == ""
+
+
+def test_charts_of_any_height_are_put_below_each_other() -> None:
+    """None covers another, and the file is as high as all of them."""
+    charts = [intervals("", {"on a": {str(i): (1.0, None, None) for i in range(n)}}, "") for n in (1, 5)]
+    charts.append(chart("", {"one": [Point(-2, 1.0)]}, "rate", {-2: "1e-2"}))
+    assert "1e-2" in texts_of(charts[-1])
+    root = ElementTree.fromstring(stack_charts(charts))
+    tops, heights = ([int(own.get(name)) for own in root if own.tag == f"{SVG}svg"] for name in ("y", "height"))
+    assert tops == [0, heights[0], heights[0] + heights[1]] and heights[1] > heights[0]
+    assert root.get("viewBox").endswith(f" {sum(heights)}")

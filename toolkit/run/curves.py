@@ -1,4 +1,4 @@
-"""Line charts as SVG, and those of a training run from its log, without TensorBoard.
+"""Charts as SVG, and those of a training run from its log, without TensorBoard.
 
 Test: pytest tests/run/test_curves.py
 """
@@ -23,6 +23,9 @@ _IN_A_ROW = 3  # names below a chart
 _MOST_POINTS = 200  # of a line: a long log is averaged to so many
 
 
+Interval = tuple[float, float | None, float | None]  # mean, and the ends of its interval where there is one
+
+
 class Point(NamedTuple):
     """A place on a line, with the interval of y where there is one."""
 
@@ -32,11 +35,14 @@ class Point(NamedTuple):
     high: float | None = None
 
 
-def chart(title: str, lines: Mapping[str, Sequence[Point]], axis: str) -> str:
+def chart(
+    title: str, lines: Mapping[str, Sequence[Point]], axis: str, marks_at: Mapping[float, str] | None = None
+) -> str:
     """Draw lines over a common axis, with bars for intervals, as an SVG element; empty where there is no point.
 
-    lines  by their names
-    axis   what x is
+    lines     by their names
+    axis      what x is
+    marks_at  what is written at places of x; default round numbers
     """
     lines = {name: line for name, line in lines.items() if line}
     points = [point for line in lines.values() for point in line]
@@ -44,9 +50,9 @@ def chart(title: str, lines: Mapping[str, Sequence[Point]], axis: str) -> str:
         return ""
     xs = sorted({point.x for point in points})
     values = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
-    x_ticks = xs if len(xs) <= 8 else _ticks(xs[0], xs[-1], 5)
+    names = marks_at or {x: f"{x:,.6g}" for x in (xs if len(xs) <= 8 else _ticks(xs[0], xs[-1], 5))}
     y_ticks = _ticks(min(values), max(values), 4)
-    x_low, x_high = min(*x_ticks, xs[0]), max(*x_ticks, xs[-1], xs[0] + 1e-9)
+    x_low, x_high = min(*names, xs[0]), max(*names, xs[-1], xs[0] + 1e-9)
 
     def place(x: float, y: float) -> tuple[float, float]:
         across, up = (x - x_low) / (x_high - x_low), (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
@@ -57,7 +63,7 @@ def chart(title: str, lines: Mapping[str, Sequence[Point]], axis: str) -> str:
         _, y = place(x_low, tick)
         marks.append(f'<line x1="{_LEFT}" x2="{_RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#bbb"/>')
         marks.append(_text(_LEFT - 6, y + 4, f"{tick:.6g}", "end"))
-    marks += [_text(place(tick, y_ticks[0])[0], _BOTTOM + 16, f"{tick:,.6g}", "middle") for tick in x_ticks]
+    marks += [_text(place(tick, y_ticks[0])[0], _BOTTOM + 16, name, "middle") for tick, name in names.items()]
     marks.append(_text((_LEFT + _RIGHT) / 2, _BOTTOM + 32, axis, "middle"))
     across = (_RIGHT - _LEFT) // _IN_A_ROW
     for i, (name, line) in enumerate(lines.items()):
@@ -72,15 +78,50 @@ def chart(title: str, lines: Mapping[str, Sequence[Point]], axis: str) -> str:
             if low is not None and high is not None:
                 ends = " ".join("{:.1f},{:.1f}".format(*place(x, end)) for end in (low, high))
                 marks.append(f'<polyline points="{ends}" stroke="{colour}" stroke-opacity="0.6"/>')
-        left, top = _LEFT + i % _IN_A_ROW * across, _BOTTOM + 40 + i // _IN_A_ROW * 14
+        marks.append(_key(_LEFT + i % _IN_A_ROW * across, _BOTTOM + 40 + i // _IN_A_ROW * 14, colour, name))
+    return _element(title, HEIGHT, marks)
+
+
+def intervals(title: str, series: Mapping[str, Mapping[str, Interval]], axis: str) -> str:
+    """Draw means with their intervals side by side, a row for each name, as an SVG element; empty where there is none.
+
+    series  {what is compared: {row: (mean, low, high)}}
+    axis    what the means are; a thicker line stands at 0
+    """
+    series = {name: rows for name, rows in series.items() if rows}
+    rows = list(dict.fromkeys(row for own in series.values() for row in own))
+    if not rows:
+        return ""
+    values = [value for own in series.values() for interval in own.values() for value in interval if value is not None]
+    ticks = _ticks(min(0.0, *values), max(0.0, *values), 4)
+    left = min(_LEFT + 6 * max(map(len, rows)), WIDTH // 2)
+    row_px = 10 + 8 * len(series)
+    bottom = _TOP + row_px * len(rows)
+
+    def across(value: float) -> float:
+        return left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (_RIGHT - left)
+
+    marks = [_text(8, 16, title, "start")]
+    for tick in ticks:
+        x, dark = across(tick), abs(tick) < 1e-9
         marks.append(
-            f'<rect x="{left}" y="{top}" width="9" height="9" fill="{colour}"/>'
-            + _text(left + 13, top + 9, name, "start")
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}" stroke="{"#555" if dark else "#bbb"}" '
+            f'stroke-width="{2 if dark else 1}"/>' + _text(x, bottom + 14, f"{tick:.6g}", "middle")
         )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="11" '
-        f'role="img" aria-label="{escape(title)}">{"".join(marks)}</svg>'
-    )
+    marks += [_text(left - 8, _TOP + row_px * (i + 0.5) + 4, row, "end") for i, row in enumerate(rows)]
+    for i, (name, own) in enumerate(series.items()):
+        colour = _COLOURS[i % len(_COLOURS)]
+        for row, (mean, low, high) in own.items():
+            y = _TOP + row_px * rows.index(row) + 9 + 8 * i
+            if low is not None and high is not None:
+                ends = f"{across(low):.1f},{y} {across(high):.1f},{y}"
+                marks.append(f'<polyline points="{ends}" stroke="{colour}" stroke-width="2"/>')
+            marks.append(
+                f'<circle cx="{across(mean):.1f}" cy="{y}" r="3.5" fill="{colour}"><title>{number(mean)}</title></circle>'
+            )
+        marks.append(_key(8 + i * (WIDTH // _IN_A_ROW), bottom + 34, colour, name))
+    marks.append(_text((left + _RIGHT) / 2, bottom + 28, axis, "middle"))
+    return _element(title, bottom + 52, marks)
 
 
 def training_charts(run: Path) -> list[str]:
@@ -116,13 +157,22 @@ def write_curves(run: Path) -> Path:
     charts = training_charts(run)
     if not charts:
         raise UserError(f"{run} has logged no step yet (log.jsonl); train it first")
-    placed = [drawn.replace("<svg ", f'<svg y="{i * HEIGHT}" height="{HEIGHT}" ', 1) for i, drawn in enumerate(charts)]
     path = run / "samples/curves.svg"
     path.parent.mkdir(exist_ok=True)
-    size = f'width="{2 * WIDTH}" height="{2 * HEIGHT * len(charts)}" viewBox="0 0 {WIDTH} {HEIGHT * len(charts)}"'
-    white = '<rect width="100%" height="100%" fill="white"/>'
-    replace_text(path, f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{white}{"".join(placed)}</svg>\n')
+    replace_text(path, stack_charts(charts))
     return path
+
+
+def stack_charts(charts: Sequence[str]) -> str:
+    """Put charts one below the other, as the text of an SVG file at twice their size."""
+    placed, top = [], 0
+    for drawn in charts:
+        height = int(drawn.split('viewBox="0 0 ', 1)[1].split('"')[0].split()[1])
+        placed.append(drawn.replace("<svg ", f'<svg y="{top}" height="{height}" ', 1))
+        top += height
+    size = f'width="{2 * WIDTH}" height="{2 * top}" viewBox="0 0 {WIDTH} {top}"'
+    white = '<rect width="100%" height="100%" fill="white"/>'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{white}{"".join(placed)}</svg>\n'
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:
@@ -130,6 +180,20 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     step = round_up(max((high - low) / count, abs(high) * 1e-3, 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, max(last, first + 1) + 1)]
+
+
+def _element(title: str, height: int, marks: Sequence[str]) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="11" '
+        f'role="img" aria-label="{escape(title)}">{"".join(marks)}</svg>'
+    )
+
+
+def _key(left: float, top: float, colour: str, name: str) -> str:
+    """What a colour stands for."""
+    return f'<rect x="{left}" y="{top}" width="9" height="9" fill="{colour}"/>' + _text(
+        left + 13, top + 9, name, "start"
+    )
 
 
 def _text(x: float, y: float, words: str, anchor: str) -> str:

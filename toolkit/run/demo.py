@@ -19,6 +19,7 @@ from toolkit.config import load_config
 from toolkit.errors import UserError
 from toolkit.run.evaluate import load_held_out
 from toolkit.run.folder import newest_adapter
+from toolkit.run.launcher import default_ranks, training_command
 from toolkit.run.monitor import read_log
 
 RECIPE = "launch/recipes/tiny_cpu.yaml"
@@ -39,8 +40,8 @@ def run_demo(videos: str | None) -> None:
     seconds["pack"] = _run("pack videos", [python, "shards/pack.py", videos, str(shards), "--short_side", "96"])
     seconds["check"] = _run("check shards", [python, "shards/check.py", str(shards)])
     overrides = ["--name", RUN.name, "--runs_dir", str(RUN.parent), "--data.shards", str(shards), "--fresh"]
-    launcher = [str(Path(python).with_name("deepspeed")), *_ranks(), "launch/train.py", "--config", RECIPE]
-    seconds["train"] = _run("train a LoRA", [*launcher, *overrides])
+    start = training_command(min(2, default_ranks()))
+    seconds["train"] = _run("train a LoRA", [*start, "--config", RECIPE, *overrides])
     seconds["evaluate"] = _run("score it on held-out clips", [python, "launch/evaluate.py", "--run", str(RUN)])
     seconds["interpolate"] = _interpolate()
     summary = summarise(RUN, seconds)
@@ -112,13 +113,6 @@ def _interpolate() -> float:
     for name, path in stills.items():
         command += [f"--{name}", str(path)]
     return _run("interpolate between two stills", [*command, "--out", str(RUN / "samples/interpolated.mp4")])
-
-
-def _ranks() -> list[str]:
-    """Two ranks where there is room: on a CPU, DeepSpeed's launcher would start one."""
-    import torch
-
-    return ["--num_gpus", str(min(2, torch.cuda.device_count() or 2))]
 
 
 def _run(what: str, command: list[str]) -> float:

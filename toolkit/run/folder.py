@@ -50,8 +50,9 @@ FREE_FIELDS = ("runs_dir", "log_every_steps", "lora.init_from", "checkpoint.", "
                "engine.deepspeed", "engine.shard_ranks", "engine.hang_timeout_s", "optimizer.max_skipped_steps",
                "model.attention", "model.blocks", "model.memory", "model.compile", "model.cuda_graphs")  # fmt: skip
 _SHARED_DISK_S = 60  # for which a network disk may go on saying that a file is not there
+RATE_FILES = ("find_lr.json", "find_lr.svg")  # which launch/find_lr.py leaves for a run to come
 # what a kill at the very start can leave, and what is there of a job that was submitted
-_OWN_FIRST_FILES = ("lock", "config.yaml.tmp", "slurm", "code")
+_OWN_FIRST_FILES = ("lock", "config.yaml.tmp", "slurm", "code", *RATE_FILES)
 COMMIT_FILE = "COMMIT"  # beside the copy of the code that a batch job runs: what the original was
 INEXACT = "the run goes on, but not to the last digit as it would have"
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "webdataset", "av", "numpy")

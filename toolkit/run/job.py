@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import torch
 
-from toolkit.config import ZERO_STAGES, RunConfig, load_deepspeed_json
+from toolkit.config import ZERO_STAGES, RunConfig, load_config, load_deepspeed_json
 from toolkit.data.clips import ClipSettings
 from toolkit.data.index import DatasetIndex, open_sources
 from toolkit.data.loader import Batch, make_loader
@@ -315,6 +315,18 @@ def total_steps(config: RunConfig, clips: int, done: int = 0, done_clips: int = 
         return config.schedule.steps
     assert config.schedule.epochs is not None  # checked by the config
     return done + max(0, math.ceil((config.schedule.epochs * clips - done_clips) / config.engine.global_batch))
+
+
+def is_finished(config: RunConfig, clips: int) -> bool:
+    """Whether a run of just this recipe stands in its folder, with a checkpoint of its last step.
+
+    clips  that it trains on
+    """
+    checkpoints = list_checkpoints(config.folder)
+    if not checkpoints or load_config(config.folder / "config.yaml") != config:
+        return False
+    state = json.loads((checkpoints[-1] / "state.json").read_text())
+    return state["step"] >= total_steps(config, clips, state["step"], state["k_next"])
 
 
 def announce(

@@ -19,7 +19,7 @@ from toolkit import metrics
 from toolkit.config import RunConfig
 from toolkit.data.clips import Clip, ClipSettings, load_clip
 from toolkit.data.format import BadSample
-from toolkit.data.index import open_sources
+from toolkit.data.index import DatasetIndex, open_sources
 from toolkit.data.trajectory import match_stills
 from toolkit.errors import UserError
 from toolkit.rng import rng
@@ -82,18 +82,11 @@ def own_gap(config: RunConfig) -> int:
 def load_windows(config: RunConfig, gaps: Sequence[int], clips: int) -> dict[int, Windows]:
     """Load the centre window of held-out clips for each gap, of the same clips for all: the first that the longest fits.
 
-    gaps    in source frames between the two ends; each a multiple of data.frames - 1, the steps of a window
+    gaps    in source frames between the two ends
     clips   at most
-    raises  UserError for a gap that does not divide, or that is too long for every clip
+    raises  UserError as check_gaps does
     """
     window, steps = config.data.frames, config.data.frames - 1
-    for gap in gaps:
-        if gap < steps or gap % steps:
-            near = max(1, round(gap / steps)) * steps
-            raise UserError(
-                f"a gap of {gap} source frames cannot be filled by windows of data.frames {window}; take a multiple of "
-                f"{steps}, such as {near}"
-            )
     loaded = _load_clips(config, gaps, clips)
     places = [0, window // 2, steps] if config.diffusion.layout == "spec_middle" else list(range(window))
     return {
@@ -113,15 +106,34 @@ def load_held_out(config: RunConfig, clips: int) -> list[Clip]:
     return [clip for (clip,) in _load_clips(config, [own_gap(config)], clips)]
 
 
-def _load_clips(config: RunConfig, gaps: Sequence[int], clips: int) -> list[list[Clip]]:
-    """Of each clip its centre window for each gap; clips that are too short or cannot be read are passed over."""
-    index, data, where = open_sources(config.data, "val"), config.data, " + ".join(config.data.sources)
+def check_gaps(config: RunConfig, gaps: Sequence[int]) -> DatasetIndex:
+    """Open the validation split, once a recipe's windows can fill the gaps between frames of it.
+
+    gaps    in source frames; each a multiple of data.frames - 1, the steps of a window
+    raises  UserError for a gap that does not divide, or that is too long for every clip, and where no clip is held out
+    """
+    window, steps = config.data.frames, config.data.frames - 1
+    for gap in gaps:
+        if gap < steps or gap % steps:
+            near = max(1, round(gap / steps)) * steps
+            raise UserError(
+                f"a gap of {gap} source frames cannot be filled by windows of data.frames {window}; take a multiple of "
+                f"{steps}, such as {near}"
+            )
+    index = open_sources(config.data, "val")
     longest = max(row.clip.frames for row in index.rows)
     if longest <= max(gaps):
         raise UserError(
-            f"no held-out clip of {where} reaches over a gap of {max(gaps)} source frames: the longest has {longest}, "
-            f"for gaps up to {longest - 1}; ask for less (--gaps, or data.stride), or pack longer clips"
+            f"no held-out clip of {' + '.join(config.data.sources)} reaches over a gap of {max(gaps)} source frames: the "
+            f"longest has {longest}, for gaps up to {longest - 1}; ask for less (--gaps, or data.stride), or pack longer "
+            "clips"
         )
+    return index
+
+
+def _load_clips(config: RunConfig, gaps: Sequence[int], clips: int) -> list[list[Clip]]:
+    """Of each clip its centre window for each gap; clips that are too short or cannot be read are passed over."""
+    index, data, where = check_gaps(config, gaps), config.data, " + ".join(config.data.sources)
     loaded, short = [], 0
     for sample, row in enumerate(index.rows):
         if row.clip.frames <= max(gaps):

@@ -35,7 +35,7 @@ SNAPSHOT = (
     "shards/*.py",
     "ds_configs/*.json",
 )
-ARRAY_PROGRAMS = ("shards/pack.py", "shards/cache.py")
+ARRAY_PROGRAMS = ("shards/pack.py", "shards/cache.py", "launch/sweep.py")
 # All that a job inherits from the shell it was submitted in; tokens and the like stay behind.
 EXPORTED = (
     r"HOME|PATH|LD_LIBRARY_PATH|LANG|CUDA_HOME|HF_HOME|HF_HUB_OFFLINE|XDG_CACHE_HOME|TORCH_EXTENSIONS_DIR"
