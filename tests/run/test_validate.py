@@ -30,7 +30,7 @@ def plain(tiny_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     """Overrides of six steps in fp32 in this process, too fast a rate for the loss to fall throughout."""
     return tiny_run | {
         "engine.kind": "plain", "engine.precision": "fp32", "engine.global_batch": 2, "schedule.steps": 6,
-        "model.memory": "fast", "optimizer.lr": 0.3, "checkpoint.keep": 2, "checkpoint.every_steps": 1,
+        "model.memory": "fast", "optimizer.lr": 0.1, "checkpoint.keep": 2, "checkpoint.every_steps": 1,
         "runs_dir": str(tmp_path_factory.mktemp("validated")),
     }  # fmt: skip
 
