@@ -98,6 +98,8 @@ def test_means_lie_beside_each_other() -> None:
     (zero,) = [float(line.get("x1")) for line in root.iter(f"{SVG}line") if line.get("stroke-width") == "2"]
     assert zero == pytest.approx((one[0] + two[0]) / 2, abs=0.1)
     assert intervals("", {"on a": {}}, "dB") == ""
+    for value in (-7.5, 7.5):  # all on one side of it
+        assert "0" in texts_of(intervals("", {"on a": {"one": (value, None, None)}}, "dB"))
 
 
 def test_charts_of_any_height_are_put_below_each_other() -> None:

@@ -320,11 +320,17 @@ def test_processes_of_a_run(settings: dict[str, Any], monkeypatch: pytest.Monkey
 
 @pytest.mark.launch
 def test_asked_to_end_it_saves_and_goes_on_later(settings: dict[str, Any], tmp_path: Path) -> None:
-    """A signal to the sweep alone, as by `kill`: its run saves at the end of the step, and the sweep exits with 75."""
-    flags = settings | {"runs_dir": str(tmp_path), "schedule.steps": 100_000, "checkpoint.every_steps": 100_000}
+    """A signal to the sweep alone, as by `kill`: its run saves at the end of the step, and the sweep exits with 75.
+
+    Though DeepSpeed's launcher, which stands between, would die of a signal and leave its ranks at work.
+    """
+    flags = settings | {
+        "runs_dir": str(tmp_path), "engine.kind": "zero2", "engine.micro_batch": 1, "schedule.steps": 500,
+        "checkpoint.every_steps": 500,
+    }  # fmt: skip
     words = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, "launch/sweep.py", "--config", str(RECIPE), "--name", "s", "--grid", "{lora.rank: [2]}"]
-    process = start([*command, *words])
+    process = start([*command, *words, "--ranks", "2"], ranks=2)
     log = tmp_path / "s/rank-2_seed-0/log.jsonl"
     until_s = time.monotonic() + 120
     while not log.exists() and process.poll() is None and time.monotonic() < until_s:
