@@ -18,7 +18,7 @@ from toolkit.errors import UserError
 from toolkit.run.cache import cache_shards
 from toolkit.run.checkpoint import best_checkpoint, list_checkpoints
 from toolkit.run.evaluate import load_held_out
-from toolkit.run.job import build_job
+from toolkit.run.job import build_job, is_finished
 from toolkit.run.monitor import read_log
 from toolkit.run.validate import name_overfitting
 
@@ -106,6 +106,8 @@ def test_patience_ends_a_run(
     assert list_checkpoints(run)[-1].name == f"step_{best + 2:06d}"
     train_here(overrides)
     assert "ended early" in capsys.readouterr().out and len(read_numbers(run)) == best + 2
+    assert is_finished(load_config(RECIPE, overrides), 10)
+    assert not is_finished(load_config(RECIPE, overrides | {"validation.patience": 6}), 10)
     train_here(overrides | {"validation.patience": 6})
     assert read_numbers(run) == read_numbers(validated) and "ended early" not in capsys.readouterr().out
 

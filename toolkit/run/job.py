@@ -38,8 +38,9 @@ from toolkit.model.sources import find_weights, fingerprint_files
 from toolkit.model.tuning import check_tuning, choose_trainable
 from toolkit.rng import RNG_VERSION
 from toolkit.run.attention import choose_kernel
+from toolkit.run.best import Best
 from toolkit.run.cache import check_cache
-from toolkit.run.checkpoint import check_space, list_checkpoints
+from toolkit.run.checkpoint import check_space, find_best, list_checkpoints
 from toolkit.run.ema import Averages
 from toolkit.run.folder import (
     INEXACT,
@@ -318,7 +319,7 @@ def total_steps(config: RunConfig, clips: int, done: int = 0, done_clips: int = 
 
 
 def is_finished(config: RunConfig, clips: int) -> bool:
-    """Whether a run of just this recipe stands in its folder, with a checkpoint of its last step.
+    """Whether a run of just this recipe stands in its folder, with a checkpoint of its last step, or ended by patience.
 
     clips  that it trains on
     """
@@ -326,7 +327,9 @@ def is_finished(config: RunConfig, clips: int) -> bool:
     if not checkpoints or load_config(config.folder / "config.yaml") != config:
         return False
     state = json.loads((checkpoints[-1] / "state.json").read_text())
-    return state["step"] >= total_steps(config, clips, state["step"], state["k_next"])
+    known = find_best(config.folder)
+    best = Best(config.validation) if known is None else Best(config.validation, known.score, known.step)
+    return state["step"] >= total_steps(config, clips, state["step"], state["k_next"]) or best.is_over(state["step"])
 
 
 def announce(
