@@ -6,7 +6,7 @@ Test: pytest tests/run/test_checkpoint.py, tests/faults/test_checkpoints.py. A f
     ema.safetensors                                  with checkpoint.ema: averages by parameter name (ema.py)
     state.json                                       optimizer step, what the run was then, its fingerprints
     manifest.json                                    sha256 and size of each of these (manifest.py)
-Beside the folder checkpoints/ stand LATEST, the newest one's name, and BEST, the one with the best score on held-out clips: for
+Beside the folder checkpoints/ stand LATEST, the newest one's name, and BEST, the one that scored best on held-out clips: for
 people, since a run itself asks the checkpoints.
 What is not whole has another name: .tmp while it is written, .old while it is deleted, .bad when it was found damaged.
 """
