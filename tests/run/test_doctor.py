@@ -44,7 +44,7 @@ def test_doctor_counts_the_specs_adapter(
 
 def test_doctor_refuses_what_the_run_would_refuse() -> None:
     """A batch that the ranks cannot share, and a DeepSpeed file that is not there."""
-    with pytest.raises(UserError, match="global batch of 8 .* 3 ranks"):
+    with pytest.raises(UserError, match="global batch of 4 .* 3 ranks"):
         examine(load_config(RECIPE, {"engine.micro_batch": 1}), ranks=3)
     for engine, ranks, message in (
         ({"deepspeed": "nowhere.json"}, 1, "cannot read engine.deepspeed nowhere.json"),

@@ -89,7 +89,7 @@ def trained(run: Path, base: Base) -> FramerUNet:
     """The network as the run left it: its newest checkpoint on its base."""
     unet = copy_of(base)
     load_adapter(unet, run / "checkpoints/step_000002", base.signature)
-    assert (output(unet) - output(base.unet)).abs().max() > 1e-3
+    assert (output(unet) - output(base.unet)).abs().max() > 1e-2
     assert not torch.equal(unet.mask_token, base.unet.mask_token)
     return unet
 
@@ -99,7 +99,7 @@ def test_exported_adapter_is_the_run(exported: Exported, base: Base, trained: Fr
     """Read back by our loader: the same output and mask token, and the metadata of the checkpoint."""
     unet = copy_of(base)
     about = load_adapter(unet, exported[to], base.signature)
-    assert torch.allclose(output(unet), output(trained), atol=1e-5)
+    assert torch.allclose(output(unet), output(trained), atol=1e-4)
     assert torch.allclose(unet.mask_token, trained.mask_token, atol=1e-6)
     assert about["step"] == 2 and RunConfig.model_validate(about["recipe"]).name == "to_export"
     assert read_metadata(exported[to]) == about
@@ -108,18 +108,18 @@ def test_exported_adapter_is_the_run(exported: Exported, base: Base, trained: Fr
 def test_others_read_it(exported: Exported, base: Base, trained: FramerUNet) -> None:
     """PEFT and diffusers load what was written for them, as the model cards say."""
     model = PeftModel.from_pretrained(copy_of(base), exported["peft"])
-    assert torch.allclose(output(model.base_model.model), output(trained), atol=1e-5)
+    assert torch.allclose(output(model.base_model.model), output(trained), atol=1e-4)
     stock = copy_of(base, Stock)
     stock.load_lora_adapter(exported["diffusers"], prefix="unet", use_safetensors=True)
-    assert torch.allclose(output(stock), output(trained), atol=1e-5)
+    assert torch.allclose(output(stock), output(trained), atol=1e-4)
 
 
 def test_merged_unet_is_the_run(exported: Exported, base: Base, trained: FramerUNet, trainable_base: Path) -> None:
     """FramerUNet.from_pretrained, and load_base with it as model.unet, give the same output; the recipe lies beside."""
     merged = FramerUNet.from_pretrained(exported["merged"] / "unet")
-    assert torch.allclose(output(merged), output(trained), atol=1e-5)
+    assert torch.allclose(output(merged), output(trained), atol=1e-4)
     stock = UNetSpatioTemporalConditionModel.from_pretrained(exported["merged"], subfolder="unet")
-    assert torch.allclose(output(stock), output(trained), atol=1e-5)
+    assert torch.allclose(output(stock), output(trained), atol=1e-4)
     loaded = load_base(ModelConfig(base=str(trainable_base), unet=str(exported["merged"])), CPU, "fp32")
     assert all(torch.equal(tensor, merged.get_parameter(name)) for name, tensor in loaded.unet.named_parameters())
     assert torch.equal(merged.mask_token, trained.mask_token)

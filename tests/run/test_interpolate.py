@@ -34,7 +34,13 @@ def trained(tiny_run: dict[str, Any]) -> Path:
     """A run of two steps that is fed as Framer is; read only."""
     return train_here(
         tiny_run
-        | {"name": "fed", "engine.kind": "plain", "engine.micro_batch": 4, "schedule.steps": 2}
+        | {
+            "name": "fed",
+            "engine.kind": "plain",
+            "engine.micro_batch": 4,
+            "schedule.steps": 2,
+            "engine.precision": "fp32",
+        }
         | {"diffusion.layout": "middle_in_clip", "lora.extra_trainable": ["conv_in", "mask_token"]}
     )
 
@@ -86,9 +92,9 @@ def frames_of(stills: list[str], tmp_path: Path) -> Frames:
 
 
 def nearly(a: np.ndarray, b: np.ndarray) -> bool:
-    """Equal up to one level of 255, and to two in one value of a thousand: sums of bf16 in another order."""
+    """Equal up to one level of 255: sums in another order."""
     apart = np.abs(a.astype(int) - b)
-    return a.shape == b.shape and apart.max() <= 2 and (apart > 1).mean() < 1e-3
+    return a.shape == b.shape and apart.max() <= 1
 
 
 def test_video_through_many_stills(trained: Path, stills: list[str], frames_of: Frames) -> None:
@@ -115,7 +121,7 @@ def test_seed_per_gap(trained: Path, stills: list[str], frames_of: Frames) -> No
 
 
 def test_pairs_together(trained: Path, stills: list[str], frames_of: Frames) -> None:
-    """With --batch a video through many stills is the same, to the rounding of bf16."""
+    """With --batch a video through many stills is the same, to rounding."""
     flags = {"run": str(trained), "stills": ",".join(stills), "frames": 5, "seed": (1, 2)}
     assert nearly(frames_of(**flags, batch=3), frames_of(**flags))
 
@@ -134,12 +140,13 @@ def test_an_adapter_feeds_its_network_as_it_was_trained(
     adapter: Path, trained: Path, frames_of: Frames, tmp_path: Path
 ) -> None:
     """The recipe is in the file: no run is needed. Without it, a recipe must be named, and serves as well."""
-    made = frames_of(adapter=str(adapter))
+    asked = {"fps": 7.5, "motion": 100}  # whose defaults are in the file too
+    made = frames_of(adapter=str(adapter), **asked)
     bare = Path(shutil.copytree(adapter, tmp_path / "bare"))
     save_file(load_file(bare / "adapter_model.safetensors"), bare / "adapter_model.safetensors")
     with pytest.raises(UserError, match=r"bare does not say how it was trained.*; name a recipe"):
         frames_of(adapter=str(bare))
-    assert (frames_of(adapter=str(bare), config=str(trained / "config.yaml")) == made).all()
+    assert (frames_of(adapter=str(bare), config=str(trained / "config.yaml"), **asked) == made).all()
 
 
 def test_rate_and_motion_default_to_those_of_the_clips(
