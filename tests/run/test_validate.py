@@ -101,7 +101,7 @@ def test_patience_ends_a_run(
     assert best + 2 < 6, "a run that is over anyway shows nothing"
     overrides = plain | EVERY | {"name": "patient", "runs_dir": str(tmp_path), "validation.patience": 2}
     run = train_here(overrides)
-    assert f"no better than step {best}" in capsys.readouterr().out
+    assert f"none better than step {best}" in capsys.readouterr().out
     assert read_numbers(run) == read_numbers(validated)[: best + 2] and read_best(run) == read_best(validated)
     assert list_checkpoints(run)[-1].name == f"step_{best + 2:06d}"
     train_here(overrides)

@@ -166,14 +166,14 @@ class Monitor:
         if self.is_main:
             self.board.add_video(step, tag, frames_TCHW, fps)
 
-    def conclude(self) -> None:
-        """After the last step: say what bounded the steps, and list the recipe of a run that is finished now."""
+    def conclude(self, over: bool) -> None:
+        """After the last step: say what bounded the steps, and list the recipe of a run that is finished, or over, now."""
         if not self.is_main or self.step == self.start:
             return
         self.all_spent += self.spent
         if self.all_spent.steps:
             print(self.all_spent.describe())
-        if self.step == self.total:
+        if over or self.step == self.total:
             self.board.add_recipe(self.recipe)
 
     def close(self) -> None:

@@ -118,12 +118,15 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
         watchdog.beat()
         if job.writer is not None:
             job.writer.wait()
-        monitor.conclude()
+        monitor.conclude(over)
     if over and world.is_main:
-        print(
-            f"ended early: {config.validation.patience} looks in a row were no better than step {best.step:,}, whose "
-            f"{best.settings.best_by} was {best.score}; it is kept as the best"
+        found = (
+            f"none better than step {best.step:,}, whose {config.validation.best_by} was {best.score}; it is kept: "
+            "launch/export.py --checkpoint best"
+            if best.score is not None
+            else f"no {config.validation.best_by} that is a finite number"
         )
+        print(f"ended early: {config.validation.patience} looks in a row gave {found}")
     if over or wishes == Wishes(0, 0, 0) or step + 1 == job.total:
         return False
     if world.is_main:
