@@ -13,6 +13,7 @@ import torch
 from tests.launching import RECIPE, adapter_bytes, launch, read_numbers, train_here
 from toolkit.config import load_config
 from toolkit.data.index import open_shards
+from toolkit.diffusion.objective import min_snr_weight
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
 from toolkit.run.cache import cache_shards
@@ -128,6 +129,22 @@ def test_clips_are_those_that_evaluate_scores(plain: dict[str, Any]) -> None:
     validator = build_job(config, init_world(join=False), fresh=False).validator
     for ordinal, clip in enumerate(load_held_out(config, 2)):
         assert np.array_equal(validator.batches[0][ordinal].frames_BTHWC[0], clip.frames_THWC)
+
+
+def test_min_snr_weighs_training_alone(plain: dict[str, Any]) -> None:
+    """A clip's loss is multiplied by the weight of its noise level, with its zero baseline; the held-out loss is not."""
+    found = []
+    for i, gamma in enumerate((None, 0.01)):
+        overrides = plain | EVERY | {"name": f"weighed{i}", "diffusion.min_snr_gamma": gamma}
+        config = load_config(RECIPE, overrides)
+        job = build_job(config, init_world(join=False), fresh=False)
+        scores = job.framer.compute_loss(job.validator.batches[0][0])
+        found.append((scores, job.validator.measure(lambda: None).held_out))
+    (plain_scores, plain_loss), (weighed, loss) = found
+    weight_B = min_snr_weight(weighed.sigma_B, config.diffusion.loss_space, 0.01)
+    assert weight_B < 0.9 and loss == plain_loss
+    torch.testing.assert_close(weighed.loss_B, plain_scores.loss_B * weight_B)
+    torch.testing.assert_close(weighed.zero_B, plain_scores.zero_B * weight_B)
 
 
 def test_cached_clips_give_the_same_figure(
