@@ -3,6 +3,7 @@
 toolkit/bases/tiny/README.md has the commands in their order, and what came out.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -48,6 +49,10 @@ def finish(unet: str, start: str, out: str) -> str:
     shutil.copy(Path(unet) / "diffusion_pytorch_model.safetensors", Path(out) / "unet")
     for file in Path(out).rglob("*.safetensors"):
         save_file({name: t.to(torch.float16) for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    for file in Path(out).glob("*/config.json"):  # where it lay when it was made is nobody's concern
+        settings = json.loads(file.read_text())
+        settings.pop("_name_or_path", None)
+        file.write_text(json.dumps(settings, indent=2) + "\n")
     size_mb = sum(file.stat().st_size for file in Path(out).rglob("*.safetensors")) / 1e6
     return f"wrote {out}: {size_mb:.1f} MB"
 

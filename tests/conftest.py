@@ -1,7 +1,6 @@
 """Shared fixtures. Run: pytest tests"""
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,23 +41,6 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trainable_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny base with its attention branches switched on; as built they end in zeros, and no LoRA could learn."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    folder = Path(shutil.copytree(tiny_base, tmp_path_factory.mktemp("base") / "trainable"))
-    weights = folder / "unet/diffusion_pytorch_model.safetensors"
-    tensors, generator = load_file(weights), torch.Generator().manual_seed(0)
-    for name in sorted(tensors):
-        if ".attentions." in name and name.endswith("proj_out.weight"):
-            tensors[name] = torch.randn(tensors[name].shape, generator=generator)
-    tensors["conv_out.weight"][:, 12:] *= 5  # what is not on the wired path is heard
-    save_file(tensors, weights, metadata={"format": "pt"})
-    return folder
-
-
-@pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve rendered clips of half a second, 32 x 32, packed; read only."""
     from toolkit.data.pack import pack
@@ -71,10 +53,10 @@ def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(trainable_base: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def tiny_run(tiny_base: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Overrides of the tiny recipe for a run of a second a step or less; name and runs_dir are the test's own."""
     runs_dir = tmp_path_factory.mktemp("runs")
-    return TINY | {"model.base": str(trainable_base), "data.shards": str(tiny_shards), "runs_dir": str(runs_dir)}
+    return TINY | {"model.base": str(tiny_base), "data.shards": str(tiny_shards), "runs_dir": str(runs_dir)}
 
 
 @pytest.fixture(scope="session")

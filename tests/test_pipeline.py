@@ -36,9 +36,9 @@ LATENT = SIZE_PX // 2
 
 
 @pytest.fixture(scope="module")
-def pipe(trainable_base: Path) -> FramerPipeline:
+def pipe(tiny_base: Path) -> FramerPipeline:
     """A pipeline of five frames; a test that changes it changes it back."""
-    return load(trainable_base)
+    return load(tiny_base)
 
 
 def load(base: Path, **settings: Any) -> FramerPipeline:
@@ -48,13 +48,13 @@ def load(base: Path, **settings: Any) -> FramerPipeline:
 
 
 @pytest.fixture(scope="module")
-def adapters(trainable_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two adapters of different kinds, moved as training would; the second one also has a conv_in of its own."""
     folders = []
     for i, settings in enumerate(
         (LoraConfig(rank=2, alpha=4), LoraConfig(rank=3, targets="all", extra_trainable=["conv_in"]))
     ):
-        unet = load(trainable_base).unet
+        unet = load(tiny_base).unet
         parameters = inject_lora(unet, settings, i)
         for k, parameter in enumerate(parameters.values()):
             parameter.data += 0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(k))
@@ -104,9 +104,9 @@ def test_calls_have_the_names_of_the_stock_pipeline() -> None:
 
 @pytest.mark.parametrize("layout", ["framer_clip", "middle_in_clip", "spec_middle"])
 @pytest.mark.parametrize("guidance", [(1.0, 1.0), (1.0, 3.0)])
-def test_frames_are_those_of_the_toolkit(trainable_base: Path, layout: str, guidance: tuple[float, float]) -> None:
+def test_frames_are_those_of_the_toolkit(tiny_base: Path, layout: str, guidance: tuple[float, float]) -> None:
     """The same noise gives the latents of Framer.sample, and its decoded frames between the untouched stills."""
-    pipe = load(trainable_base, layout=layout, noise_augmentation=0.0)
+    pipe = load(tiny_base, layout=layout, noise_augmentation=0.0)
     frames = 1 if layout == "spec_middle" else 5
     noise = torch.randn(1, frames, 4, LATENT, LATENT, generator=seeded(3))
     given: dict[str, Any] = {"latents": noise, "min_guidance_scale": guidance[0], "max_guidance_scale": guidance[1]}
@@ -226,9 +226,9 @@ def timesteps(pipe: FramerPipeline, steps: int) -> list[float]:
     return seen
 
 
-def test_scheduler_chooses_the_sampler(trainable_base: Path) -> None:
+def test_scheduler_chooses_the_sampler(tiny_base: Path) -> None:
     """LCM and consistency schedulers take the few-step sampler; one that is not known is refused, not ignored."""
-    pipe = load(trainable_base)
+    pipe = load(tiny_base)
     euler = make(pipe)
     for kind in (LCMScheduler, CMStochasticIterativeScheduler):
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
@@ -239,9 +239,9 @@ def test_scheduler_chooses_the_sampler(trainable_base: Path) -> None:
         make(pipe)
 
 
-def test_saving_and_loading(trainable_base: Path, tmp_path: Path) -> None:
+def test_saving_and_loading(tiny_base: Path, tmp_path: Path) -> None:
     """save_pretrained keeps weights, mask_token, ControlNet and settings; a setting given when loading wins."""
-    pipe = load(trainable_base, clip_tokens="first", noise_augmentation=0.1)
+    pipe = load(tiny_base, clip_tokens="first", noise_augmentation=0.1)
     pipe.register_modules(controlnet=make_controlnet(pipe.unet))
     torch.nn.init.normal_(pipe.unet.mask_token)
     pipe.save_pretrained(tmp_path)
@@ -270,9 +270,9 @@ def test_wrong_settings_are_refused_before_weights_are_read(monkeypatch: pytest.
         FramerPipeline.from_pretrained("framer", torch_dtype=torch.float64)
 
 
-def test_precision_and_device_follow_diffusers(trainable_base: Path) -> None:
+def test_precision_and_device_follow_diffusers(tiny_base: Path) -> None:
     """bfloat16 as asked for, close to float32; .to() moves all parts; model offloading computes the same."""
-    full, half = load(trainable_base), load(trainable_base, torch_dtype=torch.bfloat16)
+    full, half = load(tiny_base), load(tiny_base, torch_dtype=torch.bfloat16)
     assert half.unet.dtype == half.image_encoder.dtype == torch.bfloat16
     assert (make(full) - make(half)).abs().mean() < 0.02
     wanted = make(full)
@@ -282,9 +282,9 @@ def test_precision_and_device_follow_diffusers(trainable_base: Path) -> None:
         full.enable_sequential_cpu_offload()
 
 
-def test_trajectories_reach_the_controlnet(trainable_base: Path) -> None:
+def test_trajectories_reach_the_controlnet(tiny_base: Path) -> None:
     """With a ControlNet, points steer; their scale counts."""
-    pipe = load(trainable_base)
+    pipe = load(tiny_base)
     pipe.register_modules(controlnet=make_controlnet(pipe.unet, awake=True))
     points = np.array([[[8.0, 8.0], [20.0, 16.0]]])
     free, steered = make(pipe), make(pipe, trajectories=points)
@@ -295,9 +295,9 @@ def test_trajectories_reach_the_controlnet(trainable_base: Path) -> None:
             make(pipe, trajectories=np.zeros(shape))
 
 
-def test_lora_verbs(trainable_base: Path, adapters: list[Path]) -> None:
+def test_lora_verbs(tiny_base: Path, adapters: list[Path]) -> None:
     """Load, weigh, switch off and on, delete, unload: the frames follow, and at the end the base is back bit for bit."""
-    pipe = load(trainable_base)
+    pipe = load(tiny_base)
     base = make(pipe)
     pipe.load_lora_weights(adapters[0], adapter_name="a")
     one = make(pipe)
@@ -326,10 +326,10 @@ def test_lora_verbs(trainable_base: Path, adapters: list[Path]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*was trained with")
-def test_verbs_follow_the_network_s_precision(trainable_base: Path, adapters: list[Path]) -> None:
+def test_verbs_follow_the_network_s_precision(tiny_base: Path, adapters: list[Path]) -> None:
     """.to() after loading: what was trained whole goes back, or is folded in, as the rest of the network is by then."""
     for verb in ("unload_lora_weights", "fuse_lora"):
-        pipe = load(trainable_base, torch_dtype=torch.bfloat16)
+        pipe = load(tiny_base, torch_dtype=torch.bfloat16)
         pipe.load_lora_weights(adapters[1], "a")
         pipe.to(torch.float32)
         getattr(pipe, verb)()
@@ -338,9 +338,9 @@ def test_verbs_follow_the_network_s_precision(trainable_base: Path, adapters: li
 
 
 @pytest.mark.parametrize("name", ["v1.0", "train", "to"])
-def test_names_that_torch_could_not_hold_are_refused(trainable_base: Path, adapters: list[Path], name: str) -> None:
+def test_names_that_torch_could_not_hold_are_refused(tiny_base: Path, adapters: list[Path], name: str) -> None:
     """A dot, and the names of torch's own methods; nothing is left behind."""
-    pipe = load(trainable_base)
+    pipe = load(tiny_base)
     before = list(pipe.unet.state_dict())
     with pytest.raises(ValueError, match=f"an adapter cannot be named '{name}'"):
         pipe.load_lora_weights(adapters[0], name)
@@ -348,9 +348,9 @@ def test_names_that_torch_could_not_hold_are_refused(trainable_base: Path, adapt
 
 
 @pytest.mark.filterwarnings("ignore:.*was trained with")
-def test_fusing_is_undone_exactly(trainable_base: Path, adapters: list[Path]) -> None:
+def test_fusing_is_undone_exactly(tiny_base: Path, adapters: list[Path]) -> None:
     """Fused, plain modules give the adapters' frames; unfused, the adapters stand beside the base's own bits again."""
-    pipe = load(trainable_base)
+    pipe = load(tiny_base)
     base, before = make(pipe), {name: p.clone() for name, p in pipe.unet.state_dict().items()}
     for i, adapter in enumerate(adapters):
         pipe.load_lora_weights(adapter, f"a{i}")
@@ -383,9 +383,9 @@ def test_fusing_is_undone_exactly(trainable_base: Path, adapters: list[Path]) ->
     assert torch.equal(make(pipe), base)
 
 
-def test_fused_and_unloaded_stays_fused(trainable_base: Path, adapters: list[Path], tmp_path: Path) -> None:
+def test_fused_and_unloaded_stays_fused(tiny_base: Path, adapters: list[Path], tmp_path: Path) -> None:
     """diffusers' own way to a tuned pipeline without adapters: fuse those named, as they are weighed, unload, save."""
-    pipe = load(trainable_base)
+    pipe = load(tiny_base)
     for i in range(2):
         pipe.load_lora_weights(adapters[0], f"a{i}")
     pipe.set_adapters("a0", 0.6)

@@ -225,12 +225,12 @@ def augmentation_noise(height_px: int, width_px: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("guidance", [(1.0, 1.0), (1.0, 3.0)])
-def test_frames_are_framers(trainable_base: Path, guidance: tuple[float, float]) -> None:
+def test_frames_are_framers(tiny_base: Path, guidance: tuple[float, float]) -> None:
     """From the same noise, our command line's sampler and FramerPipeline end in the frames of the reference's loop."""
-    pipe = FramerPipeline.from_pretrained(trainable_base, num_frames=FRAMES, noise_augmentation=0.02)
+    pipe = FramerPipeline.from_pretrained(tiny_base, num_frames=FRAMES, noise_augmentation=0.02)
     pipe.set_progress_bar_config(disable=True)
     torch.nn.init.normal_(pipe.unet.mask_token, generator=torch.Generator().manual_seed(1))
-    base = load_base(ModelConfig(base=str(trainable_base)), torch.device("cpu"), "fp32")
+    base = load_base(ModelConfig(base=str(tiny_base)), torch.device("cpu"), "fp32")
     base.unet.mask_token.data.copy_(pipe.unet.mask_token)
     batch, pictures = make_clip((32, 48))
     settings = DiffusionConfig(layout="framer_clip", noise_augmentation=0.02)

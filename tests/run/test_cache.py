@@ -44,10 +44,10 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def cached(tiny_shards: Path, trainable_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cached(tiny_shards: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny shards as fp32 latents of the trainable base; read only."""
     out = tmp_path_factory.mktemp("cached") / "shards"
-    cache_shards(str(tiny_shards), str(trainable_base), str(out), precision="fp32", **SIZE)
+    cache_shards(str(tiny_shards), str(tiny_base), str(out), precision="fp32", **SIZE)
     return out
 
 
@@ -89,20 +89,20 @@ def test_the_same_draws_and_losses(
 
 
 def test_bf16_latents_give_the_losses_to_bf16_accuracy(
-    tiny_run: dict[str, Any], tiny_shards: Path, trainable_base: Path, tmp_path: Path
+    tiny_run: dict[str, Any], tiny_shards: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     """The default precision of cache and run; the largest relative difference of a loss is below bf16's 2^-8."""
     out = tmp_path / "latents"
-    cache_shards(str(tiny_shards), str(trainable_base), str(out), **SIZE)
+    cache_shards(str(tiny_shards), str(tiny_base), str(out), **SIZE)
     overrides = tiny_run | {"schedule.steps": 4, "engine.kind": "plain", "runs_dir": str(tmp_path)}
     raw = read_numbers(train_here(overrides | {"name": "raw"}), "loss")
     other = read_numbers(train_here(overrides | {"name": "cached", "data.shards": str(out)}), "loss")
     assert max(abs(a / b - 1) for (a,), (b,) in zip(raw, other, strict=True)) < 2**-8
 
 
-def test_what_is_cached_is_what_the_encoders_say(tiny_shards: Path, trainable_base: Path, cached: Path) -> None:
+def test_what_is_cached_is_what_the_encoders_say(tiny_shards: Path, tiny_base: Path, cached: Path) -> None:
     """Read by stock webdataset and safetensors: mean, std and token of each frame, beside the videos' own facts."""
-    base = load_base(ModelConfig(base=str(trainable_base)), torch.device("cpu"), "fp32")
+    base = load_base(ModelConfig(base=str(tiny_base)), torch.device("cpu"), "fp32")
     pairs = zip(
         webdataset.WebDataset(str(tiny_shards / "train-000000.tar"), shardshuffle=False),
         webdataset.WebDataset(str(cached / "train-000000.tar"), shardshuffle=False),
@@ -119,20 +119,18 @@ def test_what_is_cached_is_what_the_encoders_say(tiny_shards: Path, trainable_ba
         assert (cached / name).read_bytes() == (tiny_shards / name).read_bytes()
 
 
-def test_parts_and_ranks_give_the_same_bytes(
-    tiny_shards: Path, trainable_base: Path, cached: Path, tmp_path: Path
-) -> None:
+def test_parts_and_ranks_give_the_same_bytes(tiny_shards: Path, tiny_base: Path, cached: Path, tmp_path: Path) -> None:
     """Two parts, in either order, and two ranks that DeepSpeed starts, all as one process."""
     for order in (["1/2", "2/2"], ["2/2", "1/2"]):
         out = tmp_path / "-".join(part[0] for part in order)
         for part in order:
             assert not (out / "cache.json").exists()
-            cache_shards(str(tiny_shards), str(trainable_base), str(out), precision="fp32", part=part, **SIZE)
+            cache_shards(str(tiny_shards), str(tiny_base), str(out), precision="fp32", part=part, **SIZE)
         assert content(out) == content(cached)
     out = tmp_path / "ranks"
     launcher = Path(sys.executable).with_name("deepspeed")
     ranks = ["--num_gpus", "2", "--master_port", str(free_port())]
-    done = run([str(launcher), *ranks, *command(tiny_shards, trainable_base, out)], ranks=2)
+    done = run([str(launcher), *ranks, *command(tiny_shards, tiny_base, out)], ranks=2)
     assert done.returncode == 0, done.stderr
     assert content(out) == content(cached)
 
@@ -142,11 +140,11 @@ def command(shards: Path, base: Path, out: Path) -> list[str]:
     return ["shards/cache.py", str(shards), *(str(word) for pair in options.items() for word in pair)]
 
 
-def test_killed_and_gone_on_with(tiny_shards: Path, trainable_base: Path, cached: Path, tmp_path: Path) -> None:
+def test_killed_and_gone_on_with(tiny_shards: Path, tiny_base: Path, cached: Path, tmp_path: Path) -> None:
     """SIGKILL after a few clips; the same command keeps those, encodes the others, and ends with the same bytes."""
     out = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, *command(tiny_shards, trainable_base, out)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, *command(tiny_shards, tiny_base, out)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     while process.poll() is None and len(list(out.glob(".caching/*.safetensors"))) < 3:
@@ -159,18 +157,18 @@ def test_killed_and_gone_on_with(tiny_shards: Path, trainable_base: Path, cached
     assert len(kept) >= 3
     with pytest.raises(UserError, match="is not finished"):
         open_shards(out, "train")
-    cache_shards(str(tiny_shards), str(trainable_base), str(out), precision="fp32", **SIZE)
+    cache_shards(str(tiny_shards), str(tiny_base), str(out), precision="fp32", **SIZE)
     assert content(out) == content(cached)
     again = os.path.relpath(tiny_shards)  # another spelling of the same videos
-    assert "is complete" in cache_shards(again, str(trainable_base), str(out), precision="fp32", **SIZE)
+    assert "is complete" in cache_shards(again, str(tiny_base), str(out), precision="fp32", **SIZE)
 
 
-def test_stopped_while_joining(tiny_shards: Path, trainable_base: Path, cached: Path, tmp_path: Path) -> None:
+def test_stopped_while_joining(tiny_shards: Path, tiny_base: Path, cached: Path, tmp_path: Path) -> None:
     """With all clips encoded and the joining begun, or begun by several at once, the end is the same; nothing is lost."""
     begun = tmp_path / "begun"
-    cache_shards(str(tiny_shards), str(trainable_base), str(begun), precision="fp32", part="1/2", **SIZE)
+    cache_shards(str(tiny_shards), str(tiny_base), str(begun), precision="fp32", part="1/2", **SIZE)
     info = read_info(cached)
-    index, base = open_shards(tiny_shards, "train"), ModelConfig(base=str(trainable_base))
+    index, base = open_shards(tiny_shards, "train"), ModelConfig(base=str(tiny_base))
     world = init_world(join=False)
     encode_share(index, range(len(index)), info, base, begun / ".caching", world)
     stopped = Path(shutil.copytree(begun, tmp_path / "stopped"))
@@ -178,7 +176,7 @@ def test_stopped_while_joining(tiny_shards: Path, trainable_base: Path, cached: 
     shutil.copy(cached / "train-000000.tar", stopped / "train-000000.tar")  # joined, but not yet indexed
     with pytest.raises(UserError, match="holds .joining; run the same python shards/cache.py"):
         open_shards(stopped, "train")
-    cache_shards(str(tiny_shards), str(trainable_base), str(stopped), precision="fp32", **SIZE)
+    cache_shards(str(tiny_shards), str(tiny_base), str(stopped), precision="fp32", **SIZE)
     assert content(stopped) == content(cached)
 
     context = multiprocessing.get_context("fork")
@@ -190,7 +188,7 @@ def test_stopped_while_joining(tiny_shards: Path, trainable_base: Path, cached: 
     assert {joiner.exitcode for joiner in joiners} == {0} and content(begun) == content(cached)
 
 
-def test_a_sidecar_that_says_fewer_frames(tiny_run: dict[str, Any], trainable_base: Path, tmp_path: Path) -> None:
+def test_a_sidecar_that_says_fewer_frames(tiny_run: dict[str, Any], tiny_base: Path, tmp_path: Path) -> None:
     """A run on the videos draws windows from the frames that the sidecar says, so those are cached."""
     folder = tmp_path / "shards"
     folder.mkdir()
@@ -199,22 +197,22 @@ def test_a_sidecar_that_says_fewer_frames(tiny_run: dict[str, Any], trainable_ba
     with tarfile.open(folder / "train-0.tar", "w") as tar:
         add_member(tar, "a.mp4", video.getvalue())
         add_member(tar, "a.json", b'{"fps": 30, "frames": 9, "height": 32, "width": 32}')
-    cache_shards(str(folder), str(trainable_base), str(tmp_path / "latents"), **SIZE)
+    cache_shards(str(folder), str(tiny_base), str(tmp_path / "latents"), **SIZE)
     assert open_shards(tmp_path / "latents", "train").rows[0].latents.frames == 9
 
 
-def test_a_val_shard_that_is_damaged_stops_the_joining(tiny_shards: Path, trainable_base: Path, tmp_path: Path) -> None:
+def test_a_val_shard_that_is_damaged_stops_the_joining(tiny_shards: Path, tiny_base: Path, tmp_path: Path) -> None:
     """Without it the cache would have no validation, and nobody would hear of it."""
     folder = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
     os.truncate(folder / "val-000000.tar", 5000)
     with pytest.raises(UserError, match="val-000000.tar has 5000 bytes"):
-        cache_shards(str(folder), str(trainable_base), str(tmp_path / "latents"), **SIZE)
+        cache_shards(str(folder), str(tiny_base), str(tmp_path / "latents"), **SIZE)
     shutil.copy(tiny_shards / "val-000000.tar", folder)
-    assert "next: train" in cache_shards(str(folder), str(trainable_base), str(tmp_path / "latents"), **SIZE)
+    assert "next: train" in cache_shards(str(folder), str(tiny_base), str(tmp_path / "latents"), **SIZE)
 
 
 def test_a_video_that_does_not_decode_keeps_its_place(
-    tiny_run: dict[str, Any], tiny_shards: Path, trainable_base: Path, tmp_path: Path
+    tiny_run: dict[str, Any], tiny_shards: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     """Its substitute at each position is that of a run on the videos, so the runs stay alike."""
     folder = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
@@ -223,7 +221,7 @@ def test_a_video_that_does_not_decode_keeps_its_place(
         file.seek(index.rows[1].members["mp4"].offset + 200)
         file.write(b"\0\0\0\0")
     out = tmp_path / "latents"
-    assert "1 that do not decode" in cache_shards(str(folder), str(trainable_base), str(out), **SIZE)
+    assert "1 that do not decode" in cache_shards(str(folder), str(tiny_base), str(out), **SIZE)
     assert open_shards(out, "train").rows[1].latents is None
     overrides = tiny_run | {"schedule.steps": 3, "engine.kind": "plain", "runs_dir": str(tmp_path)}
     raw = train_here(overrides | {"name": "raw", "data.shards": str(folder)})
@@ -235,15 +233,15 @@ def test_a_video_that_does_not_decode_keeps_its_place(
 
 
 def test_variants_are_drawn_and_used(
-    tiny_run: dict[str, Any], tiny_shards: Path, trainable_base: Path, tmp_path: Path
+    tiny_run: dict[str, Any], tiny_shards: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     """Variant 0 is the plain clip, the others flips and crops of it; a run draws among them only if it augments."""
     out = tmp_path / "latents"
     drawn: dict[str, Any] = {"variants": 4, "flip": True, "random_crop": 0.3}
-    cache_shards(str(tiny_shards), str(trainable_base), str(out), precision="fp32", **drawn, **SIZE)
+    cache_shards(str(tiny_shards), str(tiny_base), str(out), precision="fp32", **drawn, **SIZE)
     raw, index = open_shards(tiny_shards, "train"), open_shards(out, "train")
     settings = ClipSettings(1, 32, 32, flip=True, random_crop=0.3)
-    base = load_base(ModelConfig(base=str(trainable_base)), torch.device("cpu"), "fp32")
+    base = load_base(ModelConfig(base=str(tiny_base)), torch.device("cpu"), "fp32")
     frames = read_frames(raw.read(0, "mp4"), [0], "mp4")
     found = load(index.read(0, "safetensors"))["mean"]
     crops = [draw_crop(settings, 0, variant, f"cache/{raw.rows[0].key}") for variant in (1, 2, 3)]
@@ -326,19 +324,19 @@ def test_options_that_make_no_sense(tiny_shards: Path, options: dict[str, Any], 
         cache_shards(str(tiny_shards), "nowhere", **(SIZE | options))
 
 
-def test_foreign_folders_are_left_alone(tiny_shards: Path, trainable_base: Path, cached: Path, tmp_path: Path) -> None:
+def test_foreign_folders_are_left_alone(tiny_shards: Path, tiny_base: Path, cached: Path, tmp_path: Path) -> None:
     """A cache goes into its own folder: not over files, not into one begun otherwise, not over a cache."""
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds something else"):
-        cache_shards(str(tiny_shards), str(trainable_base), str(tmp_path), **SIZE)
+        cache_shards(str(tiny_shards), str(tiny_base), str(tmp_path), **SIZE)
     with pytest.raises(UserError, match="holds something else"):
-        cache_shards(str(tiny_shards), str(trainable_base), str(cached), **SIZE)
+        cache_shards(str(tiny_shards), str(tiny_base), str(cached), **SIZE)
     with pytest.raises(UserError, match="is a cache already"):
-        cache_shards(str(cached), str(trainable_base), **SIZE)
+        cache_shards(str(cached), str(tiny_base), **SIZE)
     begun = tmp_path / "begun"
-    cache_shards(str(tiny_shards), str(trainable_base), str(begun), part="1/2", **SIZE)
+    cache_shards(str(tiny_shards), str(tiny_base), str(begun), part="1/2", **SIZE)
     with pytest.raises(UserError, match="begun with other settings"):
-        cache_shards(str(tiny_shards), str(trainable_base), str(begun), part="2/2", precision="fp32", **SIZE)
+        cache_shards(str(tiny_shards), str(tiny_base), str(begun), part="2/2", precision="fp32", **SIZE)
 
 
 def test_the_key_follows_what_latents_depend_on() -> None:
@@ -396,7 +394,7 @@ def test_a_run_on_latents_needs_no_encoders(
 
 
 def test_a_run_on_latents_still_looks_its_base_over(
-    tiny_run: dict[str, Any], cached: Path, trainable_base: Path, tmp_path: Path
+    tiny_run: dict[str, Any], cached: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     """A base without its VAE's or image encoder's files is refused in a sentence, as it is where they are loaded."""
     for number, (lost, message) in enumerate(
@@ -406,7 +404,7 @@ def test_a_run_on_latents_still_looks_its_base_over(
             "image_encoder/model.safetensors": "image_encoder must hold its weights as",
         }.items()
     ):
-        base = Path(shutil.copytree(trainable_base, tmp_path / str(number)))
+        base = Path(shutil.copytree(tiny_base, tmp_path / str(number)))
         shutil.rmtree(base / lost) if (base / lost).is_dir() else (base / lost).unlink()
         with pytest.raises(UserError, match=message):
             train_here(

@@ -49,12 +49,12 @@ def test_the_rate_rises_by_a_factor_until_the_loss_does(found: dict[str, Any]) -
 
 
 def test_only_the_weights_change_the_loss(found: dict[str, Any], settings: dict[str, Any]) -> None:
-    """At rates that move nothing the loss stays as it began, to a part in a thousand; later it falls.
+    """At rates that move nothing the loss stays as it began, to a part in ten thousand; later it falls.
 
     What steps of training itself score on their own clips is hundreds of times as unsteady: none could be read from that.
     """
     still = [loss for rate, loss in found["trials"] if rate < 1e-5]
-    assert len(still) >= 3 and still == pytest.approx([found["start_loss"]] * len(still), rel=1e-3)
+    assert len(still) >= 3 and still == pytest.approx([found["start_loss"]] * len(still), rel=1e-4)
     assert min(losses_of(found)) < 0.995 * found["start_loss"]
     run = train_here(settings | {"name": "own", "engine.kind": "plain", "optimizer.lr": 1e-6, "schedule.steps": 4})
     own = torch.tensor([row["loss"] for row in read_log(run / "log.jsonl")])

@@ -91,10 +91,10 @@ def test_a_resumed_run_shows_the_same(plain: dict[str, Any], shown: Path, tmp_pa
 
 
 def test_cached_clips_show_the_same(
-    plain: dict[str, Any], shown: Path, tiny_shards: Path, trainable_base: Path, tmp_path: Path
+    plain: dict[str, Any], shown: Path, tiny_shards: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     """With cached clips, whose training needs no VAE, one is loaded to look; the start's figures are the same."""
-    cache_shards(str(tiny_shards), str(trainable_base), str(tmp_path / "cached"), precision="fp32", height=32, width=32)
+    cache_shards(str(tiny_shards), str(tiny_base), str(tmp_path / "cached"), precision="fp32", height=32, width=32)
     run = train_here(plain | LOOKS | {"name": "cached", "data.shards": str(tmp_path / "cached"), "schedule.steps": 1})
     assert read_log(run / "validation.jsonl")[0] == read_log(shown / "validation.jsonl")[0]
 

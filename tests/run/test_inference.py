@@ -33,13 +33,13 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def places(trainable_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def places(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An adapter of each kind as a run would leave it, and a ControlNet, all of one base."""
     folder = tmp_path_factory.mktemp("adapters")
     for kind, changes in KINDS.items():
-        base = load_base(ModelConfig(base=str(trainable_base)), CPU, "fp32")
+        base = load_base(ModelConfig(base=str(tiny_base)), CPU, "fp32")
         recipe = RunConfig(
-            name=kind, model={"base": str(trainable_base)}, lora=settings(**changes).model_dump(),
+            name=kind, model={"base": str(tiny_base)}, lora=settings(**changes).model_dump(),
             data={"shards": "s", "frames": 3, "height": SIZE_PX, "width": SIZE_PX}, schedule={"steps": 1},
             diffusion={"layout": "framer_clip"}, engine={"precision": "fp32", "kind": "plain"},
         )  # fmt: skip
@@ -48,7 +48,7 @@ def places(trainable_base: Path, tmp_path_factory: pytest.TempPathFactory) -> di
         about = {"recipe": recipe.model_dump(mode="json"), "base": base.name, "base_signature": base.signature}
         (folder / kind).mkdir()
         save_adapter(folder / kind, dict(parameters), base.unet, about)
-    stock = load_base(ModelConfig(base=str(trainable_base)), CPU, "fp32").unet
+    stock = load_base(ModelConfig(base=str(tiny_base)), CPU, "fp32").unet
     make_controlnet(stock, awake=True).save_pretrained(folder / "controlnet")
     return {place.name: str(place) for place in folder.iterdir()}
 

@@ -193,9 +193,9 @@ def spy_on_ids(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 
 @pytest.fixture(scope="module")
-def controlnet(trainable_base: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def controlnet(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A ControlNet of the tiny base whose last convolutions are awake."""
-    unet = load_base(ModelConfig(base=str(trainable_base)), torch.device("cpu"), "fp32").unet
+    unet = load_base(ModelConfig(base=str(tiny_base)), torch.device("cpu"), "fp32").unet
     folder = tmp_path_factory.mktemp("control")
     make_controlnet(unet, awake=True).save_pretrained(folder / "controlnet")
     return str(folder)
@@ -330,10 +330,10 @@ def test_numbers_that_explode_are_no_picture(adapter: Path, frames_of: Frames) -
 
 
 def test_a_controlnet_of_another_codec_is_refused(
-    adapter: Path, trainable_base: Path, frames_of: Frames, stills: list[str], tmp_path: Path
+    adapter: Path, tiny_base: Path, frames_of: Frames, stills: list[str], tmp_path: Path
 ) -> None:
     """Heatmaps shrink with the pictures: a ControlNet for a VAE of factor 8 does not fit one of factor 2."""
-    unet = load_base(ModelConfig(base=str(trainable_base)), torch.device("cpu"), "fp32").unet
+    unet = load_base(ModelConfig(base=str(tiny_base)), torch.device("cpu"), "fp32").unet
     make_controlnet(unet, factor=8).save_pretrained(tmp_path / "eight")
     (tmp_path / "points.json").write_text(json.dumps({"points": [[[8, 8], [24, 20]]]}))
     with pytest.raises(UserError, match="shrinks heatmaps 8 times, the base's VAE pictures 2 times"):

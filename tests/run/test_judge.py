@@ -207,13 +207,11 @@ def test_a_window_is_filled_between_its_true_ends(
     assert torch.equal(made[:, 1:-1], direct if layout == "spec_middle" else direct[:, 1:-1])
 
 
-def test_a_run_that_was_steered_is_judged_steered(
-    tiny_run: dict[str, Any], tiny_shards: Path, trainable_base: Path
-) -> None:
+def test_a_run_that_was_steered_is_judged_steered(tiny_run: dict[str, Any], tiny_shards: Path, tiny_base: Path) -> None:
     """By the points that match between the two ends, at training's scale."""
     changes = {"diffusion__layout": "framer_clip", "diffusion__control": True, "model__controlnet": "beside"}
     config = recipe(tiny_run, tiny_shards, **changes)
-    base = load_base(ModelConfig(base=str(trainable_base)), torch.device("cpu"), "fp32")
+    base = load_base(ModelConfig(base=str(tiny_base)), torch.device("cpu"), "fp32")
     control = make_controlnet(base.unet, awake=True)
     framer = Framer(base, config.diffusion, 3, seed=3, controlnet=control)
     own = load_windows(config, [8], 1)[8]

@@ -22,7 +22,7 @@ STEPS, SIZE_PX = 60, 32
 
 @pytest.fixture(scope="module")
 def signed_run(
-    real_videos: Path, trainable_base: Path, tiny_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    real_videos: Path, tiny_base: Path, tiny_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
     """Packed, trained on two DeepSpeed ranks, killed near step 30, and trained to the end: run folder, last stdout."""
     folder = tmp_path_factory.mktemp("signed")

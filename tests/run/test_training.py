@@ -85,11 +85,11 @@ def test_another_kernel_or_plan_is_said(plain: dict[str, Any], capsys: pytest.Ca
         assert (f"{fast} then, {small} now: the run goes on" in capsys.readouterr().err) == said
 
 
-def test_extras_move_and_are_saved(plain: dict[str, Any], trainable_base: Path) -> None:
+def test_extras_move_and_are_saved(plain: dict[str, Any], tiny_base: Path) -> None:
     """conv_in and mask_token are trained whole, and stand in the adapter's file beside the matrices."""
     run = train_here(plain | KINDS["extras"] | {"name": "extras"})
     saved = load_file(newest_adapter(run) / "adapter_model.safetensors")
-    base = load_base(ModelConfig(base=str(trainable_base)), torch.device("cpu"), "fp32").unet
+    base = load_base(ModelConfig(base=str(tiny_base)), torch.device("cpu"), "fp32").unet
     for name in ("conv_in.weight", "conv_in.bias", "mask_token"):
         tuned, untuned = saved[f"base_model.model.{name}"], base.get_parameter(name)
         assert tuned.shape == untuned.shape and 0 < (tuned - untuned).abs().max() < 0.1, name
@@ -119,11 +119,9 @@ def test_a_run_outlives_the_adapter_it_started_from(plain: dict[str, Any]) -> No
     assert adapter_bytes(second, 2) == ended
 
 
-def test_controlnet_in_training_is_off_unless_asked_for(
-    plain: dict[str, Any], trainable_base: Path, tmp_path: Path
-) -> None:
+def test_controlnet_in_training_is_off_unless_asked_for(plain: dict[str, Any], tiny_base: Path, tmp_path: Path) -> None:
     """Naming a ControlNet changes no loss; diffusion.control steers with points found between the ends."""
-    unet = load_base(ModelConfig(base=str(trainable_base)), torch.device("cpu"), "fp32").unet
+    unet = load_base(ModelConfig(base=str(tiny_base)), torch.device("cpu"), "fp32").unet
     control = make_controlnet(unet, awake=True)
     control.save_pretrained(tmp_path / "control/controlnet")
     losses = {}
@@ -136,9 +134,9 @@ def test_controlnet_in_training_is_off_unless_asked_for(
     assert losses["without"] == losses["named"] != losses["steered"]
 
 
-def test_another_controlnet_on_resume_is_refused(plain: dict[str, Any], trainable_base: Path, tmp_path: Path) -> None:
+def test_another_controlnet_on_resume_is_refused(plain: dict[str, Any], tiny_base: Path, tmp_path: Path) -> None:
     """Where it steers in training, the ControlNet is part of what a run must go on with."""
-    unet = load_base(ModelConfig(base=str(trainable_base)), torch.device("cpu"), "fp32").unet
+    unet = load_base(ModelConfig(base=str(tiny_base)), torch.device("cpu"), "fp32").unet
     control = make_controlnet(unet, awake=True)
     control.save_pretrained(tmp_path / "control")
     overrides = plain | {"name": "run", "model.controlnet": str(tmp_path / "control"), "diffusion.control": True}

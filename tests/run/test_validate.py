@@ -148,10 +148,10 @@ def test_min_snr_weighs_training_alone(plain: dict[str, Any]) -> None:
 
 
 def test_cached_clips_give_the_same_figure(
-    plain: dict[str, Any], validated: Path, tiny_shards: Path, trainable_base: Path, tmp_path: Path
+    plain: dict[str, Any], validated: Path, tiny_shards: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     """Held-out clips as cached latents are scored as their videos are, to fp32 rounding."""
-    cache_shards(str(tiny_shards), str(trainable_base), str(tmp_path / "cached"), precision="fp32", height=32, width=32)
+    cache_shards(str(tiny_shards), str(tiny_base), str(tmp_path / "cached"), precision="fp32", height=32, width=32)
     run = train_here(plain | EVERY | {"name": "cached", "data.shards": str(tmp_path / "cached"), "schedule.steps": 2})
     found, wanted = (read_numbers(folder, "validation_loss")[0][0] for folder in (run, validated))
     assert found == pytest.approx(wanted, rel=1e-4)

@@ -3,8 +3,8 @@
 Test: pytest tests/model/test_tiny.py. It must learn to interpolate within hours on a CPU, so what can be set by construction
 is: residual branches start at zero in some channels, which leaves a linear path through each network, which is wired. The
 VAE is then a codec (latents are 2x2 means of colour and a difference of luma, decoded linearly), and the UNet starts as
-"at high noise, the answer is the conditioning latents, and for a frame without any the mean of its neighbours'". The rest is
-learned, by branches that are awake in every other channel: toolkit/bases/tiny/README.md.
+"at high noise, the answer is the conditioning latents, and for a frame without any the mean of those that are given", by its
+last attention. The rest is learned, by branches that are awake in every other channel: toolkit/bases/tiny/README.md.
 
 A linear path must cross GroupNorm and SiLU. It does in groups of three channels (x, -x, K): a large constant K makes the
 group's statistics independent of x, and SiLU(x) - SiLU(-x) = x exactly.
@@ -21,6 +21,7 @@ from toolkit.model.quiet import quiet_libraries
 from toolkit.rng import derive_seed
 
 CHANNELS = 96  # three per group of GroupNorm's fixed 32
+WIRED = 3 * 5  # of the UNet: four latents, and whether a frame is given
 CONSTANT = 32.0  # K; the data on the wired path stay within a few units
 DETAIL_GAIN = 2.5  # of a luma difference beside colours: it is the smaller
 LATENT_GAIN = 12.0  # latents = 12 x colour: std near 5.5 unscaled and 1 scaled, as SVD's are
@@ -148,7 +149,7 @@ def unfold(images_NCHW: torch.Tensor) -> torch.Tensor:
 
 
 def build_unet() -> Any:
-    """A FramerUNet of two levels, whose raw output starts as minus the scaled conditioning latents."""
+    """A FramerUNet of two levels, whose raw output starts as minus the scaled conditioning latents, or minus their mean."""
     from toolkit.model.unet import FramerUNet
 
     unet = FramerUNet(
@@ -164,42 +165,77 @@ def build_unet() -> Any:
         projection_class_embeddings_input_dim=96,
         num_frames=5,
     )
-    wired = 3 * 4
-    zero_residual_branches(unet, wired)
+    zero_residual_branches(unet, WIRED)
     unet.conv_in.weight.data[:, :4] *= 0.1  # at high noise the noisy latents tell nothing
-    copy_cond = torch.zeros(4, 9)
-    copy_cond[:, 4:8] = SCALING * torch.eye(4)
-    wire_in(unet.conv_in, copy_cond)
+    read = torch.zeros(5, 9)
+    read[:4, 4:8] = SCALING * torch.eye(4)
+    read[4, 8] = -2.0  # 1 for a frame that is given, -1 for one to make
+    wire_in(unet.conv_in, read)
+    unet.conv_in.bias.data[12:14] = torch.tensor([1.0, -1.0])
     # the last resnet joins the path from below with the skip from conv_in: let the wired channels of the skip through
     shortcut = unet.up_blocks[-1].resnets[-1].spatial_res_block.conv_shortcut
-    shortcut.weight.data[:wired] = 0
-    shortcut.weight.data[:wired, CHANNELS : CHANNELS + wired, 0, 0] = torch.eye(wired)
-    shortcut.bias.data[:wired] = 0
+    shortcut.weight.data[:WIRED] = 0
+    shortcut.weight.data[:, CHANNELS + 2 : CHANNELS + WIRED : 3] = 0  # others need not drown in the constants
+    shortcut.weight.data[:WIRED, CHANNELS : CHANNELS + WIRED, 0, 0] = torch.eye(WIRED)
+    shortcut.bias.data[:WIRED] = 0
     wire_out(unet.conv_norm_out, unet.conv_out, -torch.eye(4))
-    blend_neighbours(unet.up_blocks[-1].resnets[-1])
-    for i in range(4):  # else the last attention would see what is wired at a fifteenth of its size
-        read_linearly(unet.up_blocks[-1].attentions[-1].norm, 3 * i, 3 * i + 1)
+    blend_by_attention(unet.up_blocks[-1].attentions[-1])
     return unet
 
 
-def blend_neighbours(resnet: Any) -> None:
-    """Have a resnet's temporal half add the mean of a frame's two neighbours, where there are any, on the wired path."""
-    temporal, wired = resnet.temporal_res_block, 3 * 4
-    for layer in (temporal.conv1, temporal.time_emb_proj):
-        layer.weight.data[:wired] = 0
-        layer.bias.data[:wired] = 0
-    share = 1 - torch.sigmoid(resnet.time_mixer.mix_factor.data).item()
-    for i in range(4):
-        x, minus_x, constant = 3 * i, 3 * i + 1, 3 * i + 2
-        for norm in (temporal.norm1, temporal.norm2):
-            read_linearly(norm, x, minus_x)
-        for out, sign in ((x, 1.0), (minus_x, -1.0)):
-            for tap in (0, 2):
-                temporal.conv1.weight.data[out, x, tap] = sign / 2
-                temporal.conv1.weight.data[out, minus_x, tap] = -sign / 2
-            temporal.conv2.weight.data[out, x, 1] = sign / share
-            temporal.conv2.weight.data[out, minus_x, 1] = -sign / share
-        temporal.conv1.bias.data[constant] = CONSTANT
+def blend_by_attention(transformer: Any) -> None:
+    """Have a transformer's attention along the frames add, to a frame to make, the mean of the frames that are given.
+
+    So what its queries and keys change is which frame is seen where: all that LoRA on them has to learn to interpolate.
+    Beside the wired channels, as they come, it has eight of its own: latents of a frame that is given, else zeros; the mean.
+    """
+    given, mean, end = slice(WIRED, WIRED + 4), slice(WIRED + 4, WIRED + 8), WIRED + 8
+    x, minus_x, constants = slice(0, 12, 3), slice(1, 12, 3), slice(2, WIRED, 3)
+    is_given, inner = WIRED - 3, 4 * CHANNELS  # GEGLU's gates come after its inner channels
+    with torch.no_grad():
+        for i in range(WIRED // 3):
+            read_linearly(transformer.norm, 3 * i, 3 * i + 1)
+        transformer.norm.weight[constants], transformer.norm.bias[constants] = 0, CONSTANT
+        transformer.proj_in.weight[:end] = torch.eye(CHANNELS)[:end]
+        transformer.proj_in.weight[WIRED:end], transformer.proj_in.bias[:end] = 0, 0
+        transformer.proj_in.weight[end:, constants] = 0
+        (space,), (time,) = transformer.transformer_blocks, transformer.temporal_transformer_blocks
+        for block in (space, time):
+            for name, layer in block.named_modules():
+                if isinstance(layer, nn.LayerNorm):  # the constants are its mean and its std, but for a little
+                    share = WIRED / 3 / CHANNELS
+                    layer.weight.fill_(CONSTANT * (share - share**2) ** 0.5)
+                    layer.bias.fill_(CONSTANT * share)
+                    layer.weight[constants], layer.bias[constants] = 0, 0
+                elif name.endswith(("to_out.0", "net.2")):
+                    layer.weight[:end] *= 1e-3  # and not zero: DoRA divides by the norms of rows
+                    layer.bias[:end] = 0
+        transformer.time_pos_embed.linear_2.weight[:end] = 0
+        transformer.time_pos_embed.linear_2.bias[:end] = 0
+
+        # inner channel i is x_i / 4 times GELU(4) where a frame is given, and times GELU(0) where not
+        gated, shrink = time.ff_in.net[0].proj, time.ff_in.net[2]
+        for first in (0, inner):
+            gated.weight[first : first + 4], gated.bias[first : first + 4] = 0, 0
+        gated.weight[:4, x], gated.weight[:4, minus_x] = torch.eye(4) / 8, -torch.eye(4) / 8
+        gated.weight[inner : inner + 4, is_given], gated.bias[inner : inner + 4] = 2, 2
+        shrink.weight[:, :4] = 0
+        shrink.weight[given, :4] = torch.eye(4)
+
+        attention = time.attn1
+        # a score of 3 where one frame is given and the other is not, -3 where they are alike
+        strength = (3 * CHANNELS**0.5) ** 0.5
+        attention.to_k.weight *= 0.05  # what is in a frame tells little at first
+        attention.to_k.weight[0] = 0
+        attention.to_q.weight[0] = 0
+        attention.to_q.weight[0, is_given], attention.to_k.weight[0, is_given] = strength, -strength
+        attention.to_v.weight[:4] = 0
+        attention.to_v.weight[:4, given] = torch.eye(4)
+        attention.to_out[0].weight[:, :4] = 0
+        time_share = 1 - torch.sigmoid(transformer.time_mixer.mix_factor)
+        attention.to_out[0].weight[mean, :4] = torch.eye(4) / time_share
+        transformer.proj_out.weight[:, :end] = 0
+        transformer.proj_out.weight[x, mean], transformer.proj_out.weight[minus_x, mean] = torch.eye(4), -torch.eye(4)
 
 
 def zero_residual_branches(network: nn.Module, channels: int | None = None) -> None:

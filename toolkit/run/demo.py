@@ -36,8 +36,10 @@ def run_demo(videos: str | None) -> None:
     seconds: dict[str, float] = {}
     if videos is None:
         videos = str(WORK / "videos")
-        seconds["render"] = _run("render signing figures", [python, "shards/synth.py", videos, "--clips", "24"])
-    seconds["pack"] = _run("pack videos", [python, "shards/pack.py", videos, str(shards), "--short_side", "96"])
+        render = [python, "shards/synth.py", videos, "--clips", "96", "--seconds", "1.2"]
+        seconds["render"] = _run("render signing figures", render)
+    pack = [python, "shards/pack.py", videos, str(shards), "--short_side", "96", "--holdout", "0.15"]
+    seconds["pack"] = _run("pack videos", pack)
     seconds["check"] = _run("check shards", [python, "shards/check.py", str(shards)])
     overrides = ["--name", RUN.name, "--runs_dir", str(RUN.parent), "--data.shards", str(shards), "--fresh"]
     start = training_command(min(2, default_ranks()))
