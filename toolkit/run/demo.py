@@ -25,6 +25,7 @@ from toolkit.run.monitor import read_log
 RECIPE = "launch/recipes/tiny_cpu.yaml"
 WORK = Path(".demo")  # rendered videos, shards, stills
 RUN = Path("runs/demo")
+LOOK_STEPS = "80"  # a third of the recipe's: enough for TensorBoard to show how it goes
 
 
 def run_demo(videos: str | None) -> None:
@@ -42,6 +43,7 @@ def run_demo(videos: str | None) -> None:
     seconds["pack"] = _run("pack videos", pack)
     seconds["check"] = _run("check shards", [python, "shards/check.py", str(shards)])
     overrides = ["--name", RUN.name, "--runs_dir", str(RUN.parent), "--data.shards", str(shards), "--fresh"]
+    overrides += ["--validation.every_steps", LOOK_STEPS, "--validation.figures_every_steps", LOOK_STEPS]
     start = training_command(min(2, default_ranks()))
     seconds["train"] = _run("train a LoRA", [*start, "--config", RECIPE, *overrides])
     seconds["evaluate"] = _run("score it on held-out clips", [python, "launch/evaluate.py", "--run", str(RUN)])
