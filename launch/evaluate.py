@@ -15,6 +15,7 @@ def evaluate(
     base: str | None = None,
     lpips: str | None = None,
     out: str | None = None,
+    shards: str | None = None,
     compile: bool = False,
     json: bool = False,
     plot: bool = False,
@@ -31,6 +32,7 @@ def evaluate(
     base     another folder of the run's base, UNet included
     lpips    weights of LPIPS with AlexNet, as safetensors
     out      folder for evaluation.json, report.html and samples/strip.png; default the first run's
+    shards   judge on the held-out clips of this folder, not the run's own: does it forget what it could before?
     compile  compile the network first: minutes once, then less time a step; for many clips
     json     print what evaluation.json holds, and nothing else
     plot     only draw what the runs have logged so far, to samples/curves.svg; nothing is generated
@@ -53,7 +55,9 @@ def evaluate(
         from toolkit.run.report import to_text
 
     with redirect_stdout(sys.stderr):
-        report = evaluate_run(split(run), clips, steps, base, compile, split(adapter), split(gaps), sweep, lpips, out)
+        report = evaluate_run(
+            split(run), clips, steps, base, compile, split(adapter), split(gaps), sweep, lpips, out, shards
+        )
     if json:
         print(dumps(report, indent=2))
     else:

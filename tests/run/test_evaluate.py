@@ -23,7 +23,7 @@ from toolkit.data.synth import synth
 from toolkit.errors import UserError
 from toolkit.run import contenders as contenders_module
 from toolkit.run.contenders import list_contenders, read_sources
-from toolkit.run.evaluate import TILE_PX, evaluate_run, recommend
+from toolkit.run.evaluate import TILE_PX, evaluate_run, load_held_out, recommend
 from toolkit.run.framer import Sampling
 from toolkit.run.inference import load_framer, read_source
 from toolkit.run.report import to_text
@@ -160,6 +160,17 @@ def test_runs_and_checkpoints_are_judged_on_the_same_clips(
     assert report["psnr_tuned"] == own["figures"]["trained"]["psnr_middle"]["mean"]
 
 
+def test_other_clips_are_judged_on_request(trained: Path, tmp_path: Path) -> None:
+    """What a run forgot shows on held-out clips of another folder; its own evaluation is left alone."""
+    synth(tmp_path / "videos", clips=4, seconds=0.5, size=32, seed=9, kind="motion")
+    pack(tmp_path / "videos", tmp_path / "others", holdout=0.5)
+    report = evaluate_run(str(trained), 1, 1, out=str(tmp_path / "out"), shards=str(tmp_path / "others"))
+    (own,) = report["gaps"].values()
+    elsewhere = load_config(trained / "config.yaml", {"data.shards": str(tmp_path / "others")})
+    assert own["keys"] == [clip.key for clip in load_held_out(elsewhere, 1)]
+    assert (tmp_path / "out/report.html").exists() and not (trained / "evaluation.json").exists()
+
+
 def test_a_run_without_adapter_is_its_own_base(trained: Path) -> None:
     """Whole weights have no scale to sweep; the other fields can be."""
     source = replace(read_source(str(trained)), adapters=())
@@ -211,6 +222,7 @@ def test_the_recommended_value_is_the_smallest_within_the_noise() -> None:
         ({"sweep": "max_guidance=0.5"}, "between min_guidance 1 and 30"),
         ({"gaps": [4, 6]}, "gap of 6 source frames .* take a multiple of 4, such as"),
         ({"gaps": [4, 400]}, "no held-out clip of .* reaches over a gap of 400 source frames: the longest has"),
+        ({"shards": "elsewhere"}, "--shards judges on other clips than the run's own; give --out FOLDER"),
         ({"lpips": "nowhere.safetensors"}, "cannot read LPIPS weights from nowhere.safetensors: .*; make it"),
     ],
 )  # fmt: skip

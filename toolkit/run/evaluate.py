@@ -50,6 +50,7 @@ def evaluate_run(
     sweep: str | None = None,
     lpips: str | None = None,
     out: str | None = None,
+    shards: str | None = None,
 ) -> dict[str, Any]:
     """Score the frames between the ends of held-out windows: linear blend, untuned base and tuned, against the true ones.
 
@@ -64,6 +65,7 @@ def evaluate_run(
     sweep     FIELD=VALUE,VALUE,...: further contenders, of one run or adapter
     lpips     weights for LPIPS, see metrics.load_lpips
     out       folder to write to; default the first run's
+    shards    judge on these held-out clips, not the run's own: what tuning cost elsewhere
     returns   what evaluation.json holds: clips, psnr_linear, psnr_base, psnr_tuned, ssim_..., of the middle frame at the
               first gap by the recipe's own settings, strip and report, two paths; all else by gap under "gaps"
     """
@@ -73,8 +75,12 @@ def evaluate_run(
     config = source.config
     if not runs and out is None:
         raise UserError("adapters alone have no folder for what is written; give --out FOLDER, or --run as well")
+    if shards is not None and out is None:
+        raise UserError("--shards judges on other clips than the run's own; give --out FOLDER for what is written")
     folder = Path(out or runs[0]).expanduser()
     refuse_other_split(sources)
+    if shards is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"shards": shards, "mix": None})})
     distance = None if lpips is None else load_lpips(Path(lpips).expanduser())
     if distance is not None and min(config.data.height, config.data.width) < LPIPS_MIN_PX:
         raise UserError(f"--lpips needs pictures of {LPIPS_MIN_PX} px or more, and the run's are smaller; leave it out")
