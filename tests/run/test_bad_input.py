@@ -21,6 +21,7 @@ from toolkit.config import load_config
 from toolkit.data.pack import pack
 from toolkit.engine.world import World
 from toolkit.errors import UserError
+from toolkit.model.tiny import make_tiny_base
 from toolkit.run.job import build_job
 
 
@@ -192,12 +193,13 @@ def test_frames_and_ending_are_refused_before_any_work(
         interpolate(trained, still, still, compile=True, batch=2)
 
 
-def test_adapter_of_another_base_is_refused(trained: Path, still: str, tiny_base: Path) -> None:
+def test_adapter_of_another_base_is_refused(trained: Path, still: str, tiny_base: Path, tmp_path: Path) -> None:
     """The values of the weights tell, whatever the folder is called; the right base is named."""
+    make_tiny_base(tmp_path / tiny_base.name, seed=1)
     with pytest.raises(
-        UserError, match=r"was trained on .*trainable, and the weights of the base given here are others"
+        UserError, match=rf"was trained on {tiny_base}, and the weights of the base given here are others"
     ):
-        interpolate(trained, still, still, base=str(tiny_base))
+        interpolate(trained, still, still, base=str(tmp_path / tiny_base.name))
 
 
 def test_run_without_checkpoint_is_refused(still: str, tmp_path: Path) -> None:
