@@ -45,7 +45,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def cached(tiny_shards: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny shards as fp32 latents of the trainable base; read only."""
+    """The tiny shards as fp32 latents of the tiny base; read only."""
     out = tmp_path_factory.mktemp("cached") / "shards"
     cache_shards(str(tiny_shards), str(tiny_base), str(out), precision="fp32", **SIZE)
     return out

@@ -171,7 +171,7 @@ def build_unet() -> Any:
     read[:4, 4:8] = SCALING * torch.eye(4)
     read[4, 8] = -2.0  # 1 for a frame that is given, -1 for one to make
     wire_in(unet.conv_in, read)
-    unet.conv_in.bias.data[12:14] = torch.tensor([1.0, -1.0])
+    unet.conv_in.bias.data[WIRED - 3 : WIRED - 1] = torch.tensor([1.0, -1.0])
     # the last resnet joins the path from below with the skip from conv_in: let the wired channels of the skip through
     shortcut = unet.up_blocks[-1].resnets[-1].spatial_res_block.conv_shortcut
     shortcut.weight.data[:WIRED] = 0

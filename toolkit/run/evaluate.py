@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from toolkit.config import DataConfig
 from toolkit.errors import UserError
 from toolkit.metrics import LPIPS_MIN_PX, lighting_drift, load_lpips
 from toolkit.run.checkpoint import replace_text
@@ -80,7 +81,8 @@ def evaluate_run(
     folder = Path(out or runs[0]).expanduser()
     refuse_other_split(sources)
     if shards is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"shards": shards, "mix": None})})
+        data = DataConfig.model_validate(config.data.model_dump() | {"shards": shards, "mix": None})
+        config = config.model_copy(update={"data": data})
     distance = None if lpips is None else load_lpips(Path(lpips).expanduser())
     if distance is not None and min(config.data.height, config.data.width) < LPIPS_MIN_PX:
         raise UserError(f"--lpips needs pictures of {LPIPS_MIN_PX} px or more, and the run's are smaller; leave it out")
