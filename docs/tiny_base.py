@@ -10,26 +10,31 @@ from pathlib import Path
 import fire
 
 
-def start(out: str, seed: int = 0, pictures: int = 150) -> str:
+def start(out: str, pictures: str, seed: int = 0, count: int = 150) -> str:
     """Write the base that training begins from: networks wired by hand, and the VAE's decoder fitted to pictures.
 
     Args:
         out: new folder
-        seed: of the weights that are not wired, and of the pictures
-        pictures: rendered ones, to which the decoder is fitted
+        pictures: folder of shards, whose clips give the pictures that the decoder is fitted to
+        seed: of the weights that are not wired, and of the draw of pictures
+        count: of pictures
     """
     import torch
     from diffusers import AutoencoderKLTemporalDecoder
 
-    from toolkit.data.synth import render_motion
+    from toolkit.config import load_config
+    from toolkit.data.index import open_sources
+    from toolkit.data.loader import MicroBatches
     from toolkit.model.tiny import fit_decoder, make_tiny_base
     from toolkit.run.framer import to_signed
+    from toolkit.run.job import clip_settings
 
+    config = load_config(Path("launch/recipes/tiny_base.yaml"), {"data.mix": {pictures: 1}})
+    index = open_sources(config.data, "train")
+    batches = MicroBatches(index, index.order(seed), clip_settings(config), 1, 1, rank=0, world=1)
     make_tiny_base(Path(out), seed)
     vae = AutoencoderKLTemporalDecoder.from_pretrained(out, subfolder="vae")
-    fit_decoder(
-        vae, torch.stack([to_signed(torch.from_numpy(render_motion(seed, k, 1, 64)[0])) for k in range(pictures)])
-    )
+    fit_decoder(vae, torch.cat([to_signed(batches[k].frames_BTHWC)[:, 0] for k in range(count)]))
     vae.save_pretrained(Path(out) / "vae")
     return f"wrote {out}; next: train its UNet with launch/recipes/tiny_base.yaml"
 
