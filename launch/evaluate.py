@@ -14,6 +14,7 @@ def evaluate(
     steps: PositiveInt | None = None,
     base: str | None = None,
     lpips: str | None = None,
+    fvd: str | None = None,
     out: str | None = None,
     shards: str | None = None,
     compile: bool = False,
@@ -31,6 +32,7 @@ def evaluate(
     steps    sampler steps; default the recipe's
     base     another folder of the run's base, UNet included
     lpips    weights of LPIPS with AlexNet, as safetensors
+    fvd      i3d_torchscript.pt of universome/fvd-comparison, for windows of 9 frames and more
     out      folder for evaluation.json, report.html and samples/strip.png; default the first run's
     shards   judge on the held-out clips of this folder, not the run's own: does it forget what it could before?
     compile  compile the network first: minutes once, then less time a step; for many clips
@@ -56,7 +58,7 @@ def evaluate(
 
     with redirect_stdout(sys.stderr):
         report = evaluate_run(
-            split(run), clips, steps, base, compile, split(adapter), split(gaps), sweep, lpips, out, shards
+            split(run), clips, steps, base, compile, split(adapter), split(gaps), sweep, lpips, out, shards, fvd
         )
     if json:
         print(dumps(report, indent=2))

@@ -1,17 +1,29 @@
 """Figures against independent references and made-up sequences. Run: pytest tests/test_metrics.py"""
 
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from safetensors.torch import save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
 
 from toolkit.errors import UserError
-from toolkit.metrics import flicker, lighting_drift, load_lpips, moving_mask, psnr_db, psnr_moving_db, ssim
+from toolkit.metrics import (
+    flicker,
+    frechet_distance,
+    lighting_drift,
+    load_lpips,
+    load_video_features,
+    moving_mask,
+    psnr_db,
+    psnr_moving_db,
+    ssim,
+)
 
 LEVEL = 2 / 255  # in [-1, 1]
 
@@ -201,3 +213,74 @@ def test_other_files_are_no_lpips(tmp_path: Path) -> None:
     save_file(lpips_weights() | {"net.slice1.0.weight": torch.zeros(64, 3, 3, 3)}, path)
     with pytest.raises(UserError, match=r"net\.slice1\.0\.weight is not there"):
         load_lpips(path)
+
+
+class MeanColours(nn.Module):
+    """Called as I3D is: the mean colour of each frame, (B, 3 T), and one number for each video without return_features."""
+
+    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+        assert x.shape[3] == 224 and x.shape[4] == 224 and not rescale and not resize
+        means = x.mean((3, 4)).flatten(1)
+        return means if return_features else means.mean(1)
+
+
+def save_video_network(path: Path, network: nn.Module) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is what I3D is published in
+        torch.jit.script(network).save(path)
+    return str(path)
+
+
+def test_a_network_of_video_features_is_called_as_i3d_is(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Channels before time, 224 pixels wide and high, its features and not its classes; without a warning to the user."""
+    path = save_video_network(tmp_path / "i3d.pt", MeanColours())
+    recwarn.clear()
+    features = load_video_features(path)
+    colours_BTC = torch.rand(2, 10, 3) * 2 - 1
+    made_BD = features(colours_BTC[..., None, None].expand(2, 10, 3, 32, 48))
+    assert torch.allclose(made_BD, colours_BTC.transpose(1, 2).flatten(1), atol=1e-5)
+    assert not recwarn.list
+
+
+class Frames(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class NoFeatures(nn.Module):
+    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+        return x.mean((1, 2, 3, 4))
+
+
+def test_other_files_make_no_video_features(tmp_path: Path) -> None:
+    """Nothing there, no TorchScript, a network that is called otherwise or makes something else: told with what to give."""
+    path = tmp_path / "i3d.pt"
+    with pytest.raises(UserError, match=r"cannot read video features for FVD from .*; give i3d_torchscript.pt"):
+        load_video_features(path)
+    path.write_bytes(b"PK pickled")
+    with pytest.raises(UserError, match="cannot read video features for FVD"):
+        load_video_features(path)
+    for network in (Frames(), NoFeatures()):
+        with pytest.raises(UserError, match=r"makes no features of a video, .*; give i3d_torchscript.pt"):
+            load_video_features(save_video_network(path, network))
+
+
+@pytest.mark.parametrize("clips", [40, 3], ids=["more clips than features", "fewer"])
+def test_frechet_distance_equals_its_definition(clips: int) -> None:
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) by SciPy's root of a matrix; 0 for equal sets, and symmetric."""
+    generator = torch.Generator().manual_seed(0)
+    first_ND = torch.randn(clips, 6, generator=generator)
+    second_MD = 0.7 * torch.randn(clips + 2, 6, generator=generator) @ torch.randn(6, 6, generator=generator) + 0.3
+    (mean_1, cov_1), (mean_2, cov_2) = (
+        (rows.mean(0).double().numpy(), np.cov(rows.double().numpy(), rowvar=False)) for rows in (first_ND, second_MD)
+    )
+    if clips > 6:
+        root = scipy.linalg.sqrtm(cov_1 @ cov_2).real
+    else:  # SciPy's root of a singular matrix is not exact; that of S1^(1/2) S2 S1^(1/2), which has the same trace, is
+        values, vectors = np.linalg.eigh(cov_1)
+        half = vectors @ np.diag(np.sqrt(values.clip(0))) @ vectors.T
+        root = np.diag(np.sqrt(np.linalg.eigvalsh(half @ cov_2 @ half).clip(0)))
+    expected = ((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1 + cov_2 - 2 * root)
+    assert frechet_distance(first_ND, second_MD) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(second_MD, first_ND) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(first_ND, first_ND) == pytest.approx(0, abs=1e-9)

@@ -1,9 +1,10 @@
-"""How near generated frames are to the true ones: PSNR, SSIM, LPIPS, flicker, and how their light drifts.
+"""How near generated frames are to the true ones: PSNR, SSIM, LPIPS, FVD, flicker, and how their light drifts.
 
-Test: pytest tests/test_metrics.py (SSIM against scikit-image). Images are fp32 in [-1, 1], (B, 3, H, W) in pixels, and
-videos (B, T, 3, H, W). A level is 1/255 of the range.
+Test: pytest tests/test_metrics.py (SSIM against scikit-image, Fréchet distances against SciPy). Images are fp32 in [-1, 1],
+(B, 3, H, W) in pixels, and videos (B, T, 3, H, W). A level is 1/255 of the range.
 """
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from toolkit.errors import UserError, in_one_line
 
 LEVELS = 127.5  # of 255 in one unit of [-1, 1]
 Distance = Callable[[Tensor, Tensor], Tensor]  # of two batches of images, (B,)
+Features = Callable[[Tensor], Tensor]  # of videos, (B, D)
 
 
 def psnr_db(image_BCHW: Tensor, true_BCHW: Tensor) -> Tensor:
@@ -129,6 +131,61 @@ def load_lpips(path: str | Path) -> Distance:
         return torch.stack([map_B1HW.mean((1, 2, 3)) for map_B1HW in apart]).sum(0)
 
     return distance
+
+
+FVD_MIN_FRAMES = 9  # I3D halves them three times, and pools two at the end
+_I3D_PX = 224
+
+
+def load_video_features(path: str | Path) -> Features:
+    """Read I3D as it is published for FVD, or another TorchScript network that is called as it is: a video's features.
+
+    raises  UserError where there is no such file, or it holds something else
+    source  universome/fvd-comparison: forward(x, rescale, resize, return_features), x (B, 3, T, 224, 224) in [-1, 1]
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript, in which I3D is published
+            network = torch.jit.load(str(path), map_location="cpu").eval()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"cannot read video features for FVD from {path}: {in_one_line(error)}; give i3d_torchscript.pt of "
+            "universome/fvd-comparison"
+        ) from None
+
+    @torch.no_grad()
+    def features(frames_BTCHW: Tensor) -> Tensor:
+        clips, frames = frames_BTCHW.shape[:2]
+        scaled = F.interpolate(frames_BTCHW.flatten(0, 1), (_I3D_PX, _I3D_PX), mode="bilinear", antialias=True)
+        video_BCTHW = scaled.unflatten(0, (clips, frames)).transpose(1, 2)
+        return network(video_BCTHW, rescale=False, resize=False, return_features=True)
+
+    try:
+        shape = [*features(torch.zeros(1, FVD_MIN_FRAMES, 3, _I3D_PX, _I3D_PX)).shape]
+    except (RuntimeError, AttributeError) as error:
+        shape = [in_one_line(error)]
+    if len(shape) != 2:
+        raise UserError(
+            f"{path} makes no features of a video, one row of numbers each, but {shape}; give i3d_torchscript.pt of "
+            "universome/fvd-comparison"
+        )
+    return features
+
+
+def frechet_distance(features_ND: Tensor, true_MD: Tensor) -> float:
+    """How far two sets of features are apart, each taken for a normal distribution; 0 for equal sets, of two rows or more.
+
+    With covariances A'A and B'B the trace of the root of their product is the sum of the singular values of A B', which
+    has as many rows as there are clips: exact where these are fewer than the features.
+    source  Dowson and Landau 1982; Unterthiner et al. 2019 (FVD)
+    """
+    means, roots = [], []
+    for rows in (features_ND.double(), true_MD.double()):
+        means.append(rows.mean(0))
+        roots.append((rows - means[-1]) / (len(rows) - 1) ** 0.5)
+    spreads = sum(root.square().sum() for root in roots)
+    shared = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    return ((means[0] - means[1]).square().sum() + spreads - 2 * shared).item()
 
 
 def _blur(image_BCHW: Tensor) -> Tensor:

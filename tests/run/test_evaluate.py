@@ -16,16 +16,18 @@ from safetensors.torch import save_file
 from launch.evaluate import evaluate
 from tests.data.test_report import Page
 from tests.launching import train_here
-from tests.test_metrics import lpips_weights
+from tests.test_metrics import MeanColours, lpips_weights, save_video_network
 from toolkit.config import load_config
 from toolkit.data.pack import pack
 from toolkit.data.synth import synth
 from toolkit.errors import UserError
+from toolkit.metrics import frechet_distance
 from toolkit.run import contenders as contenders_module
 from toolkit.run.contenders import list_contenders, read_sources
 from toolkit.run.evaluate import TILE_PX, evaluate_run, load_held_out, recommend
 from toolkit.run.framer import Sampling
 from toolkit.run.inference import load_framer, read_source
+from toolkit.run.judge import load_windows
 from toolkit.run.report import to_text
 
 SWEEP = "lora_scale=0,0.5,1"
@@ -160,6 +162,28 @@ def test_runs_and_checkpoints_are_judged_on_the_same_clips(
     assert report["psnr_tuned"] == own["figures"]["trained"]["psnr_middle"]["mean"]
 
 
+def test_fvd_is_of_whole_windows(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The Fréchet distance of what was made from the true windows, with their ends, by a network that is given."""
+    long = train_here(settings | {"name": "long", "data.frames": 9, "data.stride": 1, "schedule.steps": 1})
+    network = save_video_network(tmp_path / "i3d.pt", MeanColours())
+    synth(tmp_path / "videos", clips=8, seconds=0.5, size=32, seed=9, kind="motion")
+    others = str(tmp_path / "others")
+    pack(tmp_path / "videos", others, holdout=0.5)
+    report = evaluate_run(str(long), 3, 1, out=str(tmp_path), fvd=network, shards=others)
+    (own,) = report["gaps"].values()
+    values = {label: figures["fvd"]["mean"] for label, figures in own["figures"].items() if "fvd" in figures}
+    assert list(values) == ["linear", "base", "tuned"] and len({*values.values()}) == 3
+    windows = load_windows(load_config(long / "config.yaml", {"data.shards": others}), [8], 3)[8]
+    true_BTC = torch.cat([windows.true(i) for i in range(len(windows))]).mean((3, 4))
+    blend_BTC = torch.lerp(true_BTC[:, :1], true_BTC[:, -1:], torch.linspace(0, 1, 9).view(9, 1))
+    expected = frechet_distance(blend_BTC.flatten(1), true_BTC.flatten(1))
+    assert values["linear"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert "FVD" in to_text(report) and "FVD from so few clips" in to_text(report)
+    assert "FVD from so few clips" in (tmp_path / "report.html").read_text()
+    with pytest.raises(UserError, match="--fvd compares sets of clips, and one is held out"):
+        evaluate_run(str(long), 1, 1, out=str(tmp_path), fvd=network, shards=others)
+
+
 def test_other_clips_are_judged_on_request(trained: Path, tmp_path: Path) -> None:
     """What a run forgot shows on held-out clips of another folder; its own evaluation is left alone."""
     synth(tmp_path / "videos", clips=4, seconds=0.5, size=32, seed=9, kind="motion")
@@ -224,6 +248,7 @@ def test_the_recommended_value_is_the_smallest_within_the_noise() -> None:
         ({"gaps": [4, 400]}, "no held-out clip of .* reaches over a gap of 400 source frames: the longest has"),
         ({"shards": "elsewhere"}, "--shards judges on other clips than the run's own; give --out FOLDER"),
         ({"lpips": "nowhere.safetensors"}, "cannot read LPIPS weights from nowhere.safetensors: .*; make it"),
+        ({"fvd": "nowhere.pt"}, "--fvd needs windows of 9 frames or more, and the run's have 5; leave it out"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused(trained: Path, no_network: None, options: dict[str, Any], message: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from toolkit.data.index import open_sources
 from toolkit.errors import UserError
-from toolkit.metrics import Distance
+from toolkit.metrics import Distance, Features
 from toolkit.run.framer import Sampling, to_uint8
 from toolkit.run.inference import FED_BY, Source, load_framer, read_source
 from toolkit.run.judge import Windows, make_window, score
@@ -37,12 +37,21 @@ class Contender:
     base: str
 
 
+@dataclass(frozen=True)
+class Networks:
+    """What judges beside formulas, each where its weights are given."""
+
+    lpips: Distance | None = None
+    fvd: Features | None = None
+
+
 @dataclass
 class Result:
     """What a contender made of the windows of a gap: figures {name: (B,)}, and the middle frames, (B, H, W, 3) uint8."""
 
     figures: dict[str, Tensor]
     middle_BHWC: Tensor
+    features_BD: Tensor | None  # of the windows as videos, for FVD
 
 
 def read_sources(runs: Sequence[str], adapters: Sequence[str], base: str | None) -> dict[str, Source]:
@@ -158,7 +167,7 @@ def apply_sweep(contender: Contender, field: str, value: float) -> Contender:
 
 
 def run_contenders(
-    contenders: dict[str, Contender], windows: dict[int, Windows], distance: Distance | None, compiled: bool
+    contenders: dict[str, Contender], windows: dict[int, Windows], networks: Networks, compiled: bool
 ) -> Iterator[tuple[str, int, Result]]:
     """Generate and score the windows of every gap; contenders that are the same share one result.
 
@@ -181,19 +190,22 @@ def run_contenders(
             framer = load_framer(source, source.config.diffusion.control, compiled)
             for sampling, (gap, own) in product(samplings, windows.items()):
                 made = (make_window(framer, own, i, sampling) for i in range(len(own)))
-                result = judge_windows(own, made, distance, bar.update)
+                result = judge_windows(own, made, networks, bar.update)
                 yield from ((label, gap, result) for label in group if contenders[label].sampling == sampling)
             del framer  # before the next one takes its room
 
 
 def judge_windows(
-    windows: Windows, made: Iterable[Tensor], distance: Distance | None, beat: Callable[[], object] = lambda: None
+    windows: Windows, made: Iterable[Tensor], networks: Networks, beat: Callable[[], object] = lambda: None
 ) -> Result:
     """Score what was made of each window, (1, T, 3, H, W) with its ends; one at a time is in memory."""
     figures: list[dict[str, Tensor]] = []
     middles: list[Tensor] = []
+    features: list[Tensor] = []
     for i, made_BTCHW in enumerate(made):
-        figures.append(score(made_BTCHW, windows.true(i), distance))
+        figures.append(score(made_BTCHW, windows.true(i), networks.lpips))
         middles.append(to_uint8(made_BTCHW[:, made_BTCHW.shape[1] // 2]))
+        features += [networks.fvd(made_BTCHW)] if networks.fvd else []
         beat()
-    return Result({name: torch.cat([own[name] for own in figures]) for name in figures[0]}, torch.cat(middles))
+    by_name = {name: torch.cat([own[name] for own in figures]) for name in figures[0]}
+    return Result(by_name, torch.cat(middles), torch.cat(features) if features else None)

@@ -12,16 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from toolkit.config import DataConfig
+from toolkit.config import DataConfig, RunConfig
 from toolkit.errors import UserError
-from toolkit.metrics import LPIPS_MIN_PX, lighting_drift, load_lpips
+from toolkit.metrics import FVD_MIN_FRAMES, LPIPS_MIN_PX, frechet_distance, load_lpips, load_video_features
 from toolkit.run.checkpoint import replace_text
 from toolkit.run.contenders import (
     Contender,
+    Networks,
     Result,
     judge_windows,
     list_contenders,
@@ -32,7 +32,17 @@ from toolkit.run.contenders import (
 )
 from toolkit.run.framer import to_signed, to_uint8
 from toolkit.run.inference import recipe_sampling
-from toolkit.run.judge import Windows, blend_window, compare, describe, load_held_out, load_windows, own_gap, rounded
+from toolkit.run.judge import (
+    Windows,
+    blend_window,
+    compare,
+    describe,
+    load_held_out,
+    load_windows,
+    own_gap,
+    rounded,
+    window_frames,
+)
 from toolkit.run.report import write_page
 
 __all__ = ["draw_strip", "evaluate_run", "load_held_out"]
@@ -52,6 +62,7 @@ def evaluate_run(
     lpips: str | None = None,
     out: str | None = None,
     shards: str | None = None,
+    fvd: str | None = None,
 ) -> dict[str, Any]:
     """Score the frames between the ends of held-out windows: linear blend, untuned base and tuned, against the true ones.
 
@@ -67,6 +78,7 @@ def evaluate_run(
     lpips     weights for LPIPS, see metrics.load_lpips
     out       folder to write to; default the first run's
     shards    judge on these held-out clips, not the run's own: what tuning cost elsewhere
+    fvd       a network of video features, see metrics.load_video_features
     returns   what evaluation.json holds: clips, psnr_linear, psnr_base, psnr_tuned, ssim_..., of the middle frame at the
               first gap by the recipe's own settings, strip and report, two paths; all else by gap under "gaps"
     """
@@ -83,17 +95,20 @@ def evaluate_run(
     if shards is not None:
         data = DataConfig.model_validate(config.data.model_dump() | {"shards": shards, "mix": None})
         config = config.model_copy(update={"data": data})
-    distance = None if lpips is None else load_lpips(Path(lpips).expanduser())
-    if distance is not None and min(config.data.height, config.data.width) < LPIPS_MIN_PX:
-        raise UserError(f"--lpips needs pictures of {LPIPS_MIN_PX} px or more, and the run's are smaller; leave it out")
+    networks = load_networks(config, lpips, fvd)
     sampling = recipe_sampling(config)
     sampling = sampling if steps is None else replace(sampling, steps=steps)
     contenders = list_contenders(sources, sampling, sweep)
     windows = load_windows(config, [*dict.fromkeys(gaps)] or [own_gap(config)], clips or config.validation.clips)
+    if networks.fvd and len(next(iter(windows.values()))) < 2:
+        raise UserError("--fvd compares sets of clips, and one is held out; pack more videos, or leave it out")
     results: dict[int, dict[str, Result]] = {}
     for gap, own in windows.items():
-        results[gap] = {"linear": judge_windows(own, (blend_window(own, i) for i in range(len(own))), distance)}
-    for label, gap, result in run_contenders(contenders, windows, distance, compiled):
+        results[gap] = {
+            "linear": judge_windows(own, (blend_window(own, i) for i in range(len(own))), networks),
+            "true": judge_windows(own, (own.true(i) for i in range(len(own))), networks),
+        }
+    for label, gap, result in run_contenders(contenders, windows, networks, compiled):
         results[gap][label] = result
     by_gap = {str(gap): sum_up(results[gap], contenders, own, config.seed) for gap, own in windows.items()}
     gap, own = next(iter(windows.items()))
@@ -118,22 +133,40 @@ def evaluate_run(
     return report
 
 
+def load_networks(config: RunConfig, lpips: str | None, fvd: str | None) -> Networks:
+    """Read the networks that judge. Raises UserError where the windows of a recipe are too small for one, or too short."""
+    if lpips is not None and (side := min(config.data.height, config.data.width)) < LPIPS_MIN_PX:
+        raise UserError(f"--lpips needs pictures of {LPIPS_MIN_PX} px or more, and the run's have {side}; leave it out")
+    if fvd is not None and (frames := window_frames(config)) < FVD_MIN_FRAMES:
+        raise UserError(
+            f"--fvd needs windows of {FVD_MIN_FRAMES} frames or more, and the run's have {frames}; leave it out"
+        )
+    return Networks(
+        None if lpips is None else load_lpips(Path(lpips).expanduser()),
+        None if fvd is None else load_video_features(Path(fvd).expanduser()),
+    )
+
+
 def sum_up(results: dict[str, Result], contenders: dict[str, Contender], windows: Windows, seed: int) -> dict[str, Any]:
     """What evaluation.json holds of a gap: figures, what each contender gains on blend and base, and those of each clip."""
     bases = [label for label, own in contenders.items() if own.base == label]
     tuned = [label for label in contenders if label not in bases]
     scores = {label: results[label].figures for label in ("linear", *bases, *tuned)}
-    drift = [lighting_drift(windows.true(i)) for i in range(len(windows))]
-    luma_B, colour_B = (torch.cat(parts) for parts in zip(*drift, strict=True))
-    shown = scores | {"true": {"lighting_luma": luma_B, "lighting_colour": colour_B}}
+    true = results["true"]
+    shown = scores | {"true": {name: true.figures[name] for name in ("lighting_luma", "lighting_colour")}}
+    figures = {
+        label: {name: describe(values_B, seed) for name, values_B in own.items()} for label, own in shown.items()
+    }
+    videos = {label: own.features_BD for label, own in results.items() if own.features_BD is not None}
+    if "true" in videos:
+        for label in scores:
+            distance = rounded(frechet_distance(videos[label], videos["true"]))
+            figures[label]["fvd"] = {"mean": distance, "low": None, "high": None, "clips": len(windows)}
     return {
         "clips": len(windows),
         "frames_between": windows.frames_BTHWC.shape[1] - 2,
         "keys": windows.keys,
-        "figures": {
-            label: {name: describe(values_B, seed) for name, values_B in figures.items()}
-            for label, figures in shown.items()
-        },
+        "figures": figures,
         "against": {
             label: {
                 other: {name: compare(name, own_B, scores[other][name], seed) for name, own_B in scores[label].items()}

@@ -44,6 +44,7 @@ FIGURES = {
     "flicker": Figure("flicker", "levels", -1),
     "lighting_luma": Figure("luma drift", "levels", -1),
     "lighting_colour": Figure("colour drift", "levels", -1),
+    "fvd": Figure("FVD", "", -1, 1),  # of all windows together
 }
 
 
@@ -79,6 +80,11 @@ def own_gap(config: RunConfig) -> int:
     return config.data.strides[0] * (config.data.frames - 1)
 
 
+def window_frames(config: RunConfig) -> int:
+    """How many frames a judged window has, both ends included."""
+    return 3 if config.diffusion.layout == "spec_middle" else config.data.frames
+
+
 def load_windows(config: RunConfig, gaps: Sequence[int], clips: int) -> dict[int, Windows]:
     """Load the centre window of held-out clips for each gap, of the same clips for all: the first that the longest fits.
 
@@ -86,9 +92,9 @@ def load_windows(config: RunConfig, gaps: Sequence[int], clips: int) -> dict[int
     clips   at most
     raises  UserError as check_gaps does
     """
-    window, steps = config.data.frames, config.data.frames - 1
+    window = config.data.frames
     loaded = _load_clips(config, gaps, clips)
-    places = [0, window // 2, steps] if config.diffusion.layout == "spec_middle" else list(range(window))
+    places = [0, window // 2, window - 1] if window_frames(config) < window else list(range(window))
     return {
         gap: Windows(
             gap,

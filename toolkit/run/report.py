@@ -24,6 +24,7 @@ UNITS = (
     "PSNR in dB, flicker and drift in levels of 255, each with half of its 95 % interval; of flicker and drift less is "
     "better, and the true frames drift too"
 )
+FEW = "FVD from so few clips compares these contenders with each other, at the same gap, and nothing else"
 RULE = (
     "the smallest whose moving PSNR is not worse than the best one's beyond the noise of the clips: 0 lies in the 95 % "
     "interval of the difference, taken clip by clip"
@@ -42,7 +43,7 @@ def to_text(report: dict[str, Any]) -> str:
         if "sweep" in report:
             parts.append(f"recommended {report['sweep']['field']}: {report['sweep']['recommended'][gap]:g}")
         parts.append("")
-    parts.append(UNITS)
+    parts.append(units_of(report))
     if "sweep" in report:
         parts.append(f"recommended is {RULE}")
     return "\n".join(parts)
@@ -54,7 +55,7 @@ def write_page(folder: Path, runs: Sequence[Path], report: dict[str, Any], pictu
     runs      those whose training is shown
     pictures  by gap, of the clips with the largest and the smallest gain
     """
-    body = [f"<header><p>Evaluation report</p><h1>{text(folder.name)}</h1><p>{UNITS}.</p></header>"]
+    body = [f"<header><p>Evaluation report</p><h1>{text(folder.name)}</h1><p>{units_of(report)}.</p></header>"]
     if "sweep" in report:
         sweep = report["sweep"]
         rows = [(gap, f"{value:g}") for gap, value in sweep["recommended"].items()]
@@ -70,6 +71,11 @@ def write_page(folder: Path, runs: Sequence[Path], report: dict[str, Any], pictu
         ]
     body += [_charts_section(f"Training of {text(run.name)}", training_charts(run)) for run in runs]
     replace_text(folder / "report.html", document(f"Evaluation of {folder.name}", "\n".join(body)))
+
+
+def units_of(report: dict[str, Any]) -> str:
+    has_fvd = any("fvd" in own["figures"]["linear"] for own in report["gaps"].values())
+    return f"{UNITS}; {FEW}" if has_fvd else UNITS
 
 
 def title_of(gap: str, own: dict[str, Any]) -> str:
