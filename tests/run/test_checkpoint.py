@@ -293,7 +293,7 @@ def test_space_is_asked_for_before_it_is_used(tmp_path: Path, monkeypatch: pytes
     """What is asked for suffices for the checkpoint that follows, and where it is not there nothing is written."""
     unet = make_unet(100_000)
     tensors = make_tensors(1, unet)
-    parameters = sum(saved["master"].numel() for saved in tensors.values())
+    shapes = {name: saved["master"].shape for name, saved in tensors.items()}
     folder = save_checkpoint(tmp_path, 1, tensors, unet, STATE, ABOUT, KEEP_ALL)
     used_bytes = sum(p.stat().st_blocks * 512 for p in folder.iterdir())
     spare_bytes = 1 << 20
@@ -301,14 +301,14 @@ def test_space_is_asked_for_before_it_is_used(tmp_path: Path, monkeypatch: pytes
     for free_bytes, fits in ((used_bytes - 1, False), (used_bytes + spare_bytes, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free_bytes: usage._replace(free=free))
         if fits:
-            check_space(tmp_path / "not/yet", parameters)
+            check_space(tmp_path / "not/yet", unet, shapes)
             continue
         with pytest.raises(
             UserError, match=r"1 checkpoint of 4.1 MiB does not fit on the disk of .* which has 3.1 MiB free"
         ):
             save_checkpoint(tmp_path, 2, tensors, unet, STATE, ABOUT, KEEP_ALL)
         with pytest.raises(UserError, match=r"2 checkpoints of 4.1 MiB do not fit on the disk of .*/not/yet, which"):
-            check_space(tmp_path / "not/yet", parameters, 2)
+            check_space(tmp_path / "not/yet", unet, shapes, 2)
     assert names(tmp_path) == ["step_000001"] and len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 

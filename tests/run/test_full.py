@@ -71,6 +71,20 @@ def batches_of(config: RunConfig) -> list[Batch]:
     return list(make_batches(config, job, world))
 
 
+def test_space_is_asked_for_what_does_not_train_as_well(
+    full: dict[str, Any], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of a part of the UNet holds the rest of it too: one byte less than it takes is refused at the start."""
+    chosen = full | {"full.parameters": "conv_out.*", "schedule.steps": 1}
+    run = train_here(chosen)
+    used_bytes = sum(file.stat().st_size for file in (run / "checkpoints/step_000001").iterdir())
+    assert used_bytes > (tiny_base / "unet" / WEIGHTS).stat().st_size
+    usage = shutil.disk_usage(run)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 * used_bytes - 1))
+    with pytest.raises(UserError, match="2 checkpoints of .* do not fit on the disk of"):
+        train_here(chosen | {"name": "another"})
+
+
 def test_resumes_exactly(full: dict[str, Any]) -> None:
     """Two steps at once, and a copy of that run thrown back to step one and resumed: the same losses and bytes."""
     whole = train_here(full)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,16 @@ def put_values(unet: nn.Module, values: Mapping[str, Tensor]) -> None:
         unet.get_parameter(name).data.copy_(tensor)
 
 
+def weights_beside(unet: Any, tuned: Collection[str]) -> dict[str, Tensor]:
+    """What save_tuned writes beside what trains: nothing beside an adapter, and the rest of a whole UNet.
+
+    tuned  names of what trains
+    """
+    if hasattr(unet, "peft_config"):
+        return {}
+    return {name: tensor for name, tensor in unet.state_dict().items() if name not in tuned}
+
+
 def save_tuned(folder: Path, tensors: dict[str, Tensor], unet: Any, about: dict[str, Any]) -> None:
     """Write what trains: an adapter as PEFT does, or a whole UNet as diffusers does.
 
@@ -74,6 +84,6 @@ def save_tuned(folder: Path, tensors: dict[str, Tensor], unet: Any, about: dict[
 
     with quiet_libraries():
         unet.save_config(folder)
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in (unet.state_dict() | tensors).items()}
+    whole = {n: t.detach().cpu().contiguous() for n, t in (weights_beside(unet, tensors) | tensors).items()}
     save_file(whole, folder / f"{STEMS[0]}.safetensors", metadata={"format": "pt"})
     (folder / ABOUT_FILE).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")

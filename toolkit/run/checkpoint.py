@@ -30,7 +30,7 @@ from toolkit.config import CheckpointConfig
 from toolkit.data.files import link_or_copy
 from toolkit.engine.plain import STATE_KEYS, State
 from toolkit.errors import UserError
-from toolkit.model.tuning import save_tuned
+from toolkit.model.tuning import save_tuned, weights_beside
 from toolkit.run.best import is_better
 from toolkit.run.ema import SNAPSHOT, TRACKS, snapshot_file, write_snapshot
 from toolkit.run.manifest import find_fault, write_manifest
@@ -68,7 +68,7 @@ def save_checkpoint(
     folder = checkpoint_folder(run, step)
     # The state at a step is a function of the step: one that is whole need not be replaced, and so is never without a name.
     if not folder.is_dir() or find_fault(folder):
-        check_space(run, sum(saved["master"].numel() for saved in tensors.values()), ema=_has_averages(tensors))
+        check_space(run, unet, {n: saved["master"].shape for n, saved in tensors.items()}, ema=_has_averages(tensors))
         _publish(folder, tensors, unet, {"step": step, **state}, about | {"step": step})
     replace_text(run / "LATEST", folder.name + "\n")
     best = find_best(run)
@@ -199,14 +199,18 @@ def refuse_misfit(folder: Path, tensors: State, shapes: Mapping[str, torch.Size]
             )
 
 
-def check_space(run: Path, parameters: int, checkpoints: int = 1, ema: bool = False) -> None:
+def check_space(
+    run: Path, unet: nn.Module, shapes: Mapping[str, torch.Size], checkpoints: int = 1, ema: bool = False
+) -> None:
     """Raise UserError where the disk of a run folder, which may be still to be made, has no room for more checkpoints.
 
-    parameters  how many numbers train: the adapter's file holds each once, the optimizer's three times, in fp32
-    ema         averages of them are kept as well
+    shapes  of what trains, by name: its own file holds each number once, the optimizer's three times, in fp32
+    ema     averages of them are kept as well
     """
     copies = 1 + len(STATE_KEYS) + ema * len(TRACKS)
-    needed_bytes = checkpoints * (parameters * 4 * copies + _OTHER_BYTES)
+    tuned_bytes = 4 * copies * sum(shape.numel() for shape in shapes.values())
+    beside_bytes = sum(tensor.nbytes for tensor in weights_beside(unet, shapes).values())
+    needed_bytes = checkpoints * (tuned_bytes + beside_bytes + _OTHER_BYTES)
     place = next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())
     if (free_bytes := shutil.disk_usage(place).free) < needed_bytes:
         raise UserError(

@@ -56,7 +56,7 @@ class Gallery:
         monitor.report_figures(step, {
             name: {"linear": self.linear[name]}
             | ({"start": mean} if step == 0 else {"start": begun[name]["start"]} if name in begun else {})
-            | ({"tuned": mean} if step else {})
+            | {"tuned": mean}
             for name, mean in means.items()
         })  # fmt: skip
         if step:

@@ -122,7 +122,7 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     computed_by = f"attention {attention}, blocks {blocks}{compiled}, memory {plan}"
     trainable = adapter.flat.numel()
     identity = identify(config, base, index)
-    check_space(config.folder, trainable, checkpoints=2, ema=config.checkpoint.ema)
+    check_space(config.folder, base.unet, adapter.shapes, checkpoints=2, ema=config.checkpoint.ema)
     lock = prepare_folder(config, fresh) if world.is_main else None  # last: nothing is moved aside for a faulty recipe
     resume = find_resume(config, identity, adapter.shapes, world, allow_change)
     if world.is_main:
