@@ -25,7 +25,7 @@ from toolkit.run.judge import describe
 from toolkit.run.launcher import training_command
 from toolkit.run.signals import REQUEUE
 from toolkit.run.slurm import Resources, submit_array
-from toolkit.run.sweep import parse_grid, plan_sweep, ranks_of, run_sweep, sum_up, sum_up_row, to_markdown
+from toolkit.run.sweep import list_charts, parse_grid, plan_sweep, ranks_of, run_sweep, sum_up, sum_up_row, to_markdown
 
 GRID = "{lora.rank: [2, 4]}"
 NAMES = ["rank-2_seed-0", "rank-2_seed-1", "rank-4_seed-0", "rank-4_seed-1"]
@@ -206,6 +206,28 @@ def test_clips_are_the_unit() -> None:
     assert again == pytest.approx(gain)
     still = sum_up_row([(0, per_clip([21.0, None], [20.0, None], [19.0, None]))], 0)["against"]["base"]["psnr"]
     assert (still["mean"], still["clips"], still["improved"], still["low"]) == (1.0, 1, 1, None)
+
+
+def test_settings_are_compared_clip_by_clip(settings: dict[str, Any], tmp_path: Path) -> None:
+    """With the first of the grid: what is better by as much on every clip is, however far the clips are apart."""
+    points = plan_sweep(str(RECIPE), "s", "{lora.rank: [1, 2]}", 2, settings | {"runs_dir": str(tmp_path)})
+    tuned = ([20.0, 30.0, 25.0], [22.0, 28.0, 25.0], [20.5, 31.5, 24.5], [22.5, 27.5, 26.5])
+    for point, values in zip(points, tuned, strict=True):
+        point.evaluation.parent.mkdir(parents=True)
+        own = {"keys": list("abc"), "per_clip": per_clip(values, [20.0] * 3, [21.0] * 3)}
+        point.evaluation.write_text(json.dumps({"gaps": {"8": own}}))
+    summary = sum_up(points)
+    first, second = summary["tables"][0]["rows"].values()
+    assert "first" not in first["against"]
+    gain = second["against"]["first"]["psnr"]
+    assert gain == {"mean": 0.5, "low": 0.5, "high": 0.5, "clips": 3, "improved": 3}
+    head, _, *rows = [line for line in to_markdown(summary).splitlines() if line.startswith("|")]
+    assert [line.split("|")[-2].strip() for line in (head, *rows)] == [
+        "gain on rank-1 [95 %]", "", "+0.50 [+0.50, +0.50]",
+    ]  # fmt: skip
+    assert "gain on rank" not in to_markdown(sum_up(points[:2]))
+    (chart,), (alone,) = list_charts(summary), list_charts(sum_up(points[:2]))
+    assert "on rank-1" in chart and "on rank-1" not in alone
 
 
 def test_other_windows_stand_apart(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def sum_up(points: Sequence[Point]) -> dict[str, Any]:
 
     returns  {command, combinations: {name: settings}, runs: {run: folder}, tables: [...]}; a table for each gap and set of
              held-out clips: {gap, size_px, keys, rows: {combination: {seeds, figures: {linear, base, tuned: {figure:
-             describe}}, against: {base, linear: {figure: compare}}}}}
+             describe}}, against: {base, linear, first: {figure: compare}}}}}; first is the table's first combination, tuned
     """
     tables: dict[str, dict[str, Any]] = {}
     gathered: dict[tuple[str, str], list[tuple[int, dict[str, Any]]]] = {}
@@ -303,7 +303,8 @@ def sum_up(points: Sequence[Point]) -> dict[str, Any]:
             gathered.setdefault((key, point.combination), []).append((point.config.seed, own["per_clip"]))
     seed = points[0].config.seed
     for (key, combination), runs in gathered.items():
-        tables[key]["rows"][combination] = sum_up_row(runs, seed)
+        first = next((gathered[key, name] for name in tables[key]["rows"]), None)
+        tables[key]["rows"][combination] = sum_up_row(runs, seed, first)
     return {
         "command": shlex.join(["python", *sys.argv]),
         "combinations": {point.combination: point.settings for point in points},
@@ -312,11 +313,36 @@ def sum_up(points: Sequence[Point]) -> dict[str, Any]:
     }
 
 
-def sum_up_row(runs: Sequence[tuple[int, Mapping[str, Any]]], seed: int) -> dict[str, Any]:
+SeedRuns = Sequence[tuple[int, Mapping[str, Any]]]  # of each seed what evaluation.json holds of each clip, by contender
+
+
+def sum_up_row(runs: SeedRuns, seed: int, first: SeedRuns | None = None) -> dict[str, Any]:
     """Figures of a combination, and what it gains, over clips whose figures are means over the seeds.
 
-    runs  of each seed, what evaluation.json holds of each clip: {contender: {figure: [value of each clip]}}
+    first  runs of another combination on the same clips, with which it is compared too
     """
+    means = average_seeds(runs)
+    others = {other: means[other] for other in OTHERS}
+    if first is not None:
+        others["first"] = average_seeds(first)["tuned"]
+    return {
+        "seeds": [seed for seed, _ in runs],
+        "figures": {
+            label: {n: describe(own_B, seed) for n, own_B in figures.items()} for label, figures in means.items()
+        },
+        "against": {
+            other: {
+                name: compare(name, own_B, values[name], seed)
+                for name, own_B in means["tuned"].items()
+                if name in values
+            }
+            for other, values in others.items()
+        },
+    }
+
+
+def average_seeds(runs: SeedRuns) -> dict[str, dict[str, Tensor]]:
+    """The mean over the seeds of each clip's figures: {contender: {figure: (B,) fp64}}."""
 
     def average(contender: str, figure: str) -> Tensor:
         values_SB = torch.tensor(
@@ -326,17 +352,7 @@ def sum_up_row(runs: Sequence[tuple[int, Mapping[str, Any]]], seed: int) -> dict
         return values_SB.mean(0)
 
     names = list(runs[0][1]["tuned"])
-    means = {label: {name: average(label, name) for name in names} for label in ("linear", "base", "tuned")}
-    return {
-        "seeds": [seed for seed, _ in runs],
-        "figures": {
-            label: {n: describe(own_B, seed) for n, own_B in figures.items()} for label, figures in means.items()
-        },
-        "against": {
-            other: {name: compare(name, means["tuned"][name], means[other][name], seed) for name in names}
-            for other in OTHERS
-        },
-    }
+    return {label: {name: average(label, name) for name in names} for label in ("linear", "base", "tuned")}
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -355,6 +371,8 @@ def to_markdown(summary: dict[str, Any]) -> str:
         figure = main_figure(table)
         head = ["", "seeds", *(NAMES.get(label, label) for label in ("linear", "base", "tuned"))]
         head += [f"gain on {NAMES[other]} [95 %]" for other in OTHERS] + [f"better than {NAMES['base']}"]
+        first, *others = table["rows"]
+        head += [f"gain on {first} [95 %]"] * bool(others)
         lines += [f"{title_of(table)}; {find_figure(figure).label}, dB", ""]
         lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
         for name, row in table["rows"].items():
@@ -362,7 +380,10 @@ def to_markdown(summary: dict[str, Any]) -> str:
             cells = [name, str(len(row["seeds"]))]
             cells += [_show(row["figures"][label][figure], "") for label in ("linear", "base", "tuned")]
             cells += [_show(row["against"][other][figure], "+") for other in OTHERS]
-            lines.append(f"| {' | '.join([*cells, '{improved} of {clips} clips'.format(**gain)])} |")
+            cells.append(f"{gain['improved']} of {gain['clips']} clips")
+            if others:
+                cells.append("" if name == first else _show(row["against"]["first"][figure], "+"))
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
         if len({json.dumps(row["figures"]["linear"][figure]) for row in table["rows"].values()}) > 1:
             lines += [
@@ -401,13 +422,14 @@ def list_charts(summary: dict[str, Any]) -> list[str]:
     charts = []
     for table in summary["tables"]:
         figure = main_figure(table)
+        labels = {other: NAMES[other] for other in OTHERS} | {"first": next(iter(table["rows"]))}
         gains = {
-            f"on {NAMES[other]}": {
+            f"on {label}": {
                 name: (gain["mean"], gain["low"], gain["high"])
                 for name, row in table["rows"].items()
-                if (gain := row["against"][other][figure])["mean"] is not None
+                if other in row["against"] and (gain := row["against"][other][figure])["mean"] is not None
             }
-            for other in OTHERS
+            for other, label in labels.items()
         }
         charts.append(intervals(title_of(table), gains, f"gain in {find_figure(figure).label}, dB"))
     return [drawn for drawn in charts if drawn]
