@@ -1,13 +1,15 @@
-"""Makes the base that comes with the toolkit: python docs/tiny_base.py start OUT, then training, then finish.
+"""Makes the base that comes with the toolkit: python docs/tiny_base.py start OUT PICTURES, training, and finish.
 
 toolkit/bases/tiny/README.md has the commands in their order, and what came out.
 """
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
-import fire
+from toolkit.cli import main
+from toolkit.errors import UserError
 
 
 def start(out: str, pictures: str, seed: int = 0, count: int = 150) -> str:
@@ -26,15 +28,18 @@ def start(out: str, pictures: str, seed: int = 0, count: int = 150) -> str:
     from toolkit.data.index import open_sources
     from toolkit.data.loader import MicroBatches
     from toolkit.model.tiny import fit_decoder, make_tiny_base
+    from toolkit.run.find_lr import read
     from toolkit.run.framer import to_signed
     from toolkit.run.job import clip_settings
 
+    if Path(out).exists():
+        raise UserError(f"{out} is there already; give a new folder")
     config = load_config(Path("launch/recipes/tiny_base.yaml"), {"data.mix": {pictures: 1}})
     index = open_sources(config.data, "train")
     batches = MicroBatches(index, index.order(seed), clip_settings(config), 1, 1, rank=0, world=1)
     make_tiny_base(Path(out), seed)
     vae = AutoencoderKLTemporalDecoder.from_pretrained(out, subfolder="vae")
-    fit_decoder(vae, torch.cat([to_signed(batches[k].frames_BTHWC)[:, 0] for k in range(count)]))
+    fit_decoder(vae, torch.cat([to_signed(read(batches, k).frames_BTHWC)[:, 0] for k in range(count)]))
     vae.save_pretrained(Path(out) / "vae")
     return f"wrote {out}; next: train its UNet with launch/recipes/tiny_base.yaml"
 
@@ -45,12 +50,12 @@ def finish(unet: str, start: str, out: str) -> str:
     Args:
         unet: a checkpoint of full tuning
         start: what training began from, for everything but the UNet
-        out: new folder
+        out: new folder, or one whose files of these names are replaced
     """
     import torch
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(start, out)
+    shutil.copytree(start, out, dirs_exist_ok=True)
     shutil.copy(Path(unet) / "diffusion_pytorch_model.safetensors", Path(out) / "unet")
     for file in Path(out).rglob("*.safetensors"):
         save_file({name: t.to(torch.float16) for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
@@ -63,4 +68,6 @@ def finish(unet: str, start: str, out: str) -> str:
 
 
 if __name__ == "__main__":
-    fire.Fire({"start": start, "finish": finish})
+    if sys.argv[1:2] not in (["start"], ["finish"]):
+        sys.exit(__doc__)
+    main({"start": start, "finish": finish}[sys.argv.pop(1)])

@@ -228,6 +228,10 @@ def test_targets_are_a_name_an_expression_or_a_list(recipe: Path, given: Any, re
         ({"lora.dora": True, "lora.dropout": 0.1}, "dora and dropout do not go together"),
         ({"diffusion.control": True}, "diffusion.control is on, but model.controlnet names none"),
         ({"model.quantize": "int8", "engine.kind": "zero3"}, "model.quantize is int8, but engine.kind zero3"),
+        (
+            {"tuning": "full", "full.parameters": "conv_out.*", "engine.kind": "zero3"},
+            "full.parameters is a part of the UNet, but engine.kind zero3 shards the rest of it too",
+        ),
         ({"checkpoint.ema": True, "engine.kind": "zero3"}, "checkpoint.ema is on, but engine.kind zero3 shards"),
         ({"checkpoint.ema": True, "engine.kind": "fsdp2"}, "checkpoint.ema is on, but engine.kind fsdp2 shards"),
         ({"diffusion.conditioning_dropout": 0.4}, "conditioning_dropout is 0.4"),

@@ -235,7 +235,7 @@ def test_a_network_of_video_features_is_called_as_i3d_is(tmp_path: Path, recwarn
     """Channels before time, 224 pixels wide and high, its features and not its classes; without a warning to the user."""
     path = save_video_network(tmp_path / "i3d.pt", MeanColours())
     recwarn.clear()
-    features = load_video_features(path)
+    features = load_video_features(path, 10)
     colours_BTC = torch.rand(2, 10, 3) * 2 - 1
     made_BD = features(colours_BTC[..., None, None].expand(2, 10, 3, 32, 48))
     assert torch.allclose(made_BD, colours_BTC.transpose(1, 2).flatten(1), atol=1e-5)
@@ -256,13 +256,15 @@ def test_other_files_make_no_video_features(tmp_path: Path) -> None:
     """Nothing there, no TorchScript, a network that is called otherwise or makes something else: told with what to give."""
     path = tmp_path / "i3d.pt"
     with pytest.raises(UserError, match=r"cannot read video features for FVD from .*; give i3d_torchscript.pt"):
-        load_video_features(path)
+        load_video_features(path, 10)
     path.write_bytes(b"PK pickled")
     with pytest.raises(UserError, match="cannot read video features for FVD"):
-        load_video_features(path)
+        load_video_features(path, 10)
     for network in (Frames(), NoFeatures()):
-        with pytest.raises(UserError, match=r"makes no features of a video, .*; give i3d_torchscript.pt"):
-            load_video_features(save_video_network(path, network))
+        with pytest.raises(
+            UserError, match=r"makes no row of features of a video of 10 frames, .*; give i3d_torchscript.pt"
+        ):
+            load_video_features(save_video_network(path, network), 10)
 
 
 @pytest.mark.parametrize("clips", [40, 3], ids=["more clips than features", "fewer"])
@@ -284,3 +286,5 @@ def test_frechet_distance_equals_its_definition(clips: int) -> None:
     assert frechet_distance(first_ND, second_MD) == pytest.approx(expected, rel=1e-6)
     assert frechet_distance(second_MD, first_ND) == pytest.approx(expected, rel=1e-6)
     assert frechet_distance(first_ND, first_ND) == pytest.approx(0, abs=1e-9)
+    first_ND[0, 0] = torch.inf
+    assert math.isnan(frechet_distance(first_ND, second_MD)) and math.isnan(frechet_distance(second_MD, first_ND))

@@ -291,6 +291,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"model.quantize is {self.model.quantize}, but engine.kind zero3 shards whole weights; take zero2"
             )
+        if self.tuning == "full" and self.full.parameters != "all" and self.engine.kind == "zero3":
+            raise ValueError(
+                "full.parameters is a part of the UNet, but engine.kind zero3 shards the rest of it too, which checkpoints "
+                "hold whole; take zero2, or train all"
+            )
         if self.checkpoint.ema and self.engine.kind in ("zero3", "fsdp2"):
             raise ValueError(
                 f"checkpoint.ema is on, but engine.kind {self.engine.kind} shards what trains, and averages are of the "

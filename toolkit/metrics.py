@@ -4,6 +4,7 @@ Test: pytest tests/test_metrics.py (SSIM against scikit-image, Fréchet distance
 (B, 3, H, W) in pixels, and videos (B, T, 3, H, W). A level is 1/255 of the range.
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -137,9 +138,10 @@ FVD_MIN_FRAMES = 9  # I3D halves them three times, and pools two at the end
 _I3D_PX = 224
 
 
-def load_video_features(path: str | Path) -> Features:
+def load_video_features(path: str | Path, frames: int) -> Features:
     """Read I3D as it is published for FVD, or another TorchScript network that is called as it is: a video's features.
 
+    frames  of the videos, FVD_MIN_FRAMES or more
     raises  UserError where there is no such file, or it holds something else
     source  universome/fvd-comparison: forward(x, rescale, resize, return_features), x (B, 3, T, 224, 224) in [-1, 1]
     """
@@ -161,12 +163,12 @@ def load_video_features(path: str | Path) -> Features:
         return network(video_BCTHW, rescale=False, resize=False, return_features=True)
 
     try:
-        shape = [*features(torch.zeros(1, FVD_MIN_FRAMES, 3, _I3D_PX, _I3D_PX)).shape]
+        shape = [*features(torch.zeros(1, frames, 3, _I3D_PX, _I3D_PX)).shape]
     except (RuntimeError, AttributeError) as error:
         shape = [in_one_line(error)]
     if len(shape) != 2:
         raise UserError(
-            f"{path} makes no features of a video, one row of numbers each, but {shape}; give i3d_torchscript.pt of "
+            f"{path} makes no row of features of a video of {frames} frames, but {shape}; give i3d_torchscript.pt of "
             "universome/fvd-comparison"
         )
     return features
@@ -175,10 +177,14 @@ def load_video_features(path: str | Path) -> Features:
 def frechet_distance(features_ND: Tensor, true_MD: Tensor) -> float:
     """How far two sets of features are apart, each taken for a normal distribution; 0 for equal sets, of two rows or more.
 
+    NaN where a feature is no finite number.
+
     With covariances A'A and B'B the trace of the root of their product is the sum of the singular values of A B', which
     has as many rows as there are clips: exact where these are fewer than the features.
     source  Dowson and Landau 1982; Unterthiner et al. 2019 (FVD)
     """
+    if not (features_ND.isfinite().all() and true_MD.isfinite().all()):
+        return math.nan
     means, roots = [], []
     for rows in (features_ND.double(), true_MD.double()):
         means.append(rows.mean(0))

@@ -178,9 +178,9 @@ def test_fvd_is_of_whole_windows(settings: dict[str, Any], tmp_path: Path) -> No
     blend_BTC = torch.lerp(true_BTC[:, :1], true_BTC[:, -1:], torch.linspace(0, 1, 9).view(9, 1))
     expected = frechet_distance(blend_BTC.flatten(1), true_BTC.flatten(1))
     assert values["linear"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
-    assert "FVD" in to_text(report) and "FVD from so few clips" in to_text(report)
-    assert "FVD from so few clips" in (tmp_path / "report.html").read_text()
-    with pytest.raises(UserError, match="--fvd compares sets of clips, and one is held out"):
+    assert "FVD" in to_text(report) and "FVD has no interval, and from so few clips" in to_text(report)
+    assert "FVD has no interval, and from so few clips" in (tmp_path / "report.html").read_text()
+    with pytest.raises(UserError, match="--fvd compares sets of clips, and one is judged; give more --clips"):
         evaluate_run(str(long), 1, 1, out=str(tmp_path), fvd=network, shards=others)
 
 
@@ -193,6 +193,21 @@ def test_other_clips_are_judged_on_request(trained: Path, tmp_path: Path) -> Non
     elsewhere = load_config(trained / "config.yaml", {"data.shards": str(tmp_path / "others")})
     assert own["keys"] == [clip.key for clip in load_held_out(elsewhere, 1)]
     assert (tmp_path / "out/report.html").exists() and not (trained / "evaluation.json").exists()
+    # it need not be where what it was trained on is
+    away = Path(shutil.copytree(trained, tmp_path / "away"))
+    recipe = (away / "config.yaml").read_text()
+    (away / "config.yaml").write_text(recipe.replace(str(load_config(away / "config.yaml").data.shards), "/gone"))
+    with pytest.raises(UserError, match="there is no folder /gone"):
+        evaluate_run(str(away), 1, 1)
+    again = evaluate_run(str(away), 1, 1, out=str(tmp_path / "out"), shards=str(tmp_path / "others"))
+    assert again["gaps"] == report["gaps"]
+
+
+def test_a_place_that_cannot_be_written_is_told_first(trained: Path, tmp_path: Path, no_network: None) -> None:
+    """And not once all is generated."""
+    (tmp_path / "results.json").touch()
+    with pytest.raises(OSError, match="results.json"):
+        evaluate_run(str(trained), 1, 1, out=str(tmp_path / "results.json"))
 
 
 def test_a_run_without_adapter_is_its_own_base(trained: Path) -> None:

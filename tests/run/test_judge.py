@@ -187,6 +187,8 @@ def test_gains_are_taken_clip_by_clip() -> None:
     assert -0.11 < gain["low"] <= gain["mean"] <= gain["high"] < 1.11
     for figure, better in (("psnr_middle", 3), ("ssim", 3), ("flicker", 0), ("lpips_middle", 0), ("lighting_luma", 0)):
         assert compare(figure, base + 1, base, 0)["improved"] == better
+    exact = compare("psnr", torch.tensor([math.inf, 30.0]), torch.tensor([29.0, 29.0]), 0)
+    assert (exact["improved"], exact["clips"]) == (1, 1), "what does not count is not better either"
 
 
 @pytest.mark.parametrize("layout", ["framer_clip", "spec_middle"])

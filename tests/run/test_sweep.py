@@ -115,6 +115,10 @@ def test_what_is_finished_is_not_done_again(settings: dict[str, Any], swept: Pat
     assert do(fewer, "{lora.rank: [1]}", seeds=1, gaps=[]) == ["train rank-1_seed-0", "evaluate rank-1_seed-0"]
     assert [len(table["keys"]) for table in read(folder)["tables"]] == [1]
     assert do(settings) == []
+    # what was judged otherwise before stands in no table
+    assert do(fewer, part="1/4") == [f"train {NAMES[0]}", f"evaluate {NAMES[0]}"]
+    assert [[row["seeds"] for row in table["rows"].values()] for table in read(folder)["tables"]] == [[[0]]] * 2
+    assert do(settings) == [f"train {NAMES[0]}", f"evaluate {NAMES[0]}"]
     with pytest.raises(UserError, match="rank-2: .*was made by another recipe .lora.alpha was 4.0, is 8.0"):
         do(settings | {"lora.alpha": 8})
 

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from toolkit.config import DataConfig, RunConfig
+from toolkit.config import RunConfig
 from toolkit.errors import UserError
 from toolkit.metrics import FVD_MIN_FRAMES, LPIPS_MIN_PX, frechet_distance, load_lpips, load_video_features
 from toolkit.run.checkpoint import replace_text
@@ -91,22 +91,25 @@ def evaluate_run(
     if shards is not None and out is None:
         raise UserError("--shards judges on other clips than the run's own; give --out FOLDER for what is written")
     folder = Path(out or runs[0]).expanduser()
-    refuse_other_split(sources)
     if shards is not None:
-        data = DataConfig.model_validate(config.data.model_dump() | {"shards": shards, "mix": None})
-        config = config.model_copy(update={"data": data})
+        sources = {name: own.on_shards(shards) for name, own in sources.items()}
+        config = sources[tuned].config
+    refuse_other_split(sources)
     networks = load_networks(config, lpips, fvd)
     sampling = recipe_sampling(config)
     sampling = sampling if steps is None else replace(sampling, steps=steps)
     contenders = list_contenders(sources, sampling, sweep)
     windows = load_windows(config, [*dict.fromkeys(gaps)] or [own_gap(config)], clips or config.validation.clips)
     if networks.fvd and len(next(iter(windows.values()))) < 2:
-        raise UserError("--fvd compares sets of clips, and one is held out; pack more videos, or leave it out")
+        raise UserError(
+            "--fvd compares sets of clips, and one is judged; give more --clips, pack more videos, or leave it out"
+        )
+    (folder / "samples").mkdir(parents=True, exist_ok=True)  # what cannot be written is not worth generating
     results: dict[int, dict[str, Result]] = {}
     for gap, own in windows.items():
         results[gap] = {
             "linear": judge_windows(own, (blend_window(own, i) for i in range(len(own))), networks),
-            "true": judge_windows(own, (own.true(i) for i in range(len(own))), networks),
+            "true": judge_windows(own, (own.true(i) for i in range(len(own))), replace(networks, lpips=None)),
         }
     for label, gap, result in run_contenders(contenders, windows, networks, compiled):
         results[gap][label] = result
@@ -117,8 +120,9 @@ def evaluate_run(
         for name, label in (("linear", "linear"), ("base", "base"), ("tuned", tuned)):
             report[f"{metric}_{name}"] = by_gap[str(gap)]["figures"][label][f"{metric}_middle"]["mean"]
     first_BCHW, *_, last_BCHW = to_signed(own.frames_BTHWC).unbind(1)
-    made = {label: to_signed(results[gap][label].middle_BHWC) for label in ("linear", contenders[tuned].base, tuned)}
-    columns = {"first": first_BCHW, **made, "true": true_middles(own), "last": last_BCHW}
+    shown = ("linear", contenders[tuned].base, tuned, "true")
+    middles = {label: to_signed(results[gap][label].middle_BHWC) for label in shown}
+    columns = {"first": first_BCHW, **middles, "last": last_BCHW}
     report |= {
         "strip": str(draw_strip(folder / "samples/strip.png", columns)),
         "report": str(folder / "report.html"),
@@ -143,7 +147,7 @@ def load_networks(config: RunConfig, lpips: str | None, fvd: str | None) -> Netw
         )
     return Networks(
         None if lpips is None else load_lpips(Path(lpips).expanduser()),
-        None if fvd is None else load_video_features(Path(fvd).expanduser()),
+        None if fvd is None else load_video_features(Path(fvd).expanduser(), window_frames(config)),
     )
 
 
@@ -217,19 +221,14 @@ def draw_extremes(results: dict[str, Result], windows: Windows, tuned: str) -> I
     gain_B = (results[tuned].figures[figure] - results["base"].figures[figure]).nan_to_num(0, 0, 0)
     rows = list(dict.fromkeys([int(gain_B.argmax()), int(gain_B.argmin())]))
     ends_BTCHW = to_signed(windows.frames_BTHWC[rows])
-    middles = {label: to_signed(results[label].middle_BHWC[rows]) for label in ("linear", "base", tuned)}
-    columns = {"first": ends_BTCHW[:, 0], **middles, "true": true_middles(windows)[rows], "last": ends_BTCHW[:, -1]}
+    middles = {label: to_signed(results[label].middle_BHWC[rows]) for label in ("linear", "base", tuned, "true")}
+    columns = {"first": ends_BTCHW[:, 0], **middles, "last": ends_BTCHW[:, -1]}
     captions = [
         f"{name} gain, {windows.keys[row]}: "
         + ", ".join(f"{label} {results[label].figures[figure][row]:.2f} dB" for label in ("linear", "base", tuned))
         for name, row in zip(("largest", "smallest"), rows, strict=False)
     ]
     return compose_strip(columns, captions)
-
-
-def true_middles(windows: Windows) -> Tensor:
-    """The true middle frames, the later of two, (B, 3, H, W) in [-1, 1]."""
-    return to_signed(windows.frames_BTHWC[:, windows.frames_BTHWC.shape[1] // 2])
 
 
 def draw_strip(path: Path, columns: dict[str, Tensor], captions: Sequence[str] = ()) -> Path:

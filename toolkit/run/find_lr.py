@@ -64,8 +64,8 @@ def find_lr(recipe: str, steps: int, overrides: Mapping[str, Any]) -> dict[str, 
     index = open_sources(config.data, "train")
     if index.cached:
         check_cache(config, config.model)
-    start, *trials = show_trials(try_rates(config, index, steps), steps)
     config.folder.mkdir(parents=True, exist_ok=True)
+    start, *trials = show_trials(try_rates(config, index, steps), steps)
     found, drawn = (config.folder / name for name in RATE_FILES)
     replace_text(drawn, stack_charts([draw(start.loss, trials)]))
     lowest = min(trials, key=lambda trial: trial.loss)
@@ -73,7 +73,7 @@ def find_lr(recipe: str, steps: int, overrides: Mapping[str, Any]) -> dict[str, 
     suggested = float(f"{lowest.rate / BELOW:.1e}")
     flags = [part for name, value in overrides.items() if name != "optimizer.lr" for part in (f"--{name}", str(value))]
     command = [
-        "deepspeed",
+        "python" if asked.engine.kind == "plain" else "deepspeed",  # which would start one process for each GPU
         program("launch/train.py"),
         "--config",
         recipe,

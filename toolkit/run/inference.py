@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from toolkit.config import ModelConfig, RunConfig, load_config, parse_config
+from toolkit.config import DataConfig, ModelConfig, RunConfig, load_config, parse_config
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
 from toolkit.model.attention import set_attention
@@ -74,6 +74,11 @@ class Source:
         model = ModelConfig.model_validate(self.config.model.model_dump() | changes)
         tuned = None if changes.get("unet") is not None else self.tuned_unet
         return replace(self, config=self.config.model_copy(update={"model": model}), tuned_unet=tuned)
+
+    def on_shards(self, folder: str) -> Source:
+        """The same with other clips to judge on."""
+        data = DataConfig.model_validate(self.config.data.model_dump() | {"shards": folder, "mix": None})
+        return replace(self, config=self.config.model_copy(update={"data": data}))
 
     def averaged(self, sigma_rel: float) -> Source:
         """The same with an average over the training, see ema.py; 0 is the weights themselves.

@@ -234,8 +234,9 @@ def describe(values_B: Tensor, seed: int) -> dict[str, Any]:
 
 def compare(figure: str, own_B: Tensor, other_B: Tensor, seed: int) -> dict[str, Any]:
     """Describe the difference own - other, clip by clip, and count the clips in which own is better."""
-    better_B = find_figure(figure).sign * (own_B - other_B) > 0
-    return describe(own_B - other_B, seed) | {"improved": int(better_B.sum())}
+    gain_B = own_B - other_B
+    better_B = (find_figure(figure).sign * gain_B > 0) & gain_B.isfinite()  # of the clips that count
+    return describe(gain_B, seed) | {"improved": int(better_B.sum())}
 
 
 def rounded(value: float) -> float | None:

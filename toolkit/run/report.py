@@ -24,7 +24,7 @@ UNITS = (
     "PSNR in dB, flicker and drift in levels of 255, each with half of its 95 % interval; of flicker and drift less is "
     "better, and the true frames drift too"
 )
-FEW = "FVD from so few clips compares these contenders with each other, at the same gap, and nothing else"
+FEW = "FVD has no interval, and from so few clips it compares these contenders at the same gap, and nothing else"
 RULE = (
     "the smallest whose moving PSNR is not worse than the best one's beyond the noise of the clips: 0 lies in the 95 % "
     "interval of the difference, taken clip by clip"

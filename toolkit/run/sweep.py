@@ -106,7 +106,9 @@ def run_sweep(
                 print(
                     f"{each_s:.0f} s a run so far: about {each_s * (len(todo) - done) / 60:.0f} min to go", flush=True
                 )
-    judged = [point for point in points if is_judged(point, gaps)]
+    judged = [
+        point for point in points if is_finished(point.config, clips[point.config.name]) and is_judged(point, gaps)
+    ]
     if judged:
         write_summary(folder, sum_up(judged))
     if failed:
@@ -253,7 +255,7 @@ def judge_point(point: Point, gaps: Sequence[int], requests: Requests) -> bool:
 
 
 def is_judged(point: Point, gaps: Sequence[int]) -> bool:
-    """Whether a run was evaluated at these gaps, by its present settings, after its last checkpoint."""
+    """Whether a run was evaluated at these gaps after its last checkpoint."""
     run, found = point.config.folder, point.evaluation
     if not found.exists() or found.stat().st_mtime <= max((run / n).stat().st_mtime for n in ("config.yaml", "LATEST")):
         return False
