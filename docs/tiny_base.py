@@ -11,6 +11,8 @@ from pathlib import Path
 from toolkit.cli import main
 from toolkit.errors import UserError
 
+RECIPE = Path(__file__).parents[1] / "launch/recipes/tiny_base.yaml"
+
 
 def start(out: str, pictures: str, seed: int = 0, count: int = 150) -> str:
     """Write the base that training begins from: networks wired by hand, and the VAE's decoder fitted to pictures.
@@ -34,7 +36,7 @@ def start(out: str, pictures: str, seed: int = 0, count: int = 150) -> str:
 
     if Path(out).exists():
         raise UserError(f"{out} is there already; give a new folder")
-    config = load_config(Path("launch/recipes/tiny_base.yaml"), {"data.mix": {pictures: 1}})
+    config = load_config(RECIPE, {"data.mix": {pictures: 1}})
     index = open_sources(config.data, "train")
     batches = MicroBatches(index, index.order(seed), clip_settings(config), 1, 1, rank=0, world=1)
     make_tiny_base(Path(out), seed)

@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
+from safetensors.torch import load_file
 from transformers import CLIPVisionModelWithProjection
 
+from docs.tiny_base import finish, start
 from toolkit.config import ModelConfig
 from toolkit.data.format import file_sha256
+from toolkit.errors import UserError
 from toolkit.metrics import psnr_db
 from toolkit.model.base import Base, load_base
 from toolkit.model.encoders import decode_latents, encode_frames
-from toolkit.model.sources import PARTS
+from toolkit.model.sources import PARTS, TINY_FOLDER
 from toolkit.model.tiny import SCALING, make_tiny_base
 
 
@@ -108,3 +111,21 @@ def test_folder_holds_no_pickle(tiny_base: Path) -> None:
     """Only JSON and safetensors, in the folders of SVD's layout."""
     assert {p.suffix for p in tiny_base.rglob("*") if p.is_file()} == {".json", ".safetensors"}
     assert {*PARTS, "feature_extractor"} == {p.name for p in tiny_base.iterdir()}
+
+
+def test_the_shipped_base_is_made_as_its_card_says(tiny_shards: Path, tmp_path: Path) -> None:
+    """start, and finish with whatever UNet came of training: all that is neither fitted nor trained is what is shipped."""
+    start(str(tmp_path / "start"), str(tiny_shards), count=2)
+    finish(str(tmp_path / "start/unet"), str(tmp_path / "start"), str(tmp_path / "made"))
+    for part in ("vae", "image_encoder"):
+        made, theirs = (
+            load_file(next((root / part).glob("*.safetensors"))) for root in (tmp_path / "made", TINY_FOLDER)
+        )
+        assert made.keys() == theirs.keys() and all(tensor.dtype == torch.float16 for tensor in made.values())
+        fitted = {name for name in made if not torch.equal(made[name], theirs[name])}
+        assert fitted <= {"decoder.conv_in.weight", "decoder.up_blocks.0.upsamplers.0.conv.bias"}, part
+    for place in ("vae/config.json", "unet/config.json", "image_encoder/config.json"):
+        assert "_name_or_path" not in (tmp_path / "made" / place).read_text()
+    load_base(ModelConfig(base=str(tmp_path / "made")), torch.device("cpu"), "fp32")
+    with pytest.raises(UserError, match="is there already; give a new folder"):
+        start(str(tmp_path / "start"), str(tiny_shards))

@@ -18,9 +18,8 @@ from toolkit.errors import UserError, in_one_line
 
 WEIGHTED = ("unet", "vae", "image_encoder")
 PARTS = (*WEIGHTED, "scheduler")
-TINY_FOLDER = (
-    Path(__file__).resolve().parents[1] / "bases/tiny"
-)  # comes with the toolkit; its README tells how it was made
+# comes with the toolkit; its README tells how it was made
+TINY_FOLDER = Path(__file__).resolve().parents[1] / "bases/tiny"
 # name -> hub ids of the base, or its folder, and of the UNet that replaces its own
 NAMED_BASES: dict[str, tuple[str, str | None]] = {
     "framer": ("stabilityai/stable-video-diffusion-img2vid-xt", "wwen1997/framer_512x320"),
