@@ -158,7 +158,8 @@ class DiffusionConfig(Section):
     lognormal_mean: float = 0.7
     lognormal_std: float = Field(1.6, gt=0)
     loss_space: Literal["epsilon", "v", "edm"] = "epsilon"
-    # gamma of min-SNR: errors of z count min(SNR, gamma), so less at high noise, where only the two stills tell; null: off
+    # gamma of min-SNR, null: off. Errors of the latents count min(SNR, gamma): low noise counts less than epsilon's loss has
+    # it, high noise less than v's and edm's have it
     min_snr_gamma: float | None = Field(None, gt=0)
     noise_augmentation: float = Field(0.0, ge=0, le=1)  # std of pixel noise on the two stills; also the third time id
     # p: tokens zeroed in 2p of the clips, end latents in 2p, both in p of them; guidance at inference wants 0.1

@@ -104,7 +104,9 @@ def test_what_is_still_and_what_explodes(settings: dict[str, Any], monkeypatch: 
     made(0.1)
     with pytest.raises(UserError, match="made the loss no number"):
         find_lr(str(RECIPE), 10, settings | {"name": "still"})
-    made(0.1, 0.09, 0.08)
+    made(0.1, 0.09, 0.08)  # and then no number: a higher rate will not do
+    assert "highest rate" not in tell(find_lr(str(RECIPE), 10, settings | {"name": "still"}))
+    monkeypatch.setattr(module, "HIGHEST", 2e-6)
     assert "still falling at the highest rate" in tell(find_lr(str(RECIPE), 10, settings | {"name": "still"}))
     # the rise at the end does not flatten the fall before it
     assert (

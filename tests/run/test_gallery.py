@@ -10,9 +10,11 @@ from PIL import Image
 
 from tests.launching import adapter_bytes, launch, read_numbers, train_here
 from tests.run.test_monitor import read_board
+from toolkit.errors import UserError
 from toolkit.run.cache import cache_shards
 from toolkit.run.checkpoint import best_checkpoint
 from toolkit.run.evaluate import evaluate_run
+from toolkit.run.framer import NotFinite
 from toolkit.run.monitor import read_log
 
 LOOKS = {"validation.figures_every_steps": 2, "validation.clips": 2, "validation.sampler_steps": 2}
@@ -66,6 +68,37 @@ def test_best_may_be_a_figure(plain: dict[str, Any], shown: Path, tmp_path: Path
     best = max(psnr, key=psnr.__getitem__)
     assert json.loads((run / "BEST").read_text()) == {"step": best, "by": "psnr", "score": psnr[best], "clips": 2}
     assert max(psnr) == min(best + 3, 8) and best_checkpoint(run).name == f"step_{best:06d}"
+
+
+def test_a_number_that_is_none_ends_no_run(plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window that comes out without a finite number has no figures; the run goes on, and what it learned is saved."""
+
+    def broken(*_: Any) -> Any:
+        raise NotFinite("the network's answer is not a finite number")
+
+    monkeypatch.setattr("toolkit.run.gallery.make_window", broken)
+    run = train_here(plain | LOOKS | {"name": "broken", "schedule.steps": 2})
+    rows = read_log(run / "validation.jsonl")
+    assert [row["psnr"]["tuned"] for row in rows] == [None, None] and rows[0]["psnr"]["linear"] > 0
+    assert (run / "checkpoints/step_000002").is_dir()
+
+
+def test_what_a_look_would_refuse_is_refused_at_the_start(
+    plain: dict[str, Any], tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before weights are read, and before --fresh sets the old run aside: no held-out clips, a sampler that cannot be."""
+    run = train_here(plain | {"name": "old", "schedule.steps": 1})
+    monkeypatch.setattr("toolkit.run.job.load_base", lambda *_, **__: 1 / 0)
+    shards = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
+    for path in shards.glob("val-*"):
+        path.unlink()
+    for changes, words in (
+        ({"data.shards": str(shards)}, "val"),
+        ({"validation.sampler": "lcm", "validation.sampler_steps": 50}, "sampler_steps|steps"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train_here(plain | LOOKS | {"name": "old"} | changes, fresh=True)
+    assert not run.with_name("old.1").exists() and (run / "checkpoints/step_000001").is_dir()
 
 
 def test_pictures_are_kept_and_on_the_board(shown: Path) -> None:

@@ -13,9 +13,12 @@ import torch
 from tests.launching import RECIPE, adapter_bytes, launch, read_numbers, train_here
 from toolkit.config import load_config
 from toolkit.data.index import open_shards
+from toolkit.data.pack import pack
+from toolkit.data.synth import synth
 from toolkit.diffusion.objective import min_snr_weight
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
+from toolkit.run.best import Best, count_misses
 from toolkit.run.cache import cache_shards
 from toolkit.run.checkpoint import best_checkpoint, list_checkpoints
 from toolkit.run.evaluate import load_held_out
@@ -111,6 +114,54 @@ def test_patience_ends_a_run(
     assert not is_finished(load_config(RECIPE, overrides | {"validation.patience": 6}), 10)
     train_here(overrides | {"validation.patience": 6})
     assert read_numbers(run) == read_numbers(validated) and "ended early" not in capsys.readouterr().out
+
+
+def test_patience_counts_looks(plain: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Those of this kind and no steps: a run that never looked, or looked at other clips, has missed none."""
+    overrides = plain | {"name": "late", "runs_dir": str(tmp_path), "schedule.steps": 4}
+    shutil.rmtree(list_checkpoints(train_here(overrides))[-1])
+    looking = overrides | EVERY | {"validation.patience": 2}
+    run = train_here(looking)
+    assert "ended early" not in capsys.readouterr().out and list_checkpoints(run)[-1].name == "step_000004"
+    state = json.loads((list_checkpoints(run)[-1] / "state.json").read_text())
+    assert read_best(run)[0] == 4 and state["validation_misses"] == 0
+    settings = load_config(RECIPE, looking).validation
+    state["validation_misses"] = 1
+    assert count_misses(state, settings) == 1
+    assert count_misses(state, settings.model_copy(update={"clips": 1})) == 0
+    kept = Best(settings)
+    for step, score in enumerate((0.5, 0.4, None, float("nan"), None, 0.6), start=10):
+        assert not kept.is_over
+        kept.note(step, score)
+    assert kept.is_over and (kept.step, kept.misses) == (11, 2)
+
+
+def test_held_out_clips_that_are_too_short_are_left_out(
+    plain: dict[str, Any], tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each clip that is scored is another one that fills a window; where none does it is said before weights are read."""
+    synth(tmp_path / "videos", clips=6, seconds=0.2, size=32, seed=3, kind="motion")
+    pack(tmp_path / "videos", tmp_path / "short", holdout=0.5, min_frames=5)
+    assert 0 < max(row.clip.frames for row in open_shards(tmp_path / "short", "val").rows) < 9
+    shards = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
+    for path in (tmp_path / "short").glob("val-000000.*"):
+        shutil.copy(path, shards / path.name.replace("val-000000", "val-000001"))
+        shutil.move(shards / path.name, shards / path.name.replace("val-000000", "val-000002"))
+        shutil.copy(path, shards / path.name)  # the short ones come first
+    held_out = open_shards(shards, "val")
+    overrides = plain | EVERY | {"name": "mixed", "data.shards": str(shards), "data.frames": 9, "data.stride": 1}
+    config = load_config(RECIPE, overrides | {"validation.clips": 10})
+    validator = build_job(config, init_world(join=False), fresh=False).validator
+    long = [row.key for row in held_out.rows if row.clip.frames >= 9]
+    scored = [validator.batches[0][ordinal].keys[0] for ordinal in range(validator.clips[0])]
+    assert scored == long and 0 < len(long) < len(held_out)
+    monkeypatch.setattr("toolkit.run.job.load_base", lambda *_, **__: 1 / 0)
+    for path in shards.glob("val-000002.*"):
+        path.unlink()
+    with pytest.raises(
+        UserError, match="no held-out clip of .* has the 9 frames that data.frames 9 at data.stride 1 need"
+    ):
+        train_here(overrides | {"name": "none_fits"})
 
 
 def test_patience_without_looks_is_refused(plain: dict[str, Any]) -> None:
@@ -224,6 +275,9 @@ def test_overfitting_has_its_name() -> None:
     assert said is not None and "since step 20" in said and "0.4100 to 0.2000" in said and "0.4000 to 0.4500" in said
     assert name_overfitting([*falls, (50, 0.45, 0.6)]) is None
     assert name_overfitting([*falls, (50, 0.39, 0.2)]) is None
+    broken = (50, float("nan"), float("nan"))  # is no look
+    assert name_overfitting([*falls, broken]) is None and name_overfitting([broken, *falls]) is None
+    assert name_overfitting([broken, *falls, (60, 0.45, 0.2)]) == said
 
 
 def test_overfitting_is_said_once(plain: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

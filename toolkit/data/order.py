@@ -63,16 +63,21 @@ class Order:
 
 @dataclass(frozen=True)
 class InSequence:
-    """Sample k at position k, for looking at n samples one after another; in place of a bad one stands the next."""
+    """Samples one after another, for looking at the first of them; in place of a bad one stands one behind these.
 
-    n: int
+    samples  numbers of those that are looked at, and of spare ones
+    first    how many are looked at
+    """
+
+    samples: Sequence[int]
+    first: int
     seed: int
 
     def __getitem__(self, k: int) -> int:
-        return k % self.n
+        return self.samples[k % len(self.samples)]
 
     def substitute(self, k: int, attempt: int) -> int:
-        return (k + attempt) % self.n
+        return self.samples[(self.first + k + attempt - 1) % len(self.samples)]
 
 
 @dataclass(frozen=True)

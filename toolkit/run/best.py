@@ -6,7 +6,9 @@ Test: pytest tests/run/test_validate.py. A look is a loss on them (validate.py),
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from toolkit.config import ValidationConfig
 
@@ -18,20 +20,30 @@ class Best:
     settings: ValidationConfig
     score: float | None = None
     step: int = 0
+    misses: int = 0  # looks since then, none of them better
 
     def note(self, step: int, score: float | None) -> bool:
         """Take a look's score, or None where there was no look; returns whether it is the best until now."""
-        if score is None or not math.isfinite(score):
+        if score is None:
             return False
-        if self.score is not None and not is_better(self.settings.best_by, score, self.score):
+        if not math.isfinite(score) or (
+            self.score is not None and not is_better(self.settings.best_by, score, self.score)
+        ):
+            self.misses += 1
             return False
-        self.score, self.step = score, step
+        self.score, self.step, self.misses = score, step, 0
         return True
 
-    def is_over(self, step: int) -> bool:
+    @property
+    def is_over(self) -> bool:
         """Whether validation.patience looks in a row were no better."""
-        patience, every = self.settings.patience, self.settings.best_every_steps
-        return patience is not None and every is not None and step - self.step >= patience * every
+        return self.settings.patience is not None and self.misses >= self.settings.patience
+
+
+def count_misses(state: Mapping[str, Any], settings: ValidationConfig) -> int:
+    """Looks since the best one at a checkpoint, by its state.json; none where its looks were other ones."""
+    alike = (state.get("validation_by"), state.get("validation_clips")) == (settings.best_by, settings.clips)
+    return state.get("validation_misses", 0) if alike else 0
 
 
 def is_better(by: str, score: float, than: float) -> bool:

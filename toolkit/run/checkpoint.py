@@ -157,7 +157,7 @@ def newest_good(run: Path, set_aside: bool) -> Path | None:
 
 
 def best_checkpoint(run: Path) -> Path:
-    """Find the checkpoint with the lowest validation loss. Raises UserError where there is none, or it is damaged."""
+    """Find the checkpoint that scored best on held-out clips. Raises UserError where there is none, or it is damaged."""
     if (best := find_best(run)) is None:
         raise UserError(f"{run} has no best checkpoint: none that is kept was validated; take the newest")
     folder = checkpoint_folder(run, best.step)

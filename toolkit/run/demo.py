@@ -32,6 +32,8 @@ def run_demo(videos: str | None) -> None:
     """Run the whole job; every stage is a command printed before it runs."""
     if videos is not None and not Path(videos).is_dir():
         raise UserError(f"VIDEOS={videos} is no folder; give a folder of videos, or leave VIDEOS out for rendered ones")
+    if videos is not None and Path(videos).resolve().is_relative_to(WORK.resolve()):
+        raise UserError(f"VIDEOS={videos} lies in {WORK}, which the demo makes anew; move the videos elsewhere")
     shutil.rmtree(WORK, ignore_errors=True)
     shards, python = WORK / "shards", sys.executable
     seconds: dict[str, float] = {}
@@ -90,12 +92,12 @@ def print_summary(summary: dict[str, Any]) -> None:
         "loss, first and last quarter": f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f}",
         "  of a zero prediction": f"{summary['zero_baseline']:.4f}",
         "PSNR of what moves, middle frame, dB": (
-            f"untuned {summary['psnr_moving_base']:.2f} -> tuned {summary['psnr_moving_tuned']:.2f}, better in "
+            f"untuned {_show(summary['psnr_moving_base'])} -> tuned {_show(summary['psnr_moving_tuned'])}, better in "
             f"{summary['clips_improved']} of {summary['held_out_clips']} clips"
         ),
-        "  of blending the stills": f"{summary['psnr_moving_linear']:.2f}",
-        "PSNR of the whole frame, dB": f"untuned {summary['psnr_base']:.2f} -> tuned {summary['psnr_tuned']:.2f}",
-        "  of blending the stills ": f"{summary['psnr_linear']:.2f}",
+        "  of blending the stills": _show(summary["psnr_moving_linear"]),
+        "PSNR of the whole frame, dB": f"untuned {_show(summary['psnr_base'])} -> tuned {_show(summary['psnr_tuned'])}",
+        "  of blending the stills ": _show(summary["psnr_linear"]),
         "adapter": f"{summary['trainable_params']:,} parameters, {summary['adapter_mb']} MB",
         "seconds": f"{sum(seconds.values()):.0f} ({', '.join(f'{k} {v:.0f}' for k, v in seconds.items())})",
     }
@@ -104,6 +106,10 @@ def print_summary(summary: dict[str, Any]) -> None:
         f"\nadapter      {paths['adapter']}\nvideo        {paths['video']}\npictures     {paths['strip']}"
         f"\ntensorboard  {Path(sys.executable).with_name('tensorboard')} --logdir {RUN.parent}"
     )
+
+
+def _show(figure: float | None) -> str:
+    return "none" if figure is None else f"{figure:.2f}"  # where nothing moves, or a blend is exact
 
 
 def _interpolate() -> float:

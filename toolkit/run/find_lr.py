@@ -195,6 +195,6 @@ def tell(report: Mapping[str, Any]) -> str:
         f"suggested: optimizer.lr {report['suggested']:.1e}, a tenth of that: at that rate itself the loss is about to "
         "rise, and a run stays at its rate for longer",
     ]
-    if rate == report["trials"][-1][0]:
+    if rate == report["trials"][-1][0] and math.isclose(rate, HIGHEST):
         lines.append("the loss was still falling at the highest rate, so a higher one may do")
     return "\n".join([*lines, report["command"]])

@@ -29,6 +29,7 @@ from toolkit.engine.world import World
 from toolkit.errors import UserError
 from toolkit.model.formats import find_file
 from toolkit.model.tuning import ABOUT_FILE
+from toolkit.run.best import count_misses
 from toolkit.run.checkpoint import (
     checkpoint_folder,
     checkpoint_step,
@@ -49,6 +50,7 @@ FREE_FIELDS = ("runs_dir", "log_every_steps", "lora.init_from", "checkpoint.", "
                "data.remote", "data.cache_", "data.debug", "data.workers", "data.max_bad_fraction", "engine.kind",
                "engine.deepspeed", "engine.shard_ranks", "engine.hang_timeout_s", "optimizer.max_skipped_steps",
                "model.attention", "model.blocks", "model.memory", "model.compile", "model.cuda_graphs")  # fmt: skip
+SOURCES = ("data.shards", "data.mix", "lora.init_from")  # among these what tells runs apart all the same
 _SHARED_DISK_S = 60  # for which a network disk may go on saying that a file is not there
 RATE_FILES = ("find_lr.json", "find_lr.svg")  # which launch/find_lr.py leaves for a run to come
 # what a kill at the very start can leave, and what is there of a job that was submitted
@@ -70,6 +72,7 @@ class Resume:
     computed_by: str = ""  # kernel, blocks and plan of the steps done
     best: float | None = None  # score of the best look at held-out clips until now
     best_step: int = 0
+    misses: int = 0  # looks since that one
 
 
 def check_folder(config: RunConfig, allow_change: bool = False) -> str:
@@ -149,7 +152,7 @@ def find_resume(
     step = world.broadcast_int(checkpoint_step(newest) if newest else 0)
     resume = Resume()
     if step:
-        resume = _load(checkpoint_folder(folder, step), identity, shapes, world, allow_change, config.checkpoint.ema)
+        resume = _load(config, step, identity, shapes, world, allow_change)
     best, best_step = 0.0, 0.0  # of ranks that leave it to the main one
     if world.is_main:
         cut_ledger(folder, resume.k_next)
@@ -165,13 +168,14 @@ def find_resume(
 
 
 def _load(
-    folder: Path,
+    config: RunConfig,
+    step: int,
     identity: dict[str, Any],
     shapes: Mapping[str, torch.Size],
     world: World,
     allow_change: bool,
-    ema: bool,
 ) -> Resume:
+    folder, ema = checkpoint_folder(config.folder, step), config.checkpoint.ema
     state, tensors = load_checkpoint(folder, ema)
     changed = [f"{key.replace('_', ' ')} was {state.get(key)}, is {value}"
                for key, value in identity.items() if state.get(key) != value]  # fmt: skip
@@ -186,7 +190,7 @@ def _load(
             print(f"going on with something else than {folder} was made with: {'; '.join(changed)}")
         _warn_of_versions(folder)
     numbers = state["step"], tensors, state["updates"], state["skipped_in_a_row"], state["k_next"]
-    return Resume(*numbers, computed_by=state.get("computed_by", ""))
+    return Resume(*numbers, computed_by=state.get("computed_by", ""), misses=count_misses(state, config.validation))
 
 
 def _warn_of_versions(folder: Path) -> None:

@@ -98,6 +98,10 @@ class Sampling:
             raise UserError(f"{self.steps} sampler steps: sampler {self.sampler} takes 1 to {most}")
 
 
+class NotFinite(UserError):
+    """What a network makes of its input holds a number that is not finite."""
+
+
 class Framer:
     """A base (with or without adapter) under a recipe's diffusion settings.
 
@@ -275,7 +279,7 @@ class Framer:
         else:
             latents_BTCHW = sample_euler(denoise, noise_BTCHW, sigmas, on_step)
         if not latents_BTCHW.isfinite().all():
-            raise UserError("the network's answer is not a finite number; lower lora_scale, guidance, fps or motion")
+            raise NotFinite("the network's answer is not a finite number; lower lora_scale, guidance, fps or motion")
         return latents_BTCHW
 
     def make_sigmas(self, sampling: Sampling) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from toolkit.config import RunConfig
 from toolkit.engine.world import World
 from toolkit.run.evaluate import draw_strip
-from toolkit.run.framer import Framer, to_signed, to_uint8
+from toolkit.run.framer import Framer, NotFinite, to_signed, to_uint8
 from toolkit.run.inference import recipe_sampling
 from toolkit.run.judge import blend_window, load_windows, make_window, own_gap, score
 from toolkit.run.monitor import FIGURES_LOG, Monitor, read_log
@@ -34,6 +34,8 @@ class Gallery:
         self.windows = load_windows(config, [gap], config.validation.clips)[gap]
         self.framer, self.world, self.sampling = framer, world, recipe_sampling(config)
         self.folder = config.folder
+        shown = self.windows.frames_BTHWC.shape[1]
+        self.rate_share = (shown - 1) / (config.data.frames - 1)  # fewer frames than the window's last as long
         blends = [score(blend_window(self.windows, i), self.windows.true(i)) for i in range(len(self.windows))]
         self.linear = {name: _mean(torch.cat([one[name] for one in blends])) for name in blends[0]}
 
@@ -72,10 +74,14 @@ class Gallery:
         for turn in range(math.ceil(clips / self.world.size)):  # as many on each rank: an engine may gather weights
             beat()
             i = turn * self.world.size + self.world.rank
-            window_BTCHW = make_window(self.framer, self.windows, min(i, clips - 1), self.sampling)
+            true_BTCHW = self.windows.true(min(i, clips - 1))
+            try:
+                window_BTCHW = make_window(self.framer, self.windows, min(i, clips - 1), self.sampling)
+            except NotFinite:  # a figure that is no number, and no reason to end a run before it has saved
+                window_BTCHW = torch.full_like(true_BTCHW, torch.nan)
             if i < clips:
                 made[i] = window_BTCHW[0]
-            figures = score(window_BTCHW, self.windows.true(min(i, clips - 1)))
+            figures = score(window_BTCHW, true_BTCHW)
             names = list(figures)
             columns.append(torch.stack([figures[name][0] for name in names]).double())
         own_FTR = torch.zeros(len(names), len(columns), self.world.size, dtype=torch.float64)
@@ -104,7 +110,7 @@ class Gallery:
         columns["last"] = stack(sides["true"], -1)
         monitor.show_strip(step, draw_strip(self.folder / f"samples/step_{step:06d}.png", columns))
         beside_TCHW = torch.cat([frames[shown[0]] for frames in sides.values()], 3)
-        rate = self.windows.fps_B[shown[0]].item()
+        rate = self.windows.fps_B[shown[0]].item() * self.rate_share
         monitor.show_video(step, f"samples/{'_'.join(sides)}", to_uint8(beside_TCHW).movedim(3, 1), rate)
 
 

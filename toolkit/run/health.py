@@ -30,7 +30,8 @@ def name_block(parameter: str) -> str:
 class AdapterHealth:
     """Measures an adapter that lies whole on this rank.
 
-    scalings  the factor before B A by module; others than LoRA's matrices count as they are
+    scalings  the factor before B A by module; others than LoRA's matrices and DoRA's magnitudes, which add nothing of their
+              own, count as they are
     """
 
     def __init__(self, adapter: FlatAdapter, scalings: Mapping[str, float]) -> None:

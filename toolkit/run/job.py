@@ -38,9 +38,9 @@ from toolkit.model.sources import find_weights, fingerprint_files
 from toolkit.model.tuning import check_tuning, choose_trainable
 from toolkit.rng import RNG_VERSION
 from toolkit.run.attention import choose_kernel
-from toolkit.run.best import Best
+from toolkit.run.best import Best, count_misses
 from toolkit.run.cache import check_cache
-from toolkit.run.checkpoint import check_space, find_best, list_checkpoints
+from toolkit.run.checkpoint import check_space, list_checkpoints
 from toolkit.run.ema import Averages
 from toolkit.run.folder import (
     INEXACT,
@@ -54,7 +54,8 @@ from toolkit.run.folder import (
 )
 from toolkit.run.framer import Framer, check_objective
 from toolkit.run.gallery import Gallery
-from toolkit.run.inference import load_control
+from toolkit.run.inference import load_control, recipe_sampling
+from toolkit.run.judge import check_gaps, own_gap
 from toolkit.run.ledger import bad_limit
 from toolkit.run.memory import choose_blocks, choose_plan, choose_replay
 from toolkit.run.validate import Validator
@@ -101,7 +102,10 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     blocks = choose_blocks(config)
     index = open_sources(config.data, "train")
     check_clips(config, index)
-    held_out = open_sources(config.data, "val") if config.validation.every_steps is not None else None
+    held_out = open_held_out(config)
+    if config.validation.figures_every_steps is not None:
+        check_gaps(config, [own_gap(config)])
+        recipe_sampling(config)
     changed = "" if fresh else check_folder(config, allow_change)
     begun = not fresh and list_checkpoints(config.folder)  # its own adapter is further than the one it started from
     start = find_adapter(Path(config.lora.init_from)) if config.lora.init_from is not None and not begun else None
@@ -212,10 +216,27 @@ def adam_settings(config: RunConfig) -> AdamSettings:
     return AdamSettings(**config.optimizer.model_dump(include={field.name for field in fields(AdamSettings)}))
 
 
+def open_held_out(config: RunConfig) -> DatasetIndex | None:
+    """The validation split, where a recipe takes losses on it; raises UserError where no clip of it fills a window."""
+    if config.validation.every_steps is None:
+        return None
+    index, span = open_sources(config.data, "val"), shortest_span(config)
+    if not any(row.clip.frames >= span for row in index.rows):
+        raise UserError(
+            f"no held-out clip of {' + '.join(config.data.sources)} has the {span} frames that data.frames "
+            f"{config.data.frames} at data.stride {config.data.strides[0]} need; lower one of them, or pack longer clips"
+        )
+    return index
+
+
+def shortest_span(config: RunConfig) -> int:
+    """Source frames that a clip must have: one too short for the other strides takes the smallest."""
+    return (config.data.frames - 1) * config.data.strides[0] + 1
+
+
 def check_clips(config: RunConfig, index: DatasetIndex) -> None:
     """Refuse data that cannot fill a batch, or of which too much is too short for the window."""
-    stride = config.data.strides[0]  # a clip too short for the others takes this one
-    span = (config.data.frames - 1) * stride + 1
+    stride, span = config.data.strides[0], shortest_span(config)
     usable = sum(row.clip.frames >= span for row in index.rows)
     if usable < config.engine.global_batch:
         raise UserError(
@@ -327,9 +348,8 @@ def is_finished(config: RunConfig, clips: int) -> bool:
     if not checkpoints or load_config(config.folder / "config.yaml") != config:
         return False
     state = json.loads((checkpoints[-1] / "state.json").read_text())
-    known = find_best(config.folder)
-    best = Best(config.validation) if known is None else Best(config.validation, known.score, known.step)
-    return state["step"] >= total_steps(config, clips, state["step"], state["k_next"]) or best.is_over(state["step"])
+    best = Best(config.validation, misses=count_misses(state, config.validation))
+    return state["step"] >= total_steps(config, clips, state["step"], state["k_next"]) or best.is_over
 
 
 def announce(

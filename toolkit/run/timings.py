@@ -16,15 +16,17 @@ from typing import Literal, NamedTuple
 
 import torch
 
-PHASES = ("data", "encode", "forward", "backward", "optimizer", "other")
+PHASES = ("data", "encode", "forward", "backward", "reduce", "optimizer", "other")  # reduce: the ranks meet
 PAUSE = "pause"  # a phase that is not the step's
 DATA_SHARE = 0.1  # of a step spent waiting for clips, from which on it is data-bound
+REDUCE_SHARE = 0.1  # of a step spent waiting for other ranks, from which on it is bound by the slowest
 LAG_SHARE = 0.1  # of a micro-step: a GPU that is less behind the host has waited for work
 ENCODE_SHARE = 0.1  # of a step spent encoding, from which on a cache is worth a word
 
-Bound = Literal["data", "launch", "compute"]
+Bound = Literal["data", "rank", "launch", "compute"]
 ADVICE: dict[Bound, str] = {
     "data": "clips come too slowly: raise data.workers, or encode them once with shards/cache.py",
+    "rank": "this rank waits for a slower one: raise data.workers, or look at what else runs there",
     "launch": "the GPU waits for the host to launch its work: keep model.cuda_graphs on, try model.compile, or raise "
     "engine.micro_batch",
     "compute": "nothing waits: a faster card, more ranks, or model.memory fast where it fits",
@@ -89,6 +91,8 @@ class Spent:
             return None
         if self.parts_s["data"] > DATA_SHARE * self.total_s:
             return "data"
+        if self.parts_s["reduce"] > REDUCE_SHARE * self.total_s:
+            return "rank"
         micro_step_s = sum(self.parts_s[phase] for phase in ("encode", "forward", "backward")) / max(1, self.passes)
         # a queue of kernels that the GPU is behind with holds a good part of a micro-step, or a captured one whole
         return "launch" if self.lag_s / self.steps < LAG_SHARE * micro_step_s else "compute"

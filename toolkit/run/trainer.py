@@ -21,7 +21,7 @@ from toolkit.model.flat import NAME as FLAT
 from toolkit.model.lora import adapted_layers
 from toolkit.run.best import Best
 from toolkit.run.debug import draw_batches
-from toolkit.run.folder import FREE_FIELDS
+from toolkit.run.folder import FREE_FIELDS, SOURCES
 from toolkit.run.health import AdapterHealth
 from toolkit.run.job import Job, build_job, make_batches
 from toolkit.run.ledger import Ledger
@@ -70,8 +70,8 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
     """Take the optimizer steps to the end, or until asked to stop; returns whether the run is to be started again."""
     ledger = Ledger(config.folder, len(job.index), config.data.max_bad_fraction, world)
     skips = Skips(config.folder, config.optimizer.max_skipped_steps, job.resume.skipped_in_a_row, world)
-    best, wishes = Best(config.validation, job.resume.best, job.resume.best_step), Wishes(0, 0, 0)
-    over = best.is_over(job.resume.step)
+    best, wishes = Best(config.validation, job.resume.best, job.resume.best_step, job.resume.misses), Wishes(0, 0, 0)
+    over = best.is_over
     with (
         closing(make_monitor(config, job, world)) as monitor,
         closing(job.writer) if job.writer is not None else nullcontext(),
@@ -95,7 +95,8 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
                 keys.append(batch.keys)
                 substitutes += batch.substitutes
             asked = requests.read(config.folder if world.is_main else None)
-            step_scores, (replaced, *wished) = gather_scores(own, [len(substitutes), *asked], world)
+            with monitor.timing("reduce"):
+                step_scores, (replaced, *wished) = gather_scores(own, [len(substitutes), *asked], world)
             wishes = Wishes(*wished)
             if replaced:
                 ledger.note(substitutes)
@@ -108,11 +109,11 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
             skips.note(step + 1, loss, grad_norm, [(k, one.loss_B) for k, one in zip(keys, own, strict=True)])
             losses, score = look(config, job, monitor, step + 1, watchdog)
             monitor.report(step + 1, step_scores, grad_norm, lr, step + 1 - job.engine.updates, ledger.bad, losses)
-            better, over = best.note(step + 1, score), best.is_over(step + 1)
+            better, over = best.note(step + 1, score), best.is_over
             ends = wishes.stop or wishes.yields or over or step + 1 == job.total
             if ends or wishes.save or better or is_due(config.checkpoint.every_steps, step + 1, job.total):
                 with monitor.paused():
-                    save(config, job, world, step + 1, skips.in_a_row, score)
+                    save(config, job, world, step + 1, skips.in_a_row, score, best.misses)
             if ends:
                 break
         watchdog.beat()
@@ -154,7 +155,9 @@ def make_monitor(config: RunConfig, job: Job, world: World) -> Monitor:
     every, clips, at = config.log_every_steps, config.engine.global_batch, job.resume
     edges = job.framer.sigma_quantiles(torch.arange(1, SIGMA_BINS) / SIGMA_BINS).tolist()
     recipe = {
-        name: value for name, value in flatten_config(config).items() if not name.startswith(("name", *FREE_FIELDS))
+        name: value
+        for name, value in flatten_config(config).items()
+        if name in SOURCES or not name.startswith(("name", *FREE_FIELDS))
     }
     health = make_health(config, job) if world.is_main else None
     return Monitor(config.folder, at.step, at.k_next, job.total, every, clips, edges, health, recipe, world)
@@ -184,8 +187,14 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, total: int) 
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def save(config: RunConfig, job: Job, world: World, step: int, skipped_in_a_row: int, score: float | None) -> None:
-    """Gather on every rank, and hand over to the main rank's writer; score: of a look at this step, if there was one."""
+def save(
+    config: RunConfig, job: Job, world: World, step: int, skipped_in_a_row: int, score: float | None, misses: int
+) -> None:
+    """Gather on every rank, and hand over to the main rank's writer.
+
+    score   of a look at this step, if there was one
+    misses  looks since the best, see best.py
+    """
     finite = score is not None and math.isfinite(score)
     gathered = job.engine.gather()
     if job.writer is not None:
@@ -194,7 +203,7 @@ def save(config: RunConfig, job: Job, world: World, step: int, skipped_in_a_row:
             "updates": job.engine.updates, "skipped_in_a_row": skipped_in_a_row,
             "k_next": job.resume.k_next + (step - job.resume.step) * config.engine.global_batch, "seed": config.seed,
             "validation_by": config.validation.best_by, "validation_score": score if finite else None,
-            "validation_clips": config.validation.clips,
+            "validation_clips": config.validation.clips, "validation_misses": misses,
             "ranks": world.size, "global_batch": config.engine.global_batch, "micro_batch": config.engine.micro_batch,
         }  # fmt: skip
         if job.averages is not None:

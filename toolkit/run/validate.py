@@ -67,10 +67,12 @@ class Validator:
         self.bins = name_bins(framer.sigma_quantiles((edges / SIGMA_BINS).float()).tolist())
         self.sigmas = framer.sigma_quantiles((middles / SIGMA_BINS).float()).tolist()
         centred = replace(windows, window="centre")
-        self.clips = [min(config.validation.clips, len(index)) for index in (held_out, seen)]
+        span = (windows.frames - 1) * windows.strides[0] + 1
+        usable = [[i for i, row in enumerate(index.rows) if row.clip.frames >= span] for index in (held_out, seen)]
+        self.clips = [min(config.validation.clips, len(own)) for own in usable]
         self.batches: list[MicroBatches | list[Batch | UserError]] = [
-            MicroBatches(index, InSequence(len(index), seed), centred, world.size, 1, world.rank, world.size)
-            for index in (held_out, seen)
+            MicroBatches(index, InSequence(own, clips, seed), centred, world.size, 1, world.rank, world.size)
+            for index, own, clips in zip((held_out, seen), usable, self.clips, strict=True)
         ]
 
     def ordinals(self, clips: int) -> range:
@@ -123,6 +125,7 @@ def name_overfitting(looks: Sequence[tuple[int, float, float]]) -> str | None:
 
     looks  (step, held-out loss, loss on clips trained on) of the run until now
     """
+    looks = [look for look in looks if math.isfinite(look[1]) and math.isfinite(look[2])]
     best = min(looks, key=lambda look: look[1], default=None)
     if best is None or len(later := [look for look in looks if look[0] > best[0]]) < PATIENCE:
         return None
@@ -131,6 +134,6 @@ def name_overfitting(looks: Sequence[tuple[int, float, float]]) -> str | None:
         return None
     return (
         f"overfitting: since step {best[0]:,} the loss on clips trained on fell from {best[2]:.4f} to {seen:.4f}, and on "
-        f"held-out clips it rose from {best[1]:.4f} to {held_out:.4f}; the checkpoint of step {best[0]:,} is kept as the "
-        "best. More clips, a lower lora.rank or optimizer.lr, or fewer steps help"
+        f"held-out clips it rose from {best[1]:.4f} to {held_out:.4f}. More clips, a lower lora.rank or optimizer.lr, or "
+        "fewer steps help"
     )
