@@ -182,20 +182,31 @@ def test_clips_are_those_that_evaluate_scores(plain: dict[str, Any]) -> None:
         assert np.array_equal(validator.batches[0][ordinal].frames_BTHWC[0], clip.frames_THWC)
 
 
-def test_min_snr_weighs_training_alone(plain: dict[str, Any]) -> None:
-    """A clip's loss is multiplied by the weight of its noise level, with its zero baseline; the held-out loss is not."""
+def test_min_snr_weighs_gradients_alone(plain: dict[str, Any]) -> None:
+    """What training lowers is a clip's loss times the weight of its noise level; what is told of it is not, nor held-out."""
     found = []
     for i, gamma in enumerate((None, 0.01)):
         overrides = plain | EVERY | {"name": f"weighed{i}", "diffusion.min_snr_gamma": gamma}
         config = load_config(RECIPE, overrides)
         job = build_job(config, init_world(join=False), fresh=False)
         scores = job.framer.compute_loss(job.validator.batches[0][0])
-        found.append((scores, job.validator.measure(lambda: None).held_out))
-    (plain_scores, plain_loss), (weighed, loss) = found
-    weight_B = min_snr_weight(weighed.sigma_B, config.diffusion.loss_space, 0.01)
-    assert weight_B < 0.9 and loss == plain_loss
-    torch.testing.assert_close(weighed.loss_B, plain_scores.loss_B * weight_B)
-    torch.testing.assert_close(weighed.zero_B, plain_scores.zero_B * weight_B)
+        found.append((scores, job.framer.weigh(scores), job.validator.measure(lambda: None).held_out))
+    (plain_scores, plain_loss, plain_held_out), (scores, loss, held_out) = found
+    assert torch.equal(scores.loss_B, plain_scores.loss_B) and held_out == plain_held_out
+    weight_B = min_snr_weight(scores.sigma_B, config.diffusion.loss_space, 0.01)
+    assert weight_B < 0.9
+    torch.testing.assert_close(plain_loss, plain_scores.loss_B.mean())
+    torch.testing.assert_close(loss, (plain_scores.loss_B * weight_B).mean())
+
+
+def test_min_snr_trains_otherwise(plain: dict[str, Any]) -> None:
+    """It reaches the optimizer: the same first loss, and another gradient."""
+    runs = [
+        train_here(plain | {"name": f"snr{i}", "schedule.steps": 1, "diffusion.min_snr_gamma": gamma})
+        for i, gamma in enumerate((None, 0.01))
+    ]
+    (without,), (weighed,) = (read_numbers(run, "loss", "zero_baseline", "grad_norm") for run in runs)
+    assert without[:2] == weighed[:2] and weighed[2] < 0.9 * without[2]
 
 
 def test_cached_clips_give_the_same_figure(

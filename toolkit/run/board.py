@@ -141,7 +141,6 @@ class Board:
             "loss by noise level": {
                 f"sigma {name.partition('_')[2].replace('_', ' ')}": [
                     f"loss_by_sigma/{name}", f"zero_by_sigma/{name}", f"validation_by_sigma/{name}",
-                    f"validation_zero_by_sigma/{name}",  # another scale than zero_by_sigma where min-SNR weighs training
                 ]
                 for name in self.bins
             },

@@ -121,7 +121,7 @@ def try_rates(config: RunConfig, index: DatasetIndex, steps: int) -> Iterator[Tr
         for ordinal in range(step * per_step, (step + 1) * per_step):
             batch = read(batches, ordinal)
             with adapter_dropout(base.unet, config.seed, batch.positions):
-                trainer.backward(framer.compute_loss(batch).loss_B.mean())
+                trainer.backward(framer.weigh(framer.compute_loss(batch)))
         trainer.step(rate)
         loss = score(framer, fixed)
         if not math.isfinite(loss):

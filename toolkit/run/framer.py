@@ -158,10 +158,13 @@ class Framer:
             loss_B, zero_B = compute_loss(
                 raw_BTCHW, task.z_BTCHW, task.noise_BTCHW, task.sigma_B, scored_T, space, self.parameterization
             )
-            if (gamma := self.settings.min_snr_gamma) is not None:
-                weight_B = min_snr_weight(task.sigma_B, space, gamma)
-                loss_B, zero_B = loss_B * weight_B, zero_B * weight_B
         return Scores(loss_B, zero_B, task.sigma_B)
+
+    def weigh(self, scores: Scores) -> Tensor:
+        """What training lowers, a number: the mean loss, weighted by min-SNR where the recipe has it; scores are without."""
+        if (gamma := self.settings.min_snr_gamma) is None:
+            return scores.loss_B.mean()
+        return (scores.loss_B * min_snr_weight(scores.sigma_B, self.settings.loss_space, gamma)).mean()
 
     def prepare(self, batch: Batch, sigma_B: Tensor | None = None) -> Task:
         """Turn a batch of frames, or of their cached latents, into what the network is asked, all draws by position."""

@@ -90,7 +90,7 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
                 with adapter_dropout(job.framer.base.unet, config.seed, batch.positions):
                     scores = job.framer.compute_loss(batch, monitor.timing)
                     with monitor.timing("backward"):
-                        job.engine.backward(scores.loss_B.mean())
+                        job.engine.backward(job.framer.weigh(scores))
                 own.append(scores.detach())
                 keys.append(batch.keys)
                 substitutes += batch.substitutes

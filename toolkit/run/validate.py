@@ -59,7 +59,7 @@ class Validator:
     ) -> None:
         self.world = world
         seed = derive_seed(config.seed, "validation")
-        settings = framer.settings.model_copy(update={"conditioning_dropout": 0.0, "min_snr_gamma": None})
+        settings = framer.settings.model_copy(update={"conditioning_dropout": 0.0})
         self.framer = Framer(
             framer.base, settings, config.data.frames, seed, framer.controlnet, framer.device, framer.before
         )
