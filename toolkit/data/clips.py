@@ -32,6 +32,11 @@ class ClipSettings:
     window: Literal["random", "centre"] = "random"  # centre: smallest stride, middle of the source, no augmentation
 
     @property
+    def least_frames(self) -> int:
+        """Source frames that a clip must have: one too short for the other strides takes the smallest."""
+        return (self.frames - 1) * self.strides[0] + 1
+
+    @property
     def augmented(self) -> bool:
         return self.window == "random" and (self.flip or self.random_crop > 0)
 

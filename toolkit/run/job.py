@@ -220,7 +220,7 @@ def open_held_out(config: RunConfig) -> DatasetIndex | None:
     """The validation split, where a recipe takes losses on it; raises UserError where no clip of it fills a window."""
     if config.validation.every_steps is None:
         return None
-    index, span = open_sources(config.data, "val"), shortest_span(config)
+    index, span = open_sources(config.data, "val"), clip_settings(config).least_frames
     if not any(row.clip.frames >= span for row in index.rows):
         raise UserError(
             f"no held-out clip of {' + '.join(config.data.sources)} has the {span} frames that data.frames "
@@ -229,14 +229,9 @@ def open_held_out(config: RunConfig) -> DatasetIndex | None:
     return index
 
 
-def shortest_span(config: RunConfig) -> int:
-    """Source frames that a clip must have: one too short for the other strides takes the smallest."""
-    return (config.data.frames - 1) * config.data.strides[0] + 1
-
-
 def check_clips(config: RunConfig, index: DatasetIndex) -> None:
     """Refuse data that cannot fill a batch, or of which too much is too short for the window."""
-    stride, span = config.data.strides[0], shortest_span(config)
+    stride, span = config.data.strides[0], clip_settings(config).least_frames
     usable = sum(row.clip.frames >= span for row in index.rows)
     if usable < config.engine.global_batch:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Where the time of an optimizer step goes, and what bounds it: data, the launching of kernels, or computing.
+"""Where the time of an optimizer step goes, and what bounds it: data, another rank, launching, or computing.
 
 Test: pytest tests/run/test_timings.py. On a GPU a phase lasts from one CUDA event in the main stream to another: so long the
 main work stands in it. A wait for a clip counts as far as nothing is left to compute meanwhile, and the encoders as far as

@@ -67,8 +67,8 @@ class Validator:
         self.bins = name_bins(framer.sigma_quantiles((edges / SIGMA_BINS).float()).tolist())
         self.sigmas = framer.sigma_quantiles((middles / SIGMA_BINS).float()).tolist()
         centred = replace(windows, window="centre")
-        span = (windows.frames - 1) * windows.strides[0] + 1
-        usable = [[i for i, row in enumerate(index.rows) if row.clip.frames >= span] for index in (held_out, seen)]
+        least = windows.least_frames
+        usable = [[i for i, row in enumerate(index.rows) if row.clip.frames >= least] for index in (held_out, seen)]
         self.clips = [min(config.validation.clips, len(own)) for own in usable]
         self.batches: list[MicroBatches | list[Batch | UserError]] = [
             MicroBatches(index, InSequence(own, clips, seed), centred, world.size, 1, world.rank, world.size)
