@@ -16,14 +16,17 @@ from torch import Tensor
 from toolkit.errors import UserError, in_one_line
 
 LEVELS = 127.5  # of 255 in one unit of [-1, 1]
+ROUNDING = 1 / 12 / LEVELS**2  # mean squared error of rounding to 8 bits, as every picture here once was: PSNR 58.9 dB
 Distance = Callable[[Tensor, Tensor], Tensor]  # of two batches of images, (B,)
 Features = Callable[[Tensor], Tensor]  # of videos, (B, D)
 
 
 def psnr_db(image_BCHW: Tensor, true_BCHW: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image in dB, (B,); infinite for equal images."""
-    error_B = (image_BCHW - true_BCHW).square().mean((1, 2, 3))
-    return 10 * torch.log10(4 / error_B)  # the range [-1, 1] has peak 2, and 2^2 = 4
+    """Peak signal-to-noise ratio of each image in dB, (B,); 58.9 for one that is as near as 8 bits can tell.
+
+    Not infinite for equal images, as it is elsewhere: a still scene, which a blend hits exactly, would have no mean.
+    """
+    return _psnr_db((image_BCHW - true_BCHW).square().mean((1, 2, 3)))
 
 
 def moving_mask(frames_BTCHW: Tensor, threshold: float = 0.1) -> Tensor:
@@ -38,7 +41,11 @@ def moving_mask(frames_BTCHW: Tensor, threshold: float = 0.1) -> Tensor:
 def psnr_moving_db(image_BCHW: Tensor, true_BCHW: Tensor, mask_BHW: Tensor) -> Tensor:
     """PSNR over the pixels of a mask alone, (B,) in dB; NaN for an image where the mask holds none."""
     error_BHW = (image_BCHW - true_BCHW).square().mean(1) * mask_BHW
-    return 10 * torch.log10(4 * mask_BHW.sum((1, 2)) / error_BHW.sum((1, 2)))  # 0 / 0 is NaN
+    return _psnr_db(error_BHW.sum((1, 2)) / mask_BHW.sum((1, 2)))  # 0 / 0 is NaN
+
+
+def _psnr_db(error_B: Tensor) -> Tensor:
+    return 10 * torch.log10(4 / error_B.clamp(min=ROUNDING))  # the range [-1, 1] has peak 2, and 2^2 = 4
 
 
 def ssim(image_BCHW: Tensor, true_BCHW: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from tests.launching import adapter_bytes, launch, read_numbers, train_here
 from tests.run.test_monitor import read_board
@@ -111,6 +112,21 @@ def test_pictures_are_kept_and_on_the_board(shown: Path) -> None:
     assert [image.step for image in board.Images("samples/strip")] == [2, 3]
     moving = board.Images("samples/linear_start_tuned_true")
     assert [image.step for image in moving] == [2, 3] and moving[0].encoded_image_string.startswith(b"GIF")
+
+
+def test_one_middle_frame_moves_as_long_as_all(plain: dict[str, Any], shown: Path) -> None:
+    """The moving picture of a layout that shows three of a window's five frames lasts as long, so its frames stay longer."""
+
+    def read_durations_ms(run: Path) -> list[int]:
+        with Image.open(
+            BytesIO(read_board(run).Images("samples/linear_start_tuned_true")[0].encoded_image_string)
+        ) as gif:
+            return [frame.info["duration"] for frame in ImageSequence.Iterator(gif)]
+
+    few = train_here(plain | LOOKS | {"name": "few", "diffusion.layout": "spec_middle", "schedule.steps": 1})
+    three_ms, five_ms = read_durations_ms(few), read_durations_ms(shown)
+    assert (len(three_ms), len(five_ms)) == (3, 5)
+    assert 2 * three_ms[0] == pytest.approx(4 * five_ms[0], abs=40)  # from the first to the last; a GIF counts in 10 ms
 
 
 def test_a_resumed_run_shows_the_same(plain: dict[str, Any], shown: Path, tmp_path: Path) -> None:

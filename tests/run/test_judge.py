@@ -172,7 +172,7 @@ def test_intervals_are_those_of_a_bootstrap() -> None:
 
 
 def test_what_is_not_finite_does_not_count() -> None:
-    """A clip where nothing moves, or that is reached exactly; of no clip nothing is known, of one no interval."""
+    """A clip where nothing moves, or whose frames are no numbers; of no clip nothing is known, of one no interval."""
     values = torch.tensor([math.nan, 20.0, math.inf, 22.0])
     assert describe(values, 0) | {"low": 0, "high": 0} == {"mean": 21.0, "low": 0, "high": 0, "clips": 2}
     assert describe(values[:2], 0) == {"mean": 20.0, "low": None, "high": None, "clips": 1}

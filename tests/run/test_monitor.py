@@ -166,6 +166,7 @@ def test_the_recipe_is_listed_once_with_what_it_reached(
     recipe = read_hparams(board, SESSION_START_INFO_TAG).session_start_info.hparams
     assert recipe["lora.rank"].number_value == 4 and recipe["diffusion.layout"].string_value == "spec_middle"
     assert not {"name", "runs_dir", "data.workers", "model.memory"} & {*recipe}
+    assert recipe["data.shards"].string_value == watched["data.shards"], "runs on other data are told apart by it"
     metrics = {metric.name.tag for metric in read_hparams(board, EXPERIMENT_TAG).experiment.metric_infos}
     assert (
         metrics

@@ -109,7 +109,7 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 
 def _show(figure: float | None) -> str:
-    return "none" if figure is None else f"{figure:.2f}"  # where nothing moves, or a blend is exact
+    return "none" if figure is None else f"{figure:.2f}"  # where nothing moves
 
 
 def _interpolate() -> float:
