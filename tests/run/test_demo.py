@@ -1,4 +1,4 @@
-"""What `make demo` refuses before it starts, and what it sums up. Run: pytest tests/run/test_demo.py; CI runs the demo."""
+"""What `make demo` refuses before it starts, and what it sums up. Run: pytest tests/run/test_demo.py"""
 
 import json
 from pathlib import Path
