@@ -27,7 +27,7 @@ PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # a run in this process leaves the
 
 # Ten steps of four clips, three frames of 32 x 32 each. The rate is constant, so that shorter runs begin alike.
 TINY: dict[str, Any] = {
-    "lora.rank": 4, "lora.alpha": 4, "lora.targets": "all", "diffusion.layout": "spec_middle",
+    "lora.rank": 4, "lora.alpha": 4, "lora.targets": "all", "lora.extra_trainable": [], "diffusion.layout": "spec_middle",
     "diffusion.noise_sampler": "uniform_t", "diffusion.loss_space": "epsilon", "optimizer.lr": 1e-2,
     "data.frames": 3, "data.stride": 1, "data.height": 32, "data.width": 32,
     "schedule.shape": "constant", "schedule.warmup_steps": 0, "schedule.steps": 10,

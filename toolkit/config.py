@@ -71,7 +71,8 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     rank: int = Field(64, ge=1, le=1024)
     alpha: float = Field(64, gt=0)
-    # spatial | temporal | cross | self | all; or a regular expression over whole module names; or a list of their endings
+    # Q, K, V and the output of attention: spatial | temporal | cross | self | all; linear: every linear layer of the
+    # transformers; or a regular expression over whole module names; or a list of their endings
     targets: str | list[str] = "spatial"
     rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
     dora: bool = False  # train the weights' magnitudes beside their directions

@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from torch.utils.checkpoint import CheckpointError
 
 from tests.model.adapters import ABOUT, KINDS, SIGNATURE, make_trained, output, settings, train_in_appearance
@@ -83,6 +84,11 @@ def same_weights(unet: FramerUNet, other: dict[str, torch.Tensor]) -> bool:
         ("all", 256, 26_558_464),
         ("self", 128, 12_779_520),
         ("cross", 128, 13_778_944),
+        (
+            "linear",
+            384,
+            63_299_584,
+        ),  # the list below, and 64 * 14 C of the ff_in of transformers of 12,480 channels C in all
         (SUFFIXES, 352, 52_117_504),
     ],
     ids=str,
@@ -94,6 +100,18 @@ def test_counts_at_full_size(full_size: FramerUNet, targets: Any, modules: int, 
     remove_adapters(full_size)
     assert len(adapter) == 2 * modules and sum(p.numel() for p in adapter.values()) == parameters
     assert {p.dtype for p in adapter.values()} == {torch.float32} and list(adapter) == sorted(adapter)
+
+
+def test_linear_is_what_transformers_consist_of(full_size: FramerUNet) -> None:
+    """Every linear layer below a transformer of diffusers, but for the embedding of a frame's place."""
+    theirs = {
+        f"{name}.{layer}"
+        for name, module in full_size.named_modules()
+        if isinstance(module, TransformerSpatioTemporalModel)
+        for layer, linear in module.named_modules()
+        if isinstance(linear, torch.nn.Linear) and not layer.startswith("time_pos_embed.")
+    }
+    assert match_targets(full_size, "linear") == sorted(theirs)
 
 
 @pytest.mark.parametrize("targets", [SUFFIXES, [LAYER], ["0.attn1.to_q"]], ids=str)

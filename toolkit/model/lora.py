@@ -44,6 +44,7 @@ TARGETS = {
     "cross": rf".*\.attn2\.{_QKVO}",
     "self": rf".*\.attn1\.{_QKVO}",
     "all": rf".*\.attn[12]\.{_QKVO}",
+    "linear": r".*transformer_blocks\..*|.*\.proj_(in|out)",  # of the transformers, what follows attention included
 }
 _T = TypeVar("_T")
 _PARTS = re.compile(r"\.lora_(A|B|magnitude_vector)\.")
@@ -52,7 +53,7 @@ _PARTS = re.compile(r"\.lora_(A|B|magnitude_vector)\.")
 def match_targets(unet: nn.Module, targets: str | list[str]) -> list[str]:
     """Name the linear layers that a recipe's lora.targets chooses, sorted.
 
-    targets  spatial, temporal, cross, self, all; a regular expression over whole names; or a list of name endings,
+    targets  spatial, temporal, cross, self, all, linear; a regular expression over whole names; or a list of name endings,
              matched as huggingface/peft does: the whole name, or what follows a dot
     raises   UserError where an expression is invalid, or it or a member of the list matches nothing
     """
