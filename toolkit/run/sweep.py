@@ -234,9 +234,8 @@ def train_point(point: Point, clips: int, ranks: int | None, requests: Requests)
     recipe.parent.mkdir(parents=True, exist_ok=True)
     replace_text(recipe, dump_config(config))
 
-    def ask(
-        process: subprocess.Popen[bytes],
-    ) -> None:  # DeepSpeed's launcher would die of a signal, and leave its ranks
+    def ask(_: subprocess.Popen[bytes]) -> None:
+        # no signal: DeepSpeed's launcher would die of it, and leave its ranks
         if (config.folder / "config.yaml").exists():
             (config.folder / STOP_FILE).touch()
 
