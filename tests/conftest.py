@@ -1,6 +1,7 @@
 """Shared fixtures. Run: pytest tests"""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 
 if "FRAMER_GPU" not in os.environ:  # which `make gpu` sets, for the tests marked so
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is compared bit by bit here is the CPU
+# A shell without a terminal starts what stands before an & deaf to Ctrl-C, and its children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from tests.faults.forked import Warm  # noqa: E402
 from tests.launching import TINY, launch  # noqa: E402
