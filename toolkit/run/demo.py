@@ -25,7 +25,7 @@ from toolkit.run.monitor import read_log
 RECIPE = "launch/recipes/tiny_cpu.yaml"
 WORK = Path(".demo")  # rendered videos, shards, stills
 RUN = Path("runs/demo")
-LOOK_STEPS = "80"  # a third of the recipe's: enough for TensorBoard to show how it goes
+LOOK_STEPS = "120"  # half of the recipe's: enough for TensorBoard to show how it goes
 
 
 def run_demo(videos: str | None) -> None:
