@@ -4,10 +4,12 @@ A launch pays for its imports on every rank; here they are paid once. Each rank 
 what it computed and saw, and two gathered states, .half.safetensors after two steps and .end.safetensors.
 """
 
+import contextlib
 import json
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -74,11 +76,20 @@ def run_case(case: Case, rank: int, folder: Path) -> None:
     if case.resume is not None:
         engine.scatter(read_state(folder / f"{case.resume}.0.half.safetensors"), HALF)
     losses, norms, collectives, still, half = [], [], [], [], None
+    phases: list[dict[str, list[tuple[str, int]]]] = []  # of each step, with the collectives in them
     for step in range(0 if case.resume is None else HALF, STEPS):
         before = look(engine, network)
         called.clear()
         losses.append(accumulate(case, engine, network, step, rank))
-        norms.append(engine.step(0.02 / (1 + step), skip=case.poisons is not None and step == 2))
+        phases.append({})
+
+        @contextlib.contextmanager
+        def timing(phase: str, begun: dict[str, list[tuple[str, int]]] = phases[-1]) -> Iterator[None]:
+            before = len(called)
+            yield
+            begun[phase] = called[before:]
+
+        norms.append(engine.step(0.02 / (1 + step), case.poisons is not None and step == 2, timing))
         collectives.append(called[:])
         still.append(look(engine, network) == before)
         half = engine.gather() if step == HALF - 1 else half
@@ -87,7 +98,7 @@ def run_case(case: Case, rank: int, folder: Path) -> None:
     collectives.append(called[:])
     report = {
         "losses": losses, "norms": norms, "updates": engine.updates, "collectives": collectives, "still": still,
-        "agrees": agrees(engine, end),
+        "phases": phases, "agrees": agrees(engine, end),
     }  # fmt: skip
     place = folder / f"{case.name}.{rank}"
     Path(f"{place}.json").write_text(json.dumps(report))

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,17 @@ def test_one_gradient_reduction_per_step(folder: Path, case: Case) -> None:
     for step in read(folder, case)["collectives"][:-1]:
         sizes = [size for name, size in step if "reduce" in name and size > 1]  # one element: the loss, and the norm
         assert len(sizes) == 1 + (case.name == "hsdp_4") and sizes[0] >= TRAINABLE, step
+
+
+@pytest.mark.parametrize("case", [c for c in SAME_BATCH if c.ranks > 1], ids=lambda case: case.name)
+def test_the_reduction_is_timed_apart(folder: Path, case: Case) -> None:
+    """From the optimizer, on every rank; that of fsdp2 is in its last backward pass, before the step."""
+    for rank, step in product(range(case.ranks), range(STEPS)):
+        phases = read(folder, case, rank)["phases"][step]
+        assert [*phases] == (["optimizer"] if case.kind == "fsdp2" else ["reduce", "optimizer"])
+        big = {phase: [size for kind, size in own if "reduce" in kind and size > 1] for phase, own in phases.items()}
+        assert [min(sizes) >= TRAINABLE for phase, sizes in big.items() if sizes] == [True] * (case.kind != "fsdp2")
+        assert big["optimizer"] == []
 
 
 @pytest.mark.parametrize("case", SAME_BATCH, ids=lambda case: case.name)

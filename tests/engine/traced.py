@@ -34,8 +34,8 @@ out, steps = Path(sys.argv.pop(1)), []
 step = ZeroEngine.step
 
 
-def traced_step(engine: ZeroEngine, lr: float, skip: bool = False) -> float:
-    norm = step(engine, lr, skip)
+def traced_step(engine: ZeroEngine, *arguments: Any) -> float:
+    norm = step(engine, *arguments)
     steps.append(reduced[:])
     reduced.clear()
     return norm

@@ -136,7 +136,7 @@ def test_the_sentence_at_the_end() -> None:
 
     assert tell(data=5, forward=5).startswith("data-bound, 1 s a step (data 50%, encode 0%, forward 50%, ")
     assert "data.workers" in tell(data=5, forward=5) and "launch" not in tell(data=5, forward=5)
-    assert tell(reduce=5, forward=5).startswith("rank-bound") and "slower" in tell(reduce=5, forward=5)
+    assert tell(reduce=5, forward=5).startswith("rank-bound") and "network" in tell(reduce=5, forward=5)
     assert tell(forward=10.0).startswith("compute-bound") and "cache" not in tell(forward=10.0)
     assert "shards/cache.py" in tell(forward=5, encode=5)
     assert "model.cuda_graphs" in tell(forward=100.0)

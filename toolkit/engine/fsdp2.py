@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from toolkit.engine.pieces import Piece, cut, join
-from toolkit.engine.plain import STATE_KEYS, AdamSettings, State, make_adamw, update
+from toolkit.engine.plain import STATE_KEYS, AdamSettings, State, Timing, make_adamw, update
 
 
 class Fsdp2Engine:
@@ -60,14 +61,15 @@ class Fsdp2Engine:
         self.model.set_reshard_after_backward(last)
         (loss / self.accumulation).backward()
 
-    def step(self, lr: float, skip: bool = False) -> float:
-        for name, master in self.masters.items():
-            gradient = self.sharded[name].grad
-            master.grad = torch.zeros_like(master) if gradient is None else _local(gradient)
-            self.sharded[name].grad = None
-        self._micro_steps = 0
-        norm = math.nan if skip else self._clip()
-        self.updates += update(self.optimizer, lr, norm)
+    def step(self, lr: float, skip: bool = False, timing: Timing = nullcontext) -> float:
+        with timing("optimizer"):  # the last backward pass has reduced
+            for name, master in self.masters.items():
+                gradient = self.sharded[name].grad
+                master.grad = torch.zeros_like(master) if gradient is None else _local(gradient)
+                self.sharded[name].grad = None
+            self._micro_steps = 0
+            norm = math.nan if skip else self._clip()
+            self.updates += update(self.optimizer, lr, norm)
         return norm
 
     def gather(self) -> State:

@@ -3,7 +3,8 @@
 Test: pytest tests/engine. An engine has five verbs, and so have zero.py and fsdp2.py; every rank calls each alike:
     backward(loss)           accumulate gradients of one micro-batch; the step's loss is the mean of its micro-batches
     step(lr, skip=False)     clip, update, clear; returns the gradient norm before clipping. Where that is not finite, on
-                             any rank, nothing is updated on any; skip only clears, and returns nan
+                             any rank, nothing is updated on any; skip only clears, and returns nan. Another argument,
+                             timing, is entered around its phases, "reduce" (where ranks' gradients are) and "optimizer"
     gather()                 {parameter name: {master, exp_avg, exp_avg_sq}}: whole fp32 tensors of one's own, on the CPU
                              of every rank
     scatter(state, updates)  the reverse, into a fresh engine
@@ -12,13 +13,16 @@ and `updates`, the number of updates made so far, which Adam counts: fewer than 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 State = dict[str, dict[str, Tensor]]
+Timing = Callable[[str], AbstractContextManager[Any]]
 STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
 
 
@@ -67,12 +71,13 @@ class PlainEngine:
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulation).backward()
 
-    def step(self, lr: float, skip: bool = False) -> float:
-        for parameter in self.parameters.values():
-            if parameter.grad is None:  # one that the loss does not reach decays all the same, as in other engines
-                parameter.grad = torch.zeros_like(parameter)
-        norm = math.nan if skip else float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
-        self.updates += update(self.optimizer, lr, norm)
+    def step(self, lr: float, skip: bool = False, timing: Timing = nullcontext) -> float:
+        with timing("optimizer"):
+            for parameter in self.parameters.values():
+                if parameter.grad is None:  # one that the loss does not reach decays all the same, as in other engines
+                    parameter.grad = torch.zeros_like(parameter)
+            norm = math.nan if skip else float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
+            self.updates += update(self.optimizer, lr, norm)
         return norm
 
     def gather(self) -> State:

@@ -10,6 +10,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.engine.pieces import Piece, cut, join
-from toolkit.engine.plain import STATE_KEYS, AdamSettings, State, make_adamw
+from toolkit.engine.plain import STATE_KEYS, AdamSettings, State, Timing, make_adamw
 
 
 class ZeroEngine:
@@ -67,19 +68,20 @@ class ZeroEngine:
         self.optimizer._coalesce_grad_reduction = self.engine.inside_no_sync_ctxt = True
         self.engine.backward(loss)
 
-    def step(self, lr: float, skip: bool = False) -> float:
+    def step(self, lr: float, skip: bool = False, timing: Timing = nullcontext) -> float:
         if skip:
             # DeepSpeed's own way out of a step is a norm that is not finite: it drops all gradients and changes nothing
             next(p.grad for p in self.parameters.values() if p.grad is not None).fill_(math.nan)
         self.engine.inside_no_sync_ctxt = False
-        with self.engine.coalesce_grad_reduction():
+        with timing("reduce"), self.engine.coalesce_grad_reduction():
             pass
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.engine.set_gradient_accumulation_boundary(True)
-        self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
-        self.updates += math.isfinite(norm)
+        with timing("optimizer"):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.engine.set_gradient_accumulation_boundary(True)
+            self.engine.step()
+            norm = float(self.engine.get_global_grad_norm())
+            self.updates += math.isfinite(norm)
         return norm
 
     def gather(self) -> State:

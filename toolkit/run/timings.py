@@ -16,17 +16,20 @@ from typing import Literal, NamedTuple
 
 import torch
 
-PHASES = ("data", "encode", "forward", "backward", "reduce", "optimizer", "other")  # reduce: the ranks meet
+# reduce: the ranks meet and sum up their gradients; zero3 and fsdp2 move weights in forward and backward as well, and
+# fsdp2 its gradients in the last backward
+PHASES = ("data", "encode", "forward", "backward", "reduce", "optimizer", "other")
 PAUSE = "pause"  # a phase that is not the step's
 DATA_SHARE = 0.1  # of a step spent waiting for clips, from which on it is data-bound
-REDUCE_SHARE = 0.1  # of a step spent waiting for other ranks, from which on it is bound by the slowest
+REDUCE_SHARE = 0.1  # of a step spent meeting other ranks, from which on it is bound by the slowest or by the way there
 LAG_SHARE = 0.1  # of a micro-step: a GPU that is less behind the host has waited for work
 ENCODE_SHARE = 0.1  # of a step spent encoding, from which on a cache is worth a word
 
 Bound = Literal["data", "rank", "launch", "compute"]
 ADVICE: dict[Bound, str] = {
     "data": "clips come too slowly: raise data.workers, or encode them once with shards/cache.py",
-    "rank": "this rank waits for a slower one: raise data.workers, or look at what else runs there",
+    "rank": "this rank waits for a slower one, or for the network between them: raise data.workers, look at what else runs "
+    "there, or raise engine.global_batch to meet less often",
     "launch": "the GPU waits for the host to launch its work: keep model.cuda_graphs on, try model.compile, or raise "
     "engine.micro_batch",
     "compute": "nothing waits: a faster card, more ranks, or model.memory fast where it fits",

@@ -102,9 +102,9 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
                 ledger.note(substitutes)
             loss = step_scores.loss_B.mean().item()
             lr = learning_rate(config.schedule, config.optimizer.lr, step, job.total)
-            with monitor.timing("optimizer"):
-                grad_norm = job.engine.step(lr, skip=not math.isfinite(loss))
-                if job.averages is not None:
+            grad_norm = job.engine.step(lr, not math.isfinite(loss), monitor.timing)
+            if job.averages is not None:
+                with monitor.timing("optimizer"):
                     job.averages.follow(job.engine.updates)
             skips.note(step + 1, loss, grad_norm, [(k, one.loss_B) for k, one in zip(keys, own, strict=True)])
             losses, score = look(config, job, monitor, step + 1, watchdog)
