@@ -97,7 +97,19 @@ def test_tensorboard_shows_what_the_log_holds(run: Path) -> None:
     numbers = {
         key for row in read_log(run / "log.jsonl") for key, value in row.items() if isinstance(value, int | float)
     }
-    assert {*TAGS} == numbers - {"step", "clips"} and {*TAGS.values()} < {*board.Tags()["scalars"]}
+    assert {*TAGS} == numbers - {"step"} and {*TAGS.values()} < {*board.Tags()["scalars"]}
+
+
+def test_what_bounds_the_steps_is_told_in_words(run: Path) -> None:
+    """Whenever it changes, and of the whole run at the end; the time left falls to nothing."""
+    board, rows = read_board(run), read_log(run / "log.jsonl")
+    told = [event.tensor_proto.string_val[0].decode() for event in board.Tensors("bound/text_summary")]
+    bounds = [row["bound"] for row in rows if "bound" in row]
+    changes = [bound for bound, before in zip(bounds, [None, *bounds], strict=False) if bound != before]
+    assert [text.partition("-bound, ")[0] for text in told[:-1]] == changes
+    assert told[-1].startswith("the whole run: ") and "s a step (data " in told[-1]
+    assert rows[0]["eta_s"] > 0 and rows[-1]["eta_s"] == 0
+    assert board.Scalars("progress/clips_seen")[-1].value == rows[-1]["clips"] == len(rows) * BATCH
 
 
 @pytest.mark.launch

@@ -26,6 +26,8 @@ TAGS = {
     "zero_baseline": "loss/zero_baseline",
     "grad_norm": "optimizer/grad_norm",
     "lr": "optimizer/lr",
+    "clips": "progress/clips_seen",
+    "eta_s": "progress/eta_s",
     "skipped_steps": "optimizer/skipped_steps",
     "bad_clips": "data/bad_clips",
     "clips_per_s": "speed/clips_per_s",
@@ -85,6 +87,10 @@ class Board:
         if new:
             self.figures += new
             self._lay_out()
+
+    def add_text(self, step: int, tag: str, text: str) -> None:
+        """Show a sentence, on the tab of texts."""
+        self.writer.add_text(tag, text, step)
 
     def add_picture(self, step: int, tag: str, picture: Path | Image.Image) -> None:
         """Show a picture, or one from a file."""

@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from toolkit.run.validate import Losses, name_overfitting
 
 Item = TypeVar("Item")
 LOG, FIGURES_LOG = "log.jsonl", f"{FIGURES}.jsonl"
+BOUND = "bound"  # what it is called in a row, and on TensorBoard, where a sentence says it whenever it changes
 
 
 class Monitor:
@@ -60,6 +62,7 @@ class Monitor:
         self.scores: list[Scores] = []  # since the last line
         self.spent, self.all_spent = Spent(), Spent()  # since the last line, and before it
         self.warm = False  # a first step has been timed
+        self.bound: str | None = None  # what bounded the steps of the line before
         self.is_main = world.is_main
         if not self.is_main:
             return
@@ -125,7 +128,7 @@ class Monitor:
             "loss": scores.loss_B.mean().item(), "zero_baseline": scores.zero_B.mean().item(),
             "grad_norm": grad_norm, "lr": lr, "skipped_steps": skipped, "bad_clips": bad_clips,
             "clips_per_s": self.clips_per_step / own.total_s, "data_wait_share": own.parts_s["data"] / own.total_s,
-            "memory_gib": peak_memory_gib(),
+            "memory_gib": peak_memory_gib(), "eta_s": self._left_s(),
         }  # fmt: skip
         if validation is not None:
             row |= {
@@ -173,6 +176,7 @@ class Monitor:
         self.all_spent += self.spent
         if self.all_spent.steps:
             print(self.all_spent.describe())
+            self.board.add_text(self.step, BOUND, f"the whole run: {self.all_spent.describe()}")
         if over or self.step == self.total:
             self.board.add_recipe(self.recipe)
 
@@ -195,12 +199,15 @@ class Monitor:
         self.board.add_histogram(step, "histogram/loss", scores.loss_B)
         means = mean_by_sigma(scores, self.edges)
         bound = self.spent.find_bound()
+        if bound is not None and bound != self.bound:
+            self.board.add_text(step, BOUND, self.spent.describe())
+            self.bound = bound
         self.all_spent, self.spent = self.all_spent + self.spent, Spent()
         return {
             "loss_by_sigma": {name: loss for name, (loss, _) in means.items()},
             "zero_by_sigma": {name: zero for name, (_, zero) in means.items()},
             **(self.health.measure() if self.health is not None else {}),
-            **({"bound": bound} if bound is not None else {}),
+            **({BOUND: bound} if bound is not None else {}),
         }
 
     def _print(self, row: Mapping[str, Any]) -> None:
@@ -209,8 +216,8 @@ class Monitor:
             f"step {row['step']:>6,}  clips {row['clips']:>8,}  loss {numbers['loss']:.4f} (zero "
             f"{numbers['zero_baseline']:.4f})  gnorm {numbers['grad_norm']:.3f}  lr {row['lr']:.2e}  "
             f"{row['clips_per_s']:.2f} clips/s  wait {row['data_wait_share']:.0%}"
-            + (f"  {row['bound']}-bound" if "bound" in row else "")
-            + f"  mem {row['memory_gib']:.1f} GiB  eta {self._eta()}"
+            + (f"  {row[BOUND]}-bound" if BOUND in row else "")
+            + f"  mem {row['memory_gib']:.1f} GiB  eta {timedelta(seconds=round(row['eta_s']))}"
             + (
                 f"  held-out {row['validation_loss']:.4f} (trained on {row['seen_loss']:.4f})"
                 if None not in (row.get("validation_loss"), row.get("seen_loss"))
@@ -220,9 +227,8 @@ class Monitor:
         )
         sys.stdout.flush()
 
-    def _eta(self) -> str:
-        left_s = (time.monotonic() - self.began_s) / (self.step - self.start) * (self.total - self.step)
-        return f"{left_s // 3600:.0f}:{left_s // 60 % 60:02.0f}:{left_s % 60:02.0f}"
+    def _left_s(self) -> float:
+        return (time.monotonic() - self.began_s) / (self.step - self.start) * (self.total - self.step)
 
 
 def peak_memory_gib() -> float:
