@@ -40,6 +40,7 @@ data.max_bad_fraction
 data.mix
 data.random_crop
 data.remote
+data.reverse
 data.shards
 data.stride
 data.width
@@ -107,6 +108,8 @@ validation.best_by
 validation.clips
 validation.every_steps
 validation.figures_every_steps
+validation.gaps
+validation.lpips
 validation.max_guidance
 validation.min_guidance
 validation.patience

@@ -120,6 +120,8 @@ class DataConfig(Section):
     height: int = Field(576, ge=16, le=2048)
     width: int = Field(576, ge=16, le=2048)
     flip: bool = False  # mirror half of the clips; off by default, because a mirrored sign can be another sign
+    # play half of the clips backwards; off by default, because what falls or pours does so one way
+    reverse: bool = False
     random_crop: float = Field(0.0, ge=0, le=0.5)  # a crop is drawn whose sides are up to this share shorter
     workers: int = Field(2, ge=0, le=64)  # decoding processes per rank
     debug: bool = False  # draw the first clips as the network is fed them: samples/batch.png in the run folder
@@ -213,6 +215,10 @@ class ValidationConfig(Section):
     every_steps: int | None = Field(None, ge=1)
     # steps between two looks at generated frames: figures beside blending and the start, strips, a video. null: never
     figures_every_steps: int | None = Field(None, ge=1)
+    # source frames between the two ends of what is filled then, and by launch/evaluate.py; best_by asks the first alone.
+    # none: the gap that is trained on, the shortest of several
+    gaps: list[Annotated[int, Field(ge=1)]] = []
+    lpips: Place | None = None  # weights of LPIPS with AlexNet, as safetensors: then the figures have it too
     # what names the best checkpoint, which is kept: the loss, or a figure of generated frames
     best_by: Literal["loss", "psnr_moving", "psnr", "ssim"] = "loss"
     patience: int | None = Field(None, ge=1)  # so many looks in a row without a better one end the run
@@ -221,6 +227,11 @@ class ValidationConfig(Section):
     # classifier-free guidance rises over the window from one to the other; 1 and 1 is none, at half the cost
     min_guidance: float = Field(1.0, ge=1, le=30)
     max_guidance: float = Field(1.0, ge=1, le=30)
+
+    @field_validator("gaps", mode="before")
+    @classmethod
+    def read_text(cls, value: Any) -> Any:
+        return _read_text(value)
 
     @property
     def best_every_steps(self) -> int | None:

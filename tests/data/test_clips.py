@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.data.conftest import frame_numbers
-from toolkit.data.clips import ClipSettings, Crop, draw_crop, draw_window, load_clip, resize_cover
+from toolkit.data.clips import ClipSettings, Crop, draw_crop, draw_reverse, draw_window, load_clip, resize_cover
 from toolkit.data.format import BadSample, ClipInfo
 from toolkit.data.index import open_shards
 
@@ -77,6 +77,19 @@ def test_flip_mirrors(packed: Path) -> None:
     for k, flip in enumerate(flips):
         plain, maybe = (load_clip(index, 0, settings, 3, k).frames_THWC for settings in (SETTINGS, flipping))
         assert np.array_equal(maybe, plain[:, :, ::-1] if flip else plain)
+
+
+def test_reverse_plays_backwards(packed: Path) -> None:
+    """About half of the clips, each the plain one from its end; whatever else is drawn stays as it was."""
+    index, settings = open_shards(packed, "train"), replace(SETTINGS, flip=True)
+    backwards = replace(settings, reverse=True)
+    drawn = [draw_reverse(backwards, 3, k) for k in range(200)]
+    assert 60 < sum(drawn) < 140 and drawn != [draw_reverse(backwards, 4, k) for k in range(200)]
+    assert drawn != [draw_crop(backwards, 3, k).flip for k in range(200)]
+    assert not any(draw_reverse(replace(backwards, window="centre"), 3, k) for k in range(20))
+    for k, is_reversed in enumerate(drawn[:12]):
+        plain, maybe = (load_clip(index, 0, own, 3, k).frames_THWC for own in (settings, backwards))
+        assert np.array_equal(maybe, plain[::-1] if is_reversed else plain)
 
 
 def test_a_crop_is_a_part_of_the_picture() -> None:

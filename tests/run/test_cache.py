@@ -61,8 +61,8 @@ def test_the_same_draws_and_losses(
     """In every layout: the same clips, noise and sigma to the bit, the same latents and losses to fp32 rounding."""
     overrides = tiny_run | {
         "diffusion.layout": layout, "data.frames": frames, "data.stride": 2, "diffusion.clip_tokens": tokens,
-        "diffusion.conditioning_dropout": 0.1, "schedule.steps": 3, "engine.kind": "plain", "engine.precision": "fp32",
-        "runs_dir": str(tmp_path),
+        "data.reverse": True, "diffusion.conditioning_dropout": 0.1, "schedule.steps": 3, "engine.kind": "plain",
+        "engine.precision": "fp32", "runs_dir": str(tmp_path),
     }  # fmt: skip
     runs = {"raw": overrides, "cached": overrides | {"data.shards": str(cached)}}
     tasks: dict[str, list[Any]] = {}

@@ -1,6 +1,7 @@
 """Generated frames are judged while a run goes on, as evaluate does at its end. Run: pytest tests/run/test_gallery.py"""
 
 import json
+import re
 import shutil
 from io import BytesIO
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageSequence
+from safetensors.torch import save_file
 
 from tests.launching import adapter_bytes, launch, read_numbers, train_here
-from tests.run.test_monitor import read_board
+from tests.run.test_monitor import read_board, read_charts
+from tests.test_metrics import lpips_weights
 from toolkit.errors import UserError
 from toolkit.run.cache import cache_shards
 from toolkit.run.checkpoint import best_checkpoint
@@ -58,6 +61,30 @@ def test_figures_are_those_of_evaluate(shown: Path, tmp_path: Path) -> None:
     assert rows[0]["psnr"]["tuned"] == pytest.approx(untuned, rel=1e-3), "before the first step nothing is tuned"
     assert rows[-1]["psnr"]["start"] == rows[0]["psnr"]["start"]
     assert abs(rows[-1]["psnr"]["tuned"] - rows[-1]["psnr"]["start"]) > 0.01, "nothing was tuned, so nothing is shown"
+    for name in ("lighting_luma", "lighting_colour"):  # which a blend follows by definition: the true frames tell
+        assert rows[-1][name]["true"] == pytest.approx(judged["figures"]["true"][name]["mean"], abs=1e-3) != 0
+
+
+def test_several_gaps_and_lpips(plain: dict[str, Any], tmp_path: Path) -> None:
+    """Each gap's figures are those of evaluate, LPIPS as well; the first gap's go by their own names."""
+    save_file(lpips_weights(), tmp_path / "alex.safetensors")
+    lpips = str(tmp_path / "alex.safetensors")
+    changes = {"data.frames": 3, "validation.gaps": "[4,2,6]", "validation.lpips": lpips, "schedule.steps": 1}
+    run = train_here(plain | LOOKS | changes | {"name": "gaps"})
+    _, row = read_log(run / "validation.jsonl")
+    judged = evaluate_run(str(run), lpips=lpips)["gaps"]
+    assert [*judged] == ["4", "2", "6"]
+    wanted = {
+        name + ("" if gap == "4" else f"_gap_{gap}"): own["figures"]["tuned"][name]["mean"]
+        for gap, own in judged.items()
+        for name in own["figures"]["tuned"]
+    }
+    assert {name: row[name]["tuned"] for name in row.keys() - {"step"}} == pytest.approx(wanted, rel=1e-3, abs=1e-3)
+    assert row["lpips_gap_6"]["tuned"] > 0 and row["psnr"]["linear"] != row["psnr_gap_2"]["linear"]
+    charts = read_charts(read_board(run))
+    assert {"psnr_moving", "psnr_moving_gap_2"} < {*charts}
+    tags = read_board(run).Tags()["scalars"]
+    assert all("gap" not in tag for tag in tags if re.match(charts["psnr_moving"][0], tag)), "lines of another gap"
 
 
 def test_best_may_be_a_figure(plain: dict[str, Any], shown: Path, tmp_path: Path) -> None:
@@ -95,6 +122,8 @@ def test_what_a_look_would_refuse_is_refused_at_the_start(
         path.unlink()
     for changes, words in (
         ({"data.shards": str(shards)}, "val"),
+        ({"validation.gaps": "[400]"}, "reaches over a gap of 400"),
+        ({"validation.lpips": "nowhere.safetensors"}, "cannot read LPIPS weights from nowhere.safetensors"),
         ({"validation.sampler": "lcm", "validation.sampler_steps": 50}, "sampler_steps|steps"),
     ):
         with pytest.raises(UserError, match=words):
@@ -152,11 +181,12 @@ def test_cached_clips_show_the_same(
 
 @pytest.mark.launch
 def test_ranks_share_the_windows_out(plain: dict[str, Any], tiny_shards: Path, tmp_path: Path) -> None:
-    """Two ranks find for three windows the figures of one rank, though one of them has a window less to fill."""
+    """Two ranks find for three clips at three gaps the figures of one rank, though one has a window less to fill."""
     shards = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
     for path in tiny_shards.glob("train-000000.*"):
         shutil.copy(path, shards / path.name.replace("train-000000", "val-000001"))
     changes = plain | LOOKS | {"validation.clips": 3, "schedule.steps": 1, "data.shards": str(shards)}
+    changes |= {"data.frames": 3, "validation.gaps": "[4,6,2]"}  # nine windows
     one = train_here(changes | {"name": "one"})
     done = launch("torchrun", 2, changes | {"name": "two", "engine.kind": "zero2"})
     assert done.returncode == 0, done.stderr

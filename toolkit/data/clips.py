@@ -28,6 +28,7 @@ class ClipSettings:
     width_px: int
     strides: tuple[int, ...] = (1,)
     flip: bool = False
+    reverse: bool = False
     random_crop: float = 0.0  # a crop is drawn whose sides are up to this share shorter than the largest that fits
     window: Literal["random", "centre"] = "random"  # centre: smallest stride, middle of the source, no augmentation
 
@@ -74,6 +75,8 @@ def load_clip(index: DatasetIndex, sample: int, settings: ClipSettings, seed: in
     clip, key = index.rows[sample].clip, index.rows[sample].key
     frames, stride = draw_window(clip, settings, seed, k)
     frames_THWC = decode_frames(index, sample, frames, settings, draw_crop(settings, seed, k))
+    if draw_reverse(settings, seed, k):
+        frames_THWC = frames_THWC[::-1]
     return Clip(frames_THWC, clip.fps / stride, clip.motion, key)
 
 
@@ -92,6 +95,9 @@ def load_cached(
         latents = reader.read(shard, offset, row.latents, variant, frames)
     except (LatentsError, OSError) as error:
         raise BadSample(f"{row.key}.safetensors at offset {offset}: {error}") from error
+    if draw_reverse(settings, seed, k):
+        mean_TX, std_TX, embeds_2X, info = latents
+        latents = Window(mean_TX[::-1], std_TX[::-1], embeds_2X[::-1], info)
     return CachedClip(latents, row.clip.fps / stride, row.clip.motion, row.key)
 
 
@@ -137,6 +143,11 @@ def draw_crop(settings: ClipSettings, seed: int, k: int, purpose: str = "crop") 
     side = 1 - settings.random_crop * uniform(seed, f"{purpose}/side", k)
     flip = settings.flip and integer(2, seed, f"{purpose}/flip", k) == 1
     return Crop(side, uniform(seed, f"{purpose}/x", k), uniform(seed, f"{purpose}/y", k), flip)
+
+
+def draw_reverse(settings: ClipSettings, seed: int, k: int) -> bool:
+    """Draw whether a clip is played backwards."""
+    return settings.reverse and settings.window == "random" and integer(2, seed, "reverse", k) == 1
 
 
 def resize_cover(frames_THWC: np.ndarray, height_px: int, width_px: int, crop: Crop = Crop()) -> np.ndarray:  # noqa: B008

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from toolkit.config import RunConfig
 from toolkit.errors import UserError
-from toolkit.metrics import FVD_MIN_FRAMES, LPIPS_MIN_PX, frechet_distance, load_lpips, load_video_features
+from toolkit.metrics import (
+    FVD_MIN_FRAMES,
+    LPIPS_MIN_PX,
+    Distance,
+    Features,
+    frechet_distance,
+    load_lpips,
+    load_video_features,
+)
 from toolkit.run.checkpoint import replace_text
 from toolkit.run.contenders import (
     Contender,
@@ -33,13 +41,14 @@ from toolkit.run.contenders import (
 from toolkit.run.framer import to_signed, to_uint8
 from toolkit.run.inference import recipe_sampling
 from toolkit.run.judge import (
+    DRIFTS,
     Windows,
     blend_window,
     compare,
     describe,
     load_held_out,
     load_windows,
-    own_gap,
+    own_gaps,
     rounded,
     window_frames,
 )
@@ -73,7 +82,7 @@ def evaluate_run(
     base      another folder of the runs' base, UNet included
     compiled  worth its minutes for many clips
     adapters  checkpoints or exported adapters, judged beside the runs
-    gaps      source frames between the two ends; default the gap that the recipe trains on
+    gaps      source frames between the two ends; default the recipe's
     sweep     FIELD=VALUE,VALUE,...: further contenders, of one run or adapter
     lpips     weights for LPIPS, see metrics.load_lpips
     out       folder to write to; default the first run's
@@ -95,11 +104,11 @@ def evaluate_run(
         sources = {name: own.on_shards(shards) for name, own in sources.items()}
         config = sources[tuned].config
     refuse_other_split(sources)
-    networks = load_networks(config, lpips, fvd)
+    networks = Networks(read_lpips(config, lpips), read_fvd(config, fvd))
     sampling = recipe_sampling(config)
     sampling = sampling if steps is None else replace(sampling, steps=steps)
     contenders = list_contenders(sources, sampling, sweep)
-    windows = load_windows(config, [*dict.fromkeys(gaps)] or [own_gap(config)], clips or config.validation.clips)
+    windows = load_windows(config, [*dict.fromkeys(gaps)] or own_gaps(config), clips or config.validation.clips)
     if networks.fvd and len(next(iter(windows.values()))) < 2:
         raise UserError(
             "--fvd compares sets of clips, and one is judged; give more --clips, pack more videos, or leave it out"
@@ -137,18 +146,24 @@ def evaluate_run(
     return report
 
 
-def load_networks(config: RunConfig, lpips: str | None, fvd: str | None) -> Networks:
-    """Read the networks that judge. Raises UserError where the windows of a recipe are too small for one, or too short."""
-    if lpips is not None and (side := min(config.data.height, config.data.width)) < LPIPS_MIN_PX:
-        raise UserError(f"--lpips needs pictures of {LPIPS_MIN_PX} px or more, and the run's have {side}; leave it out")
-    if fvd is not None and (frames := window_frames(config)) < FVD_MIN_FRAMES:
+def read_lpips(config: RunConfig, weights: str | None) -> Distance | None:
+    """Read LPIPS where weights are given. Raises UserError where the pictures of a recipe are too small for it."""
+    if weights is None:
+        return None
+    if (side := min(config.data.height, config.data.width)) < LPIPS_MIN_PX:
+        raise UserError(f"LPIPS needs pictures of {LPIPS_MIN_PX} px or more, and the run's have {side}; leave it out")
+    return load_lpips(Path(weights).expanduser())
+
+
+def read_fvd(config: RunConfig, weights: str | None) -> Features | None:
+    """Read what FVD compares by where it is given. Raises UserError where the windows of a recipe are too short for it."""
+    if weights is None:
+        return None
+    if (frames := window_frames(config)) < FVD_MIN_FRAMES:
         raise UserError(
             f"--fvd needs windows of {FVD_MIN_FRAMES} frames or more, and the run's have {frames}; leave it out"
         )
-    return Networks(
-        None if lpips is None else load_lpips(Path(lpips).expanduser()),
-        None if fvd is None else load_video_features(Path(fvd).expanduser(), window_frames(config)),
-    )
+    return load_video_features(Path(weights).expanduser(), window_frames(config))
 
 
 def sum_up(results: dict[str, Result], contenders: dict[str, Contender], windows: Windows, seed: int) -> dict[str, Any]:
@@ -157,7 +172,7 @@ def sum_up(results: dict[str, Result], contenders: dict[str, Contender], windows
     tuned = [label for label in contenders if label not in bases]
     scores = {label: results[label].figures for label in ("linear", *bases, *tuned)}
     true = results["true"]
-    shown = scores | {"true": {name: true.figures[name] for name in ("lighting_luma", "lighting_colour")}}
+    shown = scores | {"true": {name: true.figures[name] for name in DRIFTS}}
     figures = {
         label: {name: describe(values_B, seed) for name, values_B in own.items()} for label, own in shown.items()
     }

@@ -1,7 +1,8 @@
 """Held-out windows filled while a run goes on: figures beside blending and the network that it began with, and pictures.
 
 Test: pytest tests/run/test_gallery.py. The same windows and noise each time, those of launch/evaluate.py: only the weights
-differ, and a run computes the same with and without it.
+differ, and a run computes the same with and without it. Of several gaps, the pictures and the figures named as evaluate
+names them are of the first; those of the others end in _gap_8 and so on.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch import Tensor
 
 from toolkit.config import RunConfig
 from toolkit.engine.world import World
-from toolkit.run.evaluate import draw_strip
+from toolkit.run.evaluate import draw_strip, read_lpips
 from toolkit.run.framer import Framer, NotFinite, to_signed, to_uint8
 from toolkit.run.inference import recipe_sampling
-from toolkit.run.judge import blend_window, load_windows, make_window, own_gap, score
+from toolkit.run.judge import DRIFTS, Windows, blend_window, load_windows, make_window, own_gaps, score
 from toolkit.run.monitor import FIGURES_LOG, Monitor, read_log
 
 SHOWN = 4  # windows in a strip
@@ -30,14 +31,23 @@ class Gallery:
     """Judges the network in training on the first held-out windows, the ranks sharing them out."""
 
     def __init__(self, config: RunConfig, framer: Framer, world: World) -> None:
-        gap = own_gap(config)
-        self.windows = load_windows(config, [gap], config.validation.clips)[gap]
+        self.by_gap = load_windows(config, own_gaps(config), config.validation.clips)
+        self.windows = self.by_gap[own_gaps(config)[0]]
         self.framer, self.world, self.sampling = framer, world, recipe_sampling(config)
+        self.lpips = read_lpips(config, config.validation.lpips)
         self.folder = config.folder
         shown = self.windows.frames_BTHWC.shape[1]
         self.rate_share = (shown - 1) / (config.data.frames - 1)  # fewer frames than the window's last as long
-        blends = [score(blend_window(self.windows, i), self.windows.true(i)) for i in range(len(self.windows))]
-        self.linear = {name: _mean(torch.cat([one[name] for one in blends])) for name in blends[0]}
+        self.baselines: dict[str, dict[str, float]] = {}  # {figure: {contender: its mean}} that no weight changes
+        for own in self.by_gap.values():
+            for contender, make, figures in (("linear", blend_window, None), ("true", Windows.true, DRIFTS)):
+                scored = [score(make(own, i), own.true(i), self.lpips) for i in range(len(own))]
+                for name in figures or scored[0]:
+                    mean = _mean(torch.cat([one[name] for one in scored]))
+                    self.baselines.setdefault(self._name(own, name), {})[contender] = mean
+
+    def _name(self, windows: Windows, figure: str) -> str:
+        return figure if windows is self.windows else f"{figure}_gap_{windows.gap}"
 
     @property
     def _kept(self) -> Path:
@@ -56,7 +66,7 @@ class Gallery:
             save_file({str(i): to_uint8(frames_TCHW).contiguous() for i, frames_TCHW in made.items()}, self._kept)
         begun = {row["step"]: row for row in read_log(self.folder / FIGURES_LOG)}.get(0, {})
         monitor.report_figures(step, {
-            name: {"linear": self.linear[name]}
+            name: self.baselines[name]
             | ({"start": mean} if step == 0 else {"start": begun[name]["start"]} if name in begun else {})
             | {"tuned": mean}
             for name, mean in means.items()
@@ -67,28 +77,37 @@ class Gallery:
 
     @torch.no_grad()
     def _fill(self, beat: Callable[[], None]) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
-        """Frames of this rank's windows, {window: (T, 3, H, W)}, and figures of all, {name: (B,)}, on every rank."""
-        made, clips = {}, len(self.windows)
+        """The first gap's frames of this rank, {window: (T, 3, H, W)}, and figures of all, {name: (B,)}, on every rank."""
+        made: dict[int, Tensor] = {}
+        places = [(own, i) for own in self.by_gap.values() for i in range(len(own))]
         columns: list[Tensor] = []
         names: list[str] = []
-        for turn in range(math.ceil(clips / self.world.size)):  # as many on each rank: an engine may gather weights
+        for turn in range(
+            math.ceil(len(places) / self.world.size)
+        ):  # as many on each rank: an engine may gather weights
             beat()
-            i = turn * self.world.size + self.world.rank
-            true_BTCHW = self.windows.true(min(i, clips - 1))
+            place = turn * self.world.size + self.world.rank
+            windows, i = places[min(place, len(places) - 1)]
+            true_BTCHW = windows.true(i)
             try:
-                window_BTCHW = make_window(self.framer, self.windows, min(i, clips - 1), self.sampling)
+                window_BTCHW = make_window(self.framer, windows, i, self.sampling)
             except NotFinite:  # a figure that is no number, and no reason to end a run before it has saved
                 window_BTCHW = torch.full_like(true_BTCHW, torch.nan)
-            if i < clips:
+            if place < len(self.windows):
                 made[i] = window_BTCHW[0]
-            figures = score(window_BTCHW, true_BTCHW)
+            figures = score(window_BTCHW, true_BTCHW, self.lpips)
             names = list(figures)
             columns.append(torch.stack([figures[name][0] for name in names]).double())
         own_FTR = torch.zeros(len(names), len(columns), self.world.size, dtype=torch.float64)
         own_FTR[:, :, self.world.rank] = torch.stack(columns, 1)
         summed = self.world.all_reduce_sum(own_FTR.flatten().to(self.world.device))
-        all_FB = torch.tensor(summed, dtype=torch.float64).view(len(names), -1)[:, :clips]
-        return made, dict(zip(names, all_FB, strict=True))
+        all_FN = torch.tensor(summed, dtype=torch.float64).view(len(names), -1)[:, : len(places)]
+        of_gaps = zip(self.by_gap.values(), all_FN.split(len(self.windows), 1), strict=True)
+        return made, {
+            self._name(own, name): values_B
+            for own, all_FB in of_gaps
+            for name, values_B in zip(names, all_FB, strict=True)
+        }
 
     def _draw(self, monitor: Monitor, step: int, made: dict[int, Tensor]) -> None:
         shown = sorted(made)[:SHOWN]

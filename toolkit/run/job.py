@@ -42,6 +42,7 @@ from toolkit.run.best import Best, count_misses
 from toolkit.run.cache import check_cache
 from toolkit.run.checkpoint import check_space, list_checkpoints
 from toolkit.run.ema import Averages
+from toolkit.run.evaluate import read_lpips
 from toolkit.run.folder import (
     INEXACT,
     Resume,
@@ -55,7 +56,7 @@ from toolkit.run.folder import (
 from toolkit.run.framer import Framer, check_objective
 from toolkit.run.gallery import Gallery
 from toolkit.run.inference import load_control, recipe_sampling
-from toolkit.run.judge import check_gaps, own_gap
+from toolkit.run.judge import check_gaps, own_gaps
 from toolkit.run.ledger import bad_limit
 from toolkit.run.memory import choose_blocks, choose_plan, choose_replay
 from toolkit.run.validate import Validator
@@ -104,7 +105,8 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     check_clips(config, index)
     held_out = open_held_out(config)
     if config.validation.figures_every_steps is not None:
-        check_gaps(config, [own_gap(config)])
+        check_gaps(config, own_gaps(config))
+        read_lpips(config, config.validation.lpips)
         recipe_sampling(config)
     changed = "" if fresh else check_folder(config, allow_change)
     begun = not fresh and list_checkpoints(config.folder)  # its own adapter is further than the one it started from
@@ -320,7 +322,8 @@ def make_batches(config: RunConfig, job: Job, world: World) -> Iterator[Batch]:
 def clip_settings(config: RunConfig) -> ClipSettings:
     """How a recipe wants its windows cut."""
     data = config.data
-    return ClipSettings(data.frames, data.height, data.width, data.strides, data.flip, data.random_crop)
+    size = data.height, data.width
+    return ClipSettings(data.frames, *size, data.strides, data.flip, data.reverse, data.random_crop)
 
 
 def total_steps(config: RunConfig, clips: int, done: int = 0, done_clips: int = 0) -> int:

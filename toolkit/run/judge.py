@@ -46,6 +46,7 @@ FIGURES = {
     "lighting_colour": Figure("colour drift", "levels", -1),
     "fvd": Figure("FVD", "", -1, 1),  # of all windows together
 }
+DRIFTS = ("lighting_luma", "lighting_colour")  # figures that the true frames have too
 
 
 def find_figure(name: str) -> Figure:
@@ -78,6 +79,11 @@ class Windows:
 def own_gap(config: RunConfig) -> int:
     """The gap that a recipe trains on, the shortest of several."""
     return config.data.strides[0] * (config.data.frames - 1)
+
+
+def own_gaps(config: RunConfig) -> list[int]:
+    """The gaps that a recipe is judged at."""
+    return [*dict.fromkeys(config.validation.gaps)] or [own_gap(config)]
 
 
 def window_frames(config: RunConfig) -> int:

@@ -31,7 +31,7 @@ from toolkit.run.curves import intervals, stack_charts
 from toolkit.run.doctor import examine, list_ranks
 from toolkit.run.folder import check_folder
 from toolkit.run.job import is_finished
-from toolkit.run.judge import check_gaps, compare, describe, find_figure, own_gap
+from toolkit.run.judge import check_gaps, compare, describe, find_figure, own_gaps
 from toolkit.run.launcher import default_ranks, program, training_command
 from toolkit.run.report import NAMES
 from toolkit.run.signals import REQUEUE, STOP_FILE, Requests
@@ -205,7 +205,7 @@ def check_points(points: Sequence[Point], gaps: Sequence[int], ranks: int | None
         try:
             if point.combination not in looked_at:  # seeds are alike
                 looked_at[point.combination] = len(open_sources(config.data, "train"))
-                check_gaps(config, gaps or [own_gap(config)])
+                check_gaps(config, gaps or own_gaps(config))
                 found = examine(config, ranks_of(config, ranks))
                 notes += [f"note: {note}" for note in found["notes"]]
                 print(f"{point.combination}: {found['optimizer_steps']:,} steps, {found['ranks']} processes a run")
@@ -258,7 +258,7 @@ def is_judged(point: Point, gaps: Sequence[int]) -> bool:
     run, found = point.config.folder, point.evaluation
     if not found.exists() or found.stat().st_mtime <= max((run / n).stat().st_mtime for n in ("config.yaml", "LATEST")):
         return False
-    return set(json.loads(found.read_text())["gaps"]) == {str(gap) for gap in gaps or [own_gap(point.config)]}
+    return set(json.loads(found.read_text())["gaps"]) == {str(gap) for gap in gaps or own_gaps(point.config)}
 
 
 def follow(command: list[str], requests: Requests, ask: Callable[[subprocess.Popen[bytes]], None]) -> int:
