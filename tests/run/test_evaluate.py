@@ -23,11 +23,11 @@ from toolkit.data.synth import synth
 from toolkit.errors import UserError
 from toolkit.metrics import frechet_distance
 from toolkit.run import contenders as contenders_module
-from toolkit.run.contenders import list_contenders, read_sources
-from toolkit.run.evaluate import TILE_PX, evaluate_run, load_held_out, recommend
+from toolkit.run.contenders import Result, list_contenders, read_sources
+from toolkit.run.evaluate import TILE_PX, draw_extremes, evaluate_run, load_held_out, recommend
 from toolkit.run.framer import Sampling
 from toolkit.run.inference import load_framer, read_source
-from toolkit.run.judge import load_windows
+from toolkit.run.judge import Windows, load_windows
 from toolkit.run.report import to_text
 
 SWEEP = "lora_scale=0,0.5,1"
@@ -127,6 +127,33 @@ def test_what_is_written_is_whole(judged: tuple[Path, dict[str, Any], list[tuple
     table = to_text(report)
     assert "lora_scale 0.5 against" not in table + text  # it has its charts
     assert table.count("tuned against untuned base: moving PSNR") == table.count("recommended lora_scale: ") == 2
+
+
+@pytest.mark.parametrize(
+    ("gains", "shown"),
+    [
+        ([2, 1, torch.nan], [0, 1]),
+        ([-2, torch.nan, -1], [2, 0]),
+        ([torch.nan, 3, torch.nan], [1]),
+        ([torch.nan] * 3, [0]),
+    ],
+)
+def test_a_still_clip_gains_neither_most_nor_least(gains: list[float], shown: list[int]) -> None:
+    """Where nothing moves there is no gain; the pictures are of clips that have one, if any has. Each clip has its shade."""
+    frames_BTHWC = torch.tensor([50, 100, 150], dtype=torch.uint8).view(3, 1, 1, 1, 1).expand(3, 3, 16, 16, 3)
+    psnr_moving = {
+        "linear": 20 + 0 * torch.tensor(gains),
+        "base": torch.full((3,), 20.0),
+        "tuned": 20 + torch.tensor(gains),
+    }
+    results = {
+        label: Result({"psnr_moving": own_B, "psnr": torch.full((3,), 20.0)}, frames_BTHWC[:, 1], None)
+        for label, own_B in (psnr_moving | {"true": torch.ones(3)}).items()
+    }
+    sheet = draw_extremes(results, Windows(2, list("abc"), frames_BTHWC, torch.ones(3), torch.ones(3)), "tuned")
+    row_px = TILE_PX + 4 + 16
+    assert sheet.height == 20 + len(shown) * row_px
+    assert [sheet.getpixel((50, 60 + i * row_px)) for i in range(len(shown))] == [(50 + 50 * row,) * 3 for row in shown]
 
 
 def test_the_command_prints_one_object(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

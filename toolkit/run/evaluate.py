@@ -233,8 +233,9 @@ def main_figure(results: dict[str, Result]) -> str:
 def draw_extremes(results: dict[str, Result], windows: Windows, tuned: str) -> Image.Image:
     """Draw the middle frames of the clips in which the tuned network gains most and least on the base."""
     figure = main_figure(results)
-    gain_B = (results[tuned].figures[figure] - results["base"].figures[figure]).nan_to_num(0, 0, 0)
-    rows = list(dict.fromkeys([int(gain_B.argmax()), int(gain_B.argmin())]))
+    gain_B = results[tuned].figures[figure] - results["base"].figures[figure]
+    # a clip in which nothing moves has no gain, and is neither
+    rows = list(dict.fromkeys([int(gain_B.nan_to_num(-math.inf).argmax()), int(gain_B.nan_to_num(math.inf).argmin())]))
     ends_BTCHW = to_signed(windows.frames_BTHWC[rows])
     middles = {label: to_signed(results[label].middle_BHWC[rows]) for label in ("linear", "base", tuned, "true")}
     columns = {"first": ends_BTCHW[:, 0], **middles, "last": ends_BTCHW[:, -1]}
