@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -125,8 +126,31 @@ def test_what_is_written_is_whole(judged: tuple[Path, dict[str, Any], list[tuple
     ):
         assert word in text
     table = to_text(report)
-    assert "lora_scale 0.5 against" not in table + text  # it has its charts
+    assert "lora_scale 0.5 against" not in table + text  # it has its own table, and charts
     assert table.count("tuned against untuned base: moving PSNR") == table.count("recommended lora_scale: ") == 2
+
+
+def test_what_each_value_of_a_sweep_gains_is_told(judged: tuple[Path, dict[str, Any], list[tuple]]) -> None:
+    """On the terminal and on the page, at each gap, as in evaluation.json; by PSNR of the whole where nothing moves."""
+    folder, report, _ = judged
+    lines, page = to_text(report).splitlines(), Page((folder / "report.html").read_text()).text
+    assert page.count("Gains by lora_scale") == 2
+    heads = [i for i, line in enumerate(lines) if line.startswith("lora_scale  moving PSNR against untuned base")]
+    for head, own in zip(heads, report["gaps"].values(), strict=True):
+        for line, value in zip(lines[head + 1 : head + 4], (0, 0.5, 1), strict=True):
+            gain = own["against"][f"lora_scale {value:g}"]["base"]["psnr_moving"]
+            cells = (
+                f"{value:g}",
+                f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}] dB",
+                f"{gain['improved']} of 2 clips",
+            )
+            assert line.split() == " ".join(cells).split() and all(cell in page for cell in cells[1:])
+    still = json.loads(json.dumps(report))
+    for own in still["gaps"].values():
+        own["figures"]["linear"]["psnr_moving"]["mean"] = None
+        own["against"]["lora_scale 0.5"]["base"]["psnr"] |= {"mean": 9.5, "low": None, "high": None}
+    text = to_text(still)
+    assert "lora_scale  PSNR against untuned base" in text and re.search(r"\n0.5 +\+9.50 dB +\d of 2 clips\n", text)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,9 @@ def to_text(report: dict[str, Any]) -> str:
         parts += [f"{row[0]:<{name_width}}" + "".join(f"{cell:>14}" for cell in row[1:]) for row in (head, *rows)]
         parts += [f"{pair}: {gain}" for pair, gain in gains_of(own, swept_by(report))]
         if "sweep" in report:
+            swept = sweep_table(report, own)
+            widths = [max(map(len, column)) for column in zip(*swept, strict=True)]
+            parts += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in swept]
             parts.append(f"recommended {report['sweep']['field']}: {report['sweep']['recommended'][gap]:g}")
         parts.append("")
     parts.append(units_of(report))
@@ -67,8 +70,11 @@ def write_page(folder: Path, runs: Sequence[Path], report: dict[str, Any], pictu
             "<section>",
             table(title_of(gap, own).capitalize(), ("contender", *head_of(own)), map(tuple, rows_of(own))),
             table("Gains", ("contenders", "mean over the clips"), gains_of(own, swept_by(report))),
-            f"<h2>Largest and smallest gain on the base</h2>{_picture(pictures[gap])}</section>",
         ]
+        if "sweep" in report:
+            first, *rest = sweep_table(report, own)
+            body.append(table(f"Gains by {report['sweep']['field']}", first, rest))
+        body.append(f"<h2>Largest and smallest gain on the base</h2>{_picture(pictures[gap])}</section>")
     body += [_charts_section(f"Training of {text(run.name)}", training_charts(run)) for run in runs]
     replace_text(folder / "report.html", document(f"Evaluation of {folder.name}", "\n".join(body)))
 
@@ -104,16 +110,24 @@ def gains_of(own: dict[str, Any], left_out: Sequence[str] = ()) -> list[tuple[st
             gain, name = gains[figure], find_figure(figure).label
             if gain["mean"] is None or label in left_out:
                 continue
-            interval = "" if gain["low"] is None else f" [{gain['low']:+.2f}, {gain['high']:+.2f}]"
-            often = f"better in {gain['improved']} of {gain['clips']} clips"
             pair = f"{label} against {NAMES.get(other, other)}"
-            rows.append((pair, f"{name} {gain['mean']:+.2f}{interval} dB, {often}"))
+            rows.append((pair, f"{name} {_gain(gain)}, better in {_often(gain)}"))
     return rows
 
 
 def swept_by(report: dict[str, Any]) -> list[str]:
-    """Labels of a sweep's contenders, which are shown in charts of their own."""
+    """Labels of a sweep's contenders, which have a table and charts of their own."""
     return report.get("sweep", {}).get("labels", [])
+
+
+def sweep_table(report: dict[str, Any], own: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """A head, then a row for each value of a sweep: what it gains on the untuned base, and how often."""
+    sweep = report["sweep"]
+    # as evaluate.main_figure has it
+    figure = "psnr_moving" if own["figures"]["linear"]["psnr_moving"]["mean"] is not None else "psnr"
+    gains = [own["against"][label]["base"][figure] for label in sweep["labels"]]
+    rows = [(f"{value:g}", _gain(gain), _often(gain)) for value, gain in zip(sweep["values"], gains, strict=True)]
+    return [(sweep["field"], f"{find_figure(figure).label} against {NAMES['base']}", "better in"), *rows]
 
 
 def gap_charts(report: dict[str, Any]) -> list[str]:
@@ -170,6 +184,15 @@ def _cell(name: str, figure: dict[str, Any] | None) -> str:
     digits = find_figure(name).digits
     half = "" if figure["low"] is None else f" ±{(figure['high'] - figure['low']) / 2:.{digits}f}"
     return f"{figure['mean']:.{digits}f}{half}"
+
+
+def _gain(gain: dict[str, Any]) -> str:
+    interval = "" if gain["low"] is None else f" [{gain['low']:+.2f}, {gain['high']:+.2f}]"
+    return f"{gain['mean']:+.2f}{interval} dB"
+
+
+def _often(gain: dict[str, Any]) -> str:
+    return f"{gain['improved']} of {gain['clips']} clips"
 
 
 def _charts_section(title: str, charts: Sequence[str]) -> str:
