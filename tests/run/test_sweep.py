@@ -234,6 +234,19 @@ def test_settings_are_compared_clip_by_clip(settings: dict[str, Any], tmp_path: 
     assert "on rank-1" in chart and "on rank-1" not in alone
 
 
+@pytest.mark.parametrize("part", [[], ["--part", "1/3"], ["--part=1/3"]])
+def test_the_command_that_is_told_does_it_all(
+    settings: dict[str, Any], part: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not the share of one machine; other words stay, quoted where a shell needs it."""
+    (point,) = plan_sweep(str(RECIPE), "s", "{lora.rank: [1]}", 1, settings | {"runs_dir": str(tmp_path)})
+    point.evaluation.parent.mkdir(parents=True)
+    point.evaluation.write_text(json.dumps({"gaps": {"8": {"keys": ["a"], "per_clip": per_clip([2.0], [1.0], [1.0])}}}))
+    for argv in (["launch/sweep.py", *part, "--grid", GRID], ["launch/sweep.py", "--grid", GRID, *part]):
+        monkeypatch.setattr(sys, "argv", argv)
+        assert f"\n    python launch/sweep.py --grid '{GRID}'\n" in to_markdown(sum_up([point]))
+
+
 def test_other_windows_stand_apart(settings: dict[str, Any], tmp_path: Path) -> None:
     """A table for each gap and set of clips; where a blend scores otherwise in one table, a line says so."""
     points = plan_sweep(str(RECIPE), "s", "{lora.rank: [1, 2, 3, 4]}", 1, settings | {"runs_dir": str(tmp_path)})

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -307,11 +307,18 @@ def sum_up(points: Sequence[Point]) -> dict[str, Any]:
         first = next((gathered[key, name] for name in tables[key]["rows"]), None)
         tables[key]["rows"][combination] = sum_up_row(runs, seed, first)
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": whole_command(sys.argv),
         "combinations": {point.combination: point.settings for point in points},
         "runs": {point.config.name: str(point.config.folder) for point in points},
         "tables": sorted(tables.values(), key=lambda table: table["gap"]),
     }
+
+
+def whole_command(words: Sequence[str]) -> str:
+    """The command line without --part and its value: what does the sweep on one machine."""
+    pairs = pairwise(["python", *words])
+    kept = [word for before, word in pairs if "--part" not in (before, word) and not word.startswith("--part=")]
+    return shlex.join(["python", *kept])
 
 
 SeedRuns = Sequence[tuple[int, Mapping[str, Any]]]  # of each seed what evaluation.json holds of each clip, by contender
