@@ -17,7 +17,7 @@ from toolkit.cli import importing, main
 CALLS: list[tuple] = []
 
 
-def work(folder: str, steps: PositiveInt = 5, fresh: bool = False) -> str:
+def work(folder: str, steps: PositiveInt = 5, fresh: bool = False, out: str | None = None) -> str:
     """Stands for a long job."""
     CALLS.append((folder, steps, fresh))
     return f"worked in {folder}"
@@ -33,6 +33,22 @@ def test_values_arrive_in_their_types(monkeypatch):
     """A folder named 7 stays text, a number is a number, and --fresh false is not fresh."""
     start(monkeypatch, "7", "--steps", "3", "--fresh", "false")
     assert CALLS == [("7", 3, False)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "call"),
+    [
+        (("x", "--fresh"), ("x", 5, True)),
+        (("--fresh", "--folder", "x"), ("x", 5, True)),
+        (("x", "--nofresh", "--steps", "3"), ("x", 3, False)),
+        (("--folder", "-1", "--fresh"), ("-1", 5, True)),
+        (("--folder=True", "--fresh"), ("True", 5, True)),
+    ],
+)
+def test_a_switch_needs_no_value(monkeypatch, arguments, call):
+    """And a value may begin with a sign, or be called what Fire makes of a flag without one."""
+    start(monkeypatch, *arguments)
+    assert [call] == CALLS
 
 
 @pytest.mark.parametrize("name", ["2024_05", "1.10", "007", "1e3", "None", "[a]", "a,b", "v3"])
@@ -106,6 +122,10 @@ def test_a_rank_is_named_where_there_are_several(monkeypatch, capsys):
         (("x", "--steps", "-3"), "--steps is -3; it should be greater than 0"),
         (("x", "--steps", "abc"), "--steps is 'abc'"),
         (("x", "--fresh", "maybe"), "--fresh is 'maybe'"),
+        (("x", "--out"), "--out is given without a value; write --out VALUE"),
+        (("--folder", "--fresh"), "--folder is given without a value; write --folder VALUE"),
+        (("x", "--steps", "--out", "o"), "--steps is given without a value; write --steps VALUE"),
+        (("x", "--noout"), "unknown flag --noout; did you mean --out?"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_no_work(monkeypatch, capsys, arguments, words):

@@ -12,6 +12,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import fire
@@ -43,6 +44,7 @@ def main(function: Callable[..., Any]) -> None:
     fire.decorators.SetParseFns(**dict.fromkeys(texts, str))(command)  # Fire reads 2024_01 as a number
     try:
         refuse_unknown_flags(function, sys.argv[1:])
+        refuse_bare_flags(function, sys.argv[1:])
         # else Fire misses a required argument first, where any flag is taken
         fire.Fire(command, ["--", "--help"] if sys.argv[1:] == ["--help"] else None)
     except ValidationError as error:
@@ -120,13 +122,23 @@ def refuse_unknown_flags(function: Callable[..., Any], arguments: list[str]) -> 
     parameters = inspect.signature(function).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return  # the function takes any flag and names the unknown ones by itself
+    taken = {*parameters, "help", *(f"no{p.name}" for p in parameters.values() if p.annotation is bool)}
     for argument in arguments:
         name = re.match(r"--([\w.-]+)", argument)
         flag = name[1].replace("-", "_") if name else ""
-        if name and flag not in parameters and flag.removeprefix("no") not in parameters and flag != "help":
+        if name and flag not in taken:
             near = difflib.get_close_matches(flag, parameters, 1)
             known = f"did you mean --{near[0]}?" if near else f"flags are {', '.join('--' + p for p in parameters)}"
             raise UserError(f"unknown flag --{flag}; {known}")
+
+
+def refuse_bare_flags(function: Callable[..., Any], arguments: list[str]) -> None:
+    """Refuse a flag without the value that its parameter needs: Fire makes it True, which passes for a text and a number."""
+    valued = [p.name for p in inspect.signature(function).parameters.values() if p.annotation is not bool]
+    for argument, after in pairwise([*arguments, "--"]):
+        flag = argument.removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and flag in valued and re.match("--|-[a-zA-Z]", after):  # as Fire tells a flag
+            raise UserError(f"--{flag} is given without a value; write --{flag} VALUE")
 
 
 def split(value: object) -> list[Any]:
