@@ -307,6 +307,7 @@ def test_the_recommended_value_is_the_smallest_within_the_noise() -> None:
         ({"sweep": "guidance=2"}, r"--sweep guidance: did you mean max_guidance\?"),
         ({"sweep": "lora_scale=low,high"}, "--sweep lora_scale=low,high: give numbers with commas between"),
         ({"sweep": "lora_scale"}, "give numbers with commas between"),
+        ({"sweep": "lora_scale=1,-0.5"}, "--sweep lora_scale=-0.5: it must be 0, the untuned base, or more"),
         ({"sweep": "sampler_steps=2.5"}, "steps are whole numbers"),
         ({"sweep": "sampler_steps=0"}, "0 sampler steps"),
         ({"sweep": "max_guidance=0.5"}, "between min_guidance 1 and 30"),

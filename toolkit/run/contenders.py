@@ -151,6 +151,8 @@ def apply_sweep(contender: Contender, field: str, value: float) -> Contender:
             raise UserError(
                 "--sweep lora_scale is for adapters, and this run trained whole weights; sweep something else"
             )
+        if value < 0:
+            raise UserError(f"--sweep lora_scale={value:g}: it must be 0, the untuned base, or more")
         scaled = tuple((place, weight * value) for place, weight in source.adapters)
         return replace(contender, source=replace(source, adapters=scaled) if value else source.untuned)
     if field == "ema":
