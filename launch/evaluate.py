@@ -50,7 +50,7 @@ def evaluate(
 
         if run is None:
             raise UserError("--plot draws what runs have logged; give --run, a run folder")
-        print("\n".join(f"wrote {write_curves(Path(name))}" for name in split(run)))
+        print("\n".join(f"wrote {write_curves(Path(name).expanduser())}" for name in split(run)))
         return
     with redirect_stdout(sys.stderr), importing():
         from toolkit.run.evaluate import evaluate_run

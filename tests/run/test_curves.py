@@ -59,6 +59,8 @@ def test_long_logs_are_averaged() -> None:
 
 def test_a_run_is_drawn_from_its_log(tmp_path: Path) -> None:
     """Loss, baseline and held-out loss in one chart, a chart for each figure of its validation; all in one file."""
+    with pytest.raises(UserError, match=f"there is no run folder {tmp_path}/nope; give one such as runs/NAME"):
+        write_curves(tmp_path / "nope")
     with pytest.raises(UserError, match="has logged no step yet"):
         write_curves(tmp_path)
     rows = [

@@ -180,7 +180,9 @@ def test_a_still_clip_gains_neither_most_nor_least(gains: list[float], shown: li
     assert [sheet.getpixel((50, 60 + i * row_px)) for i in range(len(shown))] == [(50 + 50 * row,) * 3 for row in shown]
 
 
-def test_the_command_prints_one_object(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_one_object(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With --json stdout is what evaluation.json holds, and nothing else; --plot only draws."""
     out = str(tmp_path)
     evaluate(run=str(trained), steps=1, clips=1, out=out, json=True)
@@ -188,7 +190,8 @@ def test_the_command_prints_one_object(trained: Path, tmp_path: Path, capsys: py
     assert not (trained / "evaluation.json").exists()
     with pytest.raises(UserError, match="--plot draws what runs have logged; give --run"):
         evaluate(plot=True)
-    evaluate(run=str(trained), plot=True)
+    monkeypatch.setenv("HOME", str(trained.parent))
+    evaluate(run=f"~/{trained.name}", plot=True)
     assert capsys.readouterr().out == f"wrote {trained}/samples/curves.svg\n"
 
 

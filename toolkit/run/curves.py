@@ -154,6 +154,8 @@ def thin(values: Sequence[tuple[float, float | None]]) -> list[Point]:
 
 def write_curves(run: Path) -> Path:
     """Write a run's charts to samples/curves.svg, which any browser shows."""
+    if not run.is_dir():
+        raise UserError(f"there is no run folder {run}; give one such as runs/NAME")
     charts = training_charts(run)
     if not charts:
         raise UserError(f"{run} has logged no step yet (log.jsonl); train it first")
