@@ -19,6 +19,7 @@ from tests.data.test_report import Page
 from tests.launching import train_here
 from tests.test_metrics import MeanColours, lpips_weights, save_video_network
 from toolkit.config import load_config
+from toolkit.data.index import open_shards
 from toolkit.data.pack import pack
 from toolkit.data.synth import synth
 from toolkit.errors import UserError
@@ -255,6 +256,29 @@ def test_other_clips_are_judged_on_request(trained: Path, tmp_path: Path) -> Non
         evaluate_run(str(away), 1, 1)
     again = evaluate_run(str(away), 1, 1, out=str(tmp_path / "out"), shards=str(tmp_path / "others"))
     assert again["gaps"] == report["gaps"]
+
+
+def test_clips_that_were_trained_on_are_told(
+    trained: Path, tiny_shards: Path, tmp_path: Path, no_network: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How many and one of them, where another packing holds out videos that the run trains on; if its shards are there."""
+    pack(tiny_shards.parent / "videos", tmp_path / "again", holdout=0.5, gop=1)
+    own = {row.clip.source for row in open_shards(tiny_shards, "train").rows}
+    judged = [row.clip.source for row in open_shards(tmp_path / "again", "val").rows]
+    seen = [name for name in judged if name in own]
+    assert 0 < len(seen) < len(judged)
+    away = Path(shutil.copytree(trained, tmp_path / "away"))
+    recipe = (away / "config.yaml").read_text()
+    (away / "config.yaml").write_text(recipe.replace(str(tiny_shards), "/gone"))
+    shutil.copytree(tiny_shards, tmp_path / "same")
+    told = f"warning: {len(seen)} of the {len(judged)} clips are, by name, of videos that were trained on, such as"
+    for run, shards, expected in (
+        (trained, "again", [f"{told} {seen[0]}"]), (away, "again", []), (trained, "same", []),
+    ):  # fmt: skip
+        capsys.readouterr()
+        with pytest.raises(ZeroDivisionError):  # nothing but the weights is missing
+            evaluate_run(str(run), len(judged), out=str(tmp_path / "out"), shards=str(tmp_path / shards))
+        assert [line for line in capsys.readouterr().err.splitlines() if "warning" in line] == expected
 
 
 def test_a_place_that_cannot_be_written_is_told_first(trained: Path, tmp_path: Path, no_network: None) -> None:

@@ -5,8 +5,10 @@ Test: pytest tests/run/test_evaluate.py.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -15,8 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from toolkit.config import RunConfig
 from toolkit.data.index import open_sources
-from toolkit.errors import UserError
+from toolkit.errors import UserError, printable
 from toolkit.metrics import Distance, Features
 from toolkit.run.framer import Sampling, to_uint8
 from toolkit.run.inference import FED_BY, Source, load_framer, read_source
@@ -94,6 +97,24 @@ def refuse_other_split(sources: dict[str, Source]) -> None:
             raise UserError(
                 f"{first} and {name} cannot be judged together: {'; '.join(differing)}; evaluate one after the other"
             )
+
+
+def warn_of_trained(sources: Iterable[Source], judged: RunConfig, keys: Sequence[str]) -> None:
+    """Say where clips that are judged, by their keys, are of videos that were trained on.
+
+    Videos go by their names, or clips by their keys where shards name no video: their bytes differ from packing to packing.
+    """
+    trained: set[str] = set()
+    for source in sources:
+        with contextlib.suppress(UserError, OSError):  # the run's own shards may be gone
+            trained |= {row.clip.source or row.key for row in open_sources(source.config.data, "train").rows}
+    names = {row.key: row.clip.source or row.key for row in open_sources(judged.data, "val").rows}
+    if seen := [names[key] for key in keys if names[key] in trained]:
+        print(
+            f"warning: {len(seen)} of the {len(keys)} clips are, by name, of videos that were trained on, such as "
+            f"{printable(seen[0])}",
+            file=sys.stderr,
+        )
 
 
 def list_contenders(sources: dict[str, Source], sampling: Sampling, sweep: str | None) -> dict[str, Contender]:

@@ -37,6 +37,7 @@ from toolkit.run.contenders import (
     read_sources,
     refuse_other_split,
     run_contenders,
+    warn_of_trained,
 )
 from toolkit.run.framer import to_signed, to_uint8
 from toolkit.run.inference import recipe_sampling
@@ -100,6 +101,7 @@ def evaluate_run(
     if shards is not None and out is None:
         raise UserError("--shards judges on other clips than the run's own; give --out FOLDER for what is written")
     folder = Path(out or runs[0]).expanduser()
+    trained = sources.values()
     if shards is not None:
         sources = {name: own.on_shards(shards) for name, own in sources.items()}
         config = sources[tuned].config
@@ -109,6 +111,8 @@ def evaluate_run(
     sampling = sampling if steps is None else replace(sampling, steps=steps)
     contenders = list_contenders(sources, sampling, sweep)
     windows = load_windows(config, [*dict.fromkeys(gaps)] or own_gaps(config), clips or config.validation.clips)
+    if shards is not None:
+        warn_of_trained(trained, config, next(iter(windows.values())).keys)
     if networks.fvd and len(next(iter(windows.values()))) < 2:
         raise UserError(
             "--fvd compares sets of clips, and one is judged; give more --clips, pack more videos, or leave it out"
