@@ -23,6 +23,11 @@ def texts_of(drawn: str) -> list[str]:
     return [text.text for text in ElementTree.fromstring(drawn).iter(f"{SVG}text")]
 
 
+def values_of(drawn: str) -> list[float]:
+    """What the dots of a chart say when pointed at, line after line."""
+    return [float(dot.findtext(f"{SVG}title")) for dot in ElementTree.fromstring(drawn).iter(f"{SVG}circle")]
+
+
 def test_lines_lie_on_their_axes() -> None:
     """Places are affine in x and y, up is more, and the numbers at the axes reach round all of them."""
     drawn = chart("a < b", {"one": [Point(0, 1.5), Point(4, 2.0)], "two & three": [Point(2, 3.0)]}, "step")
@@ -58,26 +63,63 @@ def test_long_logs_are_averaged() -> None:
 
 
 def test_a_run_is_drawn_from_its_log(tmp_path: Path) -> None:
-    """Loss, baseline and held-out loss in one chart, a chart for each figure of its validation; all in one file."""
+    """The losses and their baseline in one chart, a chart for each figure of its validation; all in one file."""
     with pytest.raises(UserError, match=f"there is no run folder {tmp_path}/nope; give one such as runs/NAME"):
         write_curves(tmp_path / "nope")
     with pytest.raises(UserError, match="has logged no step yet"):
         write_curves(tmp_path)
     rows = [
-        {"step": i, "loss": 1 / i, "zero_baseline": 1.0} | ({"validation_loss": 0.5} if i == 4 else {})
+        {"step": i, "loss": 1 / i, "zero_baseline": 1.0}
+        | ({"validation_loss": 0.5, "seen_loss": 0.4} if i == 4 else {})
         for i in (1, 2, 4)
     ]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "lo')
     (drawn,) = training_charts(tmp_path)
-    assert [len(line) for line in lines_of(drawn)] == [3, 3, 1]
-    assert {"loss", "zero prediction", "held-out"} <= set(texts_of(drawn))
+    assert [len(line) for line in lines_of(drawn)] == [3, 3, 1, 1]
+    assert {"loss", "zero prediction", "held-out", "clips trained on"} <= set(texts_of(drawn))
     row = {"step": 2, "psnr_moving": {"linear": 20.0, "tuned": 21.0}, "ssim": {"tuned": None}}
     (tmp_path / "validation.jsonl").write_text(json.dumps(row) + "\n")
-    assert [len(lines_of(drawn)) for drawn in training_charts(tmp_path)] == [3, 2]
+    assert [len(lines_of(drawn)) for drawn in training_charts(tmp_path)] == [4, 2]
     written = write_curves(tmp_path)
     assert written == tmp_path / "samples/curves.svg"
     inner = [element for element in ElementTree.parse(written).getroot() if element.tag == f"{SVG}svg"]
     assert [element.get("y") for element in inner] == ["0", "256"]
+
+
+def test_what_is_logged_beside_the_loss_is_drawn(tmp_path: Path) -> None:
+    """By noise level as a share of what zero scores, the time but for the first step's, and the adapter's largest blocks."""
+    blocks = {f"down_blocks.{i}.temporal": float(i) for i in range(12)}
+    rows = [
+        {"step": 1, "time_s": {"data": 60.0, "encode": 70.0}},
+        {
+            "step": 2, "time_s": {"data": 0.1, "encode": 0.2},
+            "loss_by_sigma": {"2_1_to_9": 3.0}, "zero_by_sigma": {"2_1_to_9": 4.0},
+            "adapter_norm": dict.fromkeys(blocks, 9.0), "update_ratio": dict.fromkeys(blocks, 9.0),
+        },
+        {
+            "step": 3, "time_s": {"data": 0.3, "encode": 0.4},
+            "loss_by_sigma": {"1_below_1": 1.0, "2_1_to_9": 2.0}, "zero_by_sigma": {"1_below_1": 2.0, "2_1_to_9": 8.0},
+            "adapter_norm": blocks, "update_ratio": blocks,
+        },
+    ]  # fmt: skip
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row | {"loss": 1.0}) + "\n" for row in rows))
+    _, by_sigma, time, norm, ratio = training_charts(tmp_path)
+    assert texts_of(by_sigma)[-2:] == ["below 1", "1 to 9"] and values_of(by_sigma) == [0.5, 0.75, 0.25]
+    assert texts_of(time)[-2:] == ["data", "encode"] and values_of(time) == [0.1, 0.3, 0.2, 0.4]
+    assert texts_of(norm)[-8:] == texts_of(ratio)[-8:] == [f"down_blocks.{i}.temporal" for i in range(4, 12)]
+    assert texts_of(norm)[0] == "adapter norm by block" and len(lines_of(norm)) == len(lines_of(ratio)) == 8
+
+
+def test_names_below_a_chart_keep_apart() -> None:
+    """However many and long they are, none covers another or leaves the picture, at six and a half pixels a letter."""
+    for count, letters in ((1, 50), (3, 14), (4, 16), (8, 22), (9, 4)):
+        root = ElementTree.fromstring(chart("", {f"{i}".rjust(letters, "n"): [Point(0, i)] for i in range(count)}, ""))
+        _, _, width, height = map(float, root.get("viewBox").split())
+        keys = [(float(key.get("x")), float(key.get("y"))) for key in root.iter(f"{SVG}rect")]
+        assert len(keys) == count and max(y for _, y in keys) + 12 <= height
+        for x, y in keys:
+            ends = [other for other, row in keys if row == y and other > x] + [width]
+            assert x + 13 + 6.5 * letters <= min(ends)
 
 
 def test_means_lie_beside_each_other() -> None:

@@ -115,8 +115,8 @@ def test_what_is_written_is_whole(judged: tuple[Path, dict[str, Any], list[tuple
         with Image.open(io.BytesIO(picture)) as sheet:
             # a row for the clip that gains most, one for that which gains least
             assert sheet.size == (6 * (TILE_PX + 4), 20 + 2 * (TILE_PX + 4 + 16))
-    # six figures, no LPIPS, over the gap and over the scale, and the training's loss
-    assert len(page.of("svg")) == 2 * 6 + 1
+    # six figures, no LPIPS, over the gap and over the scale; of the training two of losses, time, and two of the adapter
+    assert len(page.of("svg")) == 2 * 6 + 5
     text = page.text
     for word in (
         "linear blend",

@@ -9,20 +9,20 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from toolkit.data.page import number, round_up
 from toolkit.errors import UserError
 from toolkit.run.checkpoint import replace_text
 from toolkit.run.monitor import read_log
 
-WIDTH, HEIGHT = 380, 256  # of a chart
+WIDTH, HEIGHT = 380, 256  # of a chart; it is higher where it has many lines
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 366, 30, 176  # of its axes
 _COLOURS = ("#2f6db0", "#c2571a", "#3a8f4d", "#8d55b5", "#b08500", "#c0392b", "#5f7d8c", "#cf5c9c")
-_IN_A_ROW = 3  # names below a chart
+_IN_A_ROW = 3  # names below a chart, or fewer where they are long
 _MOST_POINTS = 200  # of a line: a long log is averaged to so many
 
-
+Line = list[tuple[float, float | None]]  # of a log: what is not finite is None there
 Interval = tuple[float, float | None, float | None]  # mean, and the ends of its interval where there is one
 
 
@@ -65,7 +65,7 @@ def chart(
         marks.append(_text(_LEFT - 6, y + 4, f"{tick:.6g}", "end"))
     marks += [_text(place(tick, y_ticks[0])[0], _BOTTOM + 16, name, "middle") for tick, name in names.items()]
     marks.append(_text((_LEFT + _RIGHT) / 2, _BOTTOM + 32, axis, "middle"))
-    across = (_RIGHT - _LEFT) // _IN_A_ROW
+    in_a_row = max(1, min(_IN_A_ROW, (WIDTH - 8) // (20 + 7 * max(map(len, lines)))))
     for i, (name, line) in enumerate(lines.items()):
         colour = _COLOURS[i % len(_COLOURS)]
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y, *_ in line)
@@ -78,8 +78,9 @@ def chart(
             if low is not None and high is not None:
                 ends = " ".join("{:.1f},{:.1f}".format(*place(x, end)) for end in (low, high))
                 marks.append(f'<polyline points="{ends}" stroke="{colour}" stroke-opacity="0.6"/>')
-        marks.append(_key(_LEFT + i % _IN_A_ROW * across, _BOTTOM + 40 + i // _IN_A_ROW * 14, colour, name))
-    return _element(title, HEIGHT, marks)
+        left, top = 8 + i % in_a_row * (WIDTH - 8) // in_a_row, _BOTTOM + 40 + i // in_a_row * 14
+        marks.append(_key(left, top, colour, name))
+    return _element(title, max(HEIGHT, _BOTTOM + 40 + math.ceil(len(lines) / in_a_row) * 14), marks)
 
 
 def intervals(title: str, series: Mapping[str, Mapping[str, Interval]], axis: str) -> str:
@@ -125,26 +126,58 @@ def intervals(title: str, series: Mapping[str, Mapping[str, Interval]], axis: st
 
 
 def training_charts(run: Path) -> list[str]:
-    """Charts of what a run has logged so far: the loss beside its baseline, and the figures of its validation."""
-    rows = read_log(run / "log.jsonl")
-    losses = {"loss": "loss", "zero prediction": "zero_baseline", "held-out": "validation_loss"}
+    """Charts of what a run has logged so far: losses, the figures of its validation, its time, and what the adapter does."""
+    rows, looks = read_log(run / "log.jsonl"), read_log(run / "validation.jsonl")
+    losses = {
+        "loss": "loss",
+        "zero prediction": "zero_baseline",
+        "held-out": "validation_loss",
+        "clips trained on": "seen_loss",
+    }
+    timed = [row for row in rows if "time_s" in row][1:]  # a first step loads, captures and compiles
+    figures = dict.fromkeys(name for row in looks for name, value in row.items() if isinstance(value, dict))
+    by_title: dict[str, dict[str, Line]] = {
+        "loss": {name: [(row["step"], row.get(key)) for row in rows] for name, key in losses.items()},
+        "loss by sigma; 1 is what predicting zero scores": compare_by_sigma(rows),
+        **{figure: gather(looks, figure) for figure in figures},
+        "time of a step by phase, s": gather(timed, "time_s"),
+        "adapter norm by block": choose_largest(gather(rows, "adapter_norm")),
+        "update ratio by block": choose_largest(gather(rows, "update_ratio")),
+    }
     charts = [
-        chart(
-            "loss", {name: thin([(row["step"], row.get(key)) for row in rows]) for name, key in losses.items()}, "step"
-        )
-    ]
-    figures: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
-    for row in read_log(run / "validation.jsonl"):
-        for figure, contenders in row.items():
-            for name, value in contenders.items() if isinstance(contenders, dict) else ():
-                figures.setdefault(figure, {}).setdefault(name, []).append((row["step"], value))
-    charts += [
-        chart(figure, {name: thin(line) for name, line in lines.items()}, "step") for figure, lines in figures.items()
+        chart(title, {name: thin(line) for name, line in lines.items()}, "step") for title, lines in by_title.items()
     ]
     return [drawn for drawn in charts if drawn]
 
 
-def thin(values: Sequence[tuple[float, float | None]]) -> list[Point]:
+def gather(rows: Sequence[Mapping[str, Any]], group: str) -> dict[str, Line]:
+    """What rows hold by name in a group, as a line over the step for each name."""
+    lines: dict[str, Line] = {}
+    for row in rows:
+        for name, value in row.get(group, {}).items():
+            lines.setdefault(name, []).append((row["step"], value))
+    return lines
+
+
+def compare_by_sigma(rows: Sequence[Mapping[str, Any]]) -> dict[str, Line]:
+    """The loss of each bin of noise levels, the lowest first, as a share of what predicting zero scores there."""
+    losses, zeros = gather(rows, "loss_by_sigma"), gather(rows, "zero_by_sigma")
+    return {
+        name.partition("_")[2].replace("_", " "): [
+            (step, loss / zero if loss is not None and zero else None)
+            for (step, loss), (_, zero) in zip(losses[name], zeros[name], strict=True)
+        ]
+        for name in sorted(losses)
+    }
+
+
+def choose_largest(lines: Mapping[str, Line]) -> dict[str, Line]:
+    """Those that end highest, as many as there are colours."""
+    highest = sorted(lines, key=lambda name: lines[name][-1][1] or 0.0, reverse=True)[: len(_COLOURS)]
+    return {name: line for name, line in lines.items() if name in highest}
+
+
+def thin(values: Line) -> list[Point]:
     """Points of what is there, averaged to at most _MOST_POINTS."""
     there = [(x, y) for x, y in values if y is not None and math.isfinite(y)]
     size = math.ceil(len(there) / _MOST_POINTS) or 1
