@@ -154,6 +154,8 @@ def test_unknown_key_names_the_nearest(recipe: Path, given: str, nearest: str) -
     [
         ("lora.rank", 0, "lora.rank is 0: .*greater than or equal to 1"),
         ("lora.rank", "many", "lora.rank is 'many'"),
+        ("lora.rank", True, "lora.rank: it is True, as a flag alone is; write a value"),
+        ("validation.lpips", True, "validation.lpips: it is True"),
         ("lora.alpha", 0, "lora.alpha"),
         ("optimizer.lr", -1, "optimizer.lr is -1"),
         ("optimizer.lr", float("nan"), "optimizer.lr is nan"),

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from toolkit.errors import UserError
 
@@ -42,6 +51,14 @@ def _read_text(value: Any) -> Any:
 class Section(BaseModel):
     # coerce: a command line turns a run name such as 007 into a number
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def refuse_flag_alone(cls, value: Any, info: ValidationInfo) -> Any:
+        """A flag without its value comes as True, which would pass for 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"it is {value}, as a flag alone is; write a value behind it")
+        return value
 
 
 class ModelConfig(Section):
