@@ -1,4 +1,4 @@
-"""The README tells the truth: its tree, its commands, its figures. Run: pytest tests/test_readme.py"""
+"""The documents tell the truth: the README's tree, and the commands of all. Run: pytest tests/test_readme.py"""
 
 import importlib.util
 import inspect
@@ -7,14 +7,22 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
-from toolkit.config import field_names
+from toolkit.config import field_names, load_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"(?:^    .*\n)+", README, re.MULTILINE)
-COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if ".py " in line + " "]
-COMMANDS = [c for c in COMMANDS if c.startswith(("python ", "deepspeed "))]
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "toolkit/bases").rglob("*.md")]
+# indented lines, gone on with where they end in a backslash; in a loop, what is between do and done
+LINES = [
+    line for path in DOCUMENTS for line in re.findall(r"^ {4,}(.*)$", re.sub(r"\\\n\s*", "", path.read_text()), re.M)
+]
+COMMANDS = [
+    line.split("#")[0].partition("; do ")[2].removesuffix("; done") or line.split("#")[0].strip() for line in LINES
+]
+COMMANDS = [*dict.fromkeys(c for c in COMMANDS if c.startswith(("python ", "deepspeed ")) and ".py" in c)]
 
 
 def test_every_file_of_the_tree_exists_and_none_is_missing():
@@ -39,12 +47,26 @@ def test_every_command_names_a_program_and_flags_it_takes(command):
     spec = importlib.util.spec_from_file_location("entry", ROOT / program)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    function = getattr(module, Path(program).stem)
+    function = getattr(module, Path(program).stem, None)
+    if function is None:  # a script of subcommands
+        assert program == "docs/tiny_base.py" and hasattr(module, words[words.index(program) + 1])
+        return
     known = set(inspect.signature(function).parameters) | set(field_names())
-    assert {word[2:] for word in words if word.startswith("--")} <= known
+    given = words[words.index(program) + 1 :]  # what stands before is the launcher's own
+    if program == "launch/bench.py":
+        bench = importlib.import_module(f"toolkit.run.bench_{given[0]}")
+        known |= set(inspect.signature(getattr(bench, f"bench_{given[0]}")).parameters)
+    assert {word[2:] for word in given if word.startswith("--")} <= known
     for word in words:
         if word.startswith(("launch/", "ds_configs/")):
             assert (ROOT / word).exists(), word
+
+
+def test_the_settings_of_the_findings_are_fields():
+    """Each setting that docs/FINDINGS.md compares makes a recipe of tiny_cpu.yaml, each another."""
+    (axis,) = yaml.safe_load((ROOT / "docs/findings.yaml").read_text()).values()
+    recipes = [load_config(ROOT / "launch/recipes/tiny_cpu.yaml", settings) for settings in axis.values()]
+    assert len({recipe.model_dump_json() for recipe in recipes}) == len(axis) > 10
 
 
 def test_the_commands_of_a_real_run_are_all_there():

@@ -32,6 +32,11 @@ def smooth_frames(frames: int = 3, size_px: int = 64) -> torch.Tensor:
     return 0.9 * torch.stack(waves)[None]
 
 
+def test_what_comes_with_the_toolkit_is_small() -> None:
+    """At most 12 MB of weights: they are in every clone and every wheel."""
+    assert 10e6 < sum(path.stat().st_size for path in TINY_FOLDER.rglob("*.safetensors")) <= 12e6
+
+
 def test_vae_is_a_codec(base: Base) -> None:
     """A smooth picture survives encoding and decoding above 30 dB, frame by frame."""
     frames = smooth_frames()
