@@ -83,8 +83,10 @@ def test_several_gaps_and_lpips(plain: dict[str, Any], tmp_path: Path) -> None:
     assert row["lpips_gap_6"]["tuned"] > 0 and row["psnr"]["linear"] != row["psnr_gap_2"]["linear"]
     charts = read_charts(read_board(run))
     assert {"psnr_moving", "psnr_moving_gap_2"} < {*charts}
-    tags = read_board(run).Tags()["scalars"]
-    assert all("gap" not in tag for tag in tags if re.match(charts["psnr_moving"][0], tag)), "lines of another gap"
+    for beside in ("", "linear", "start"):
+        tags = read_board(run, beside).Tags()["scalars"]
+        assert [tag for tag in tags if re.match(charts["psnr_moving"][0], tag)] == ["validation/psnr_moving"]
+    assert "validation/lighting_luma" in read_board(run, "true").Tags()["scalars"]
 
 
 def test_best_may_be_a_figure(plain: dict[str, Any], shown: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tensorboard.util.img_mime_type_detector import from_bytes
 from tests.launching import read_numbers, train_here
 from toolkit.engine.world import World
 from toolkit.rng import rng
-from toolkit.run.board import GROUPS, TAGS
+from toolkit.run.board import BESIDE, GROUPS, OWN, TAGS
 from toolkit.run.monitor import Monitor, read_log
 from toolkit.run.signals import STOP_FILE
 from toolkit.run.timings import PHASES
@@ -47,15 +48,16 @@ def run(watched: dict[str, Any]) -> Path:
     return train_here(watched)
 
 
-def read_board(run: Path) -> EventAccumulator:
+def read_board(run: Path, beside: str = OWN) -> EventAccumulator:
+    """What TensorBoard is given of a run, or of what it is compared with."""
     return EventAccumulator(
-        str(run / "tb"), size_guidance=dict.fromkeys(("scalars", "histograms", "images"), 0)
+        str(run / "tb" / beside), size_guidance=dict.fromkeys(("scalars", "histograms", "images"), 0)
     ).Reload()
 
 
 def count_sessions(run: Path) -> int:
     """How often hyperparameters were written, in all event files."""
-    return sum(file.read_bytes().count(SESSION_START_INFO_TAG.encode()) for file in (run / "tb").iterdir())
+    return sum(file.read_bytes().count(SESSION_START_INFO_TAG.encode()) for file in (run / "tb").rglob("events*"))
 
 
 def read_hparams(board: EventAccumulator, tag: str) -> HParamsPluginData:
@@ -70,25 +72,30 @@ def read_charts(board: EventAccumulator) -> dict[str, list[str]]:
 
 def check_board(run: Path, every: int) -> EventAccumulator:
     """Each number of each row is one point at its step, and there are no others; groups stand at log steps, times at all."""
-    board, wanted = read_board(run), {}
+    groups = {key: (OWN, key) for key in GROUPS} | {key: place for key, place in BESIDE.items() if "by_sigma" in key}
+    numbers = {key: (OWN, tag) for key, tag in TAGS.items()}
+    numbers |= {key: (beside, TAGS[like]) for key, (beside, like) in BESIDE.items() if like in TAGS}
+    wanted = {}
     for row in read_log(run / "log.jsonl"):
-        numbers = {tag: row[key] for key, tag in TAGS.items() if key in row}
-        for group in GROUPS:
-            numbers |= {f"{group}/{name}": value for name, value in row.get(group, {}).items()}
-        wanted |= {(tag, row["step"]): value for tag, value in numbers.items()}
+        shown = {place: row[key] for key, place in numbers.items() if key in row}
+        for key, (beside, group) in groups.items():
+            shown |= {(beside, f"{group}/{name}"): value for name, value in row.get(key, {}).items()}
         ends_s = np.cumsum([*row["time_s"].values()])
-        wanted |= {(f"time_stacked_s/{phase}", row["step"]): end_s for phase, end_s in zip(PHASES, ends_s, strict=True)}
+        shown |= {(OWN, f"time_stacked_s/{phase}"): end_s for phase, end_s in zip(PHASES, ends_s, strict=True)}
+        wanted |= {(*place, row["step"]): value for place, value in shown.items()}
         looks = {"validation_by_sigma", "validation_zero_by_sigma"} if "validation_loss" in row else set()
-        own = (
-            {group for group in GROUPS if not group.startswith("validation")}
-            if row["step"] % every == 0
-            else {"time_s"}
-        )
-        assert set(GROUPS) & set(row) == own | looks
-    points = [(tag, event) for tag in board.Tags()["scalars"] for event in board.Scalars(tag)]
-    found = {(tag, event.step): event.value for tag, event in points}
+        own = {key for key in groups if not key.startswith("validation")} if row["step"] % every == 0 else {"time_s"}
+        assert groups.keys() & set(row) == own | looks
+    boards = {beside: read_board(run, beside) for beside in {OWN, *(beside for beside, *_ in wanted)}}
+    points = [
+        (beside, tag, event)
+        for beside, board in boards.items()
+        for tag in board.Tags()["scalars"]
+        for event in board.Scalars(tag)
+    ]
+    found = {(beside, tag, event.step): event.value for beside, tag, event in points}
     assert len(found) == len(points) and found == pytest.approx(wanted, rel=1e-6)
-    return board
+    return boards[OWN]
 
 
 def test_tensorboard_shows_what_the_log_holds(run: Path) -> None:
@@ -97,7 +104,7 @@ def test_tensorboard_shows_what_the_log_holds(run: Path) -> None:
     numbers = {
         key for row in read_log(run / "log.jsonl") for key, value in row.items() if isinstance(value, int | float)
     }
-    assert {*TAGS} == numbers - {"step"} and {*TAGS.values()} < {*board.Tags()["scalars"]}
+    assert {*TAGS} == numbers - {"step", *BESIDE} and {*TAGS.values()} < {*board.Tags()["scalars"]}
 
 
 def test_what_bounds_the_steps_is_told_in_words(run: Path) -> None:
@@ -155,17 +162,21 @@ def test_losses_by_sigma_are_those_of_the_steps(run: Path) -> None:
 
 
 def test_charts_are_of_tags_that_are_there(run: Path) -> None:
-    """Every tag belongs to what was shown, and each bin has its loss beside its zero baseline."""
+    """Every tag belongs to what was shown; each loss has its baseline in the same chart, as another run."""
     board = read_board(run)
     tags, charts = board.Tags()["scalars"], read_charts(board)
+    zero, seen = (read_board(run, beside).Tags()["scalars"] for beside in ("zero", "trained_on"))
     bins = {name for row in read_log(run / "log.jsonl") for name in row.get("loss_by_sigma", {})}
     for title, expressions in charts.items():
         drawn = [[tag for tag in tags if re.match(expression, tag)] for expression in expressions]
         if title.startswith("sigma"):
-            assert len(expressions) == 3 and {len(own) for own in drawn} <= {0, 1}
-            assert all(loss.replace("loss", "zero") == zero for (loss, zero) in zip(*drawn[:2], strict=True))
+            assert len(expressions) == 2 and {len(own) for own in drawn} <= {0, 1}
+            assert [tag for own in drawn for tag in own] == [t for e in expressions for t in zero if re.match(e, t)]
         else:
             assert all(len(own) == 1 for own in drawn), (title, drawn)
+    assert re.match(charts["against predicting zero"][0], "loss/train") and "loss/train" in zero
+    assert re.match(charts["held-out clips against those trained on"][0], "loss/validation")
+    assert seen == ["loss/validation"]
     assert sum(title.startswith("sigma") for title in charts) == 6 >= len(bins)
     assert len(charts["seconds, a phase on another"]) == len(PHASES)
 
@@ -180,11 +191,7 @@ def test_the_recipe_is_listed_once_with_what_it_reached(
     assert not {"name", "runs_dir", "data.workers", "model.memory"} & {*recipe}
     assert recipe["data.shards"].string_value == watched["data.shards"], "runs on other data are told apart by it"
     metrics = {metric.name.tag for metric in read_hparams(board, EXPERIMENT_TAG).experiment.metric_infos}
-    assert (
-        metrics
-        == {"loss/train", "loss/zero_baseline", "loss/validation", "loss/seen_clips"}
-        <= set(board.Tags()["scalars"])
-    )
+    assert metrics == {"loss/train", "loss/validation"} <= set(board.Tags()["scalars"])
     copy = Path(shutil.copytree(run, tmp_path / "finished/run"))
     train_here(watched | {"runs_dir": str(copy.parent)})
     assert count_sessions(copy) == count_sessions(run) == 1
@@ -245,7 +252,7 @@ FIGURES = {"psnr": {"linear": 20.0, "tuned": 21.5}, "psnr_moving": {"linear": 15
 
 
 def test_figures_are_kept_and_cut(monitors: Any, tmp_path: Path) -> None:
-    """A row a look, a tag a contender, a chart a figure; resumed before a look, it is as if that had not been."""
+    """A row a look, a run a contender, a chart a figure; resumed before a look, it is as if that had not been."""
     monitor = monitors(0)
     monitor.report_figures(2, FIGURES)
     monitor.report_figures(4, {"psnr": {"tuned": math.inf}})
@@ -259,17 +266,24 @@ def test_figures_are_kept_and_cut(monitors: Any, tmp_path: Path) -> None:
     assert read_log(tmp_path / "validation.jsonl") == [
         {"step": 2, **FIGURES}, {"step": 4, "psnr": {"linear": 20.0, "tuned": 22.0}},
     ]  # fmt: skip
-    board = read_board(tmp_path)
-    assert [(e.step, e.value) for e in board.Scalars("validation/psnr/tuned")] == [(2, 21.5), (4, 22.0)]
-    assert [(e.step, e.value) for e in board.Scalars("validation/psnr_moving/linear")] == [(2, 15.0)]
+    board, blend = read_board(tmp_path), read_board(tmp_path, "linear")
+    assert [(e.step, e.value) for e in board.Scalars("validation/psnr")] == [(2, 21.5), (4, 22.0)]
+    assert [(e.step, e.value) for e in blend.Scalars("validation/psnr")] == [(2, 20.0), (4, 20.0)]
+    assert [(e.step, e.value) for e in blend.Scalars("validation/psnr_moving")] == [(2, 15.0)]
     charts = read_charts(board)
-    for tag, expression in zip(
-        ("loss_by_sigma", "zero_by_sigma", "validation_by_sigma"), charts["sigma 0.5 to 1.2e+02"], strict=True
-    ):
+    for tag, expression in zip(("loss_by_sigma", "validation_by_sigma"), charts["sigma 0.5 to 1.2e+02"], strict=True):
         assert re.match(expression, f"{tag}/2_0.5_to_1.2e+02")
-    for figure in FIGURES:
-        shown = [tag for tag in board.Tags()["scalars"] if re.match(charts[figure][0], tag)]
-        assert sorted(shown) == [f"validation/{figure}/linear", f"validation/{figure}/tuned"]
+    for figure, own in product(FIGURES, (board, blend)):
+        assert [tag for tag in own.Tags()["scalars"] if re.match(charts[figure][0], tag)] == [f"validation/{figure}"]
+
+
+def test_a_comparison_is_cut_back_too(monitors: Any, tmp_path: Path) -> None:
+    """What an earlier start said of others beyond the step it goes on from is gone, though this one says nothing of them."""
+    monitors(0).report_figures(4, FIGURES)
+    time.sleep(1.1)
+    monitors(3).close()
+    blend = read_board(tmp_path, "linear")
+    assert not any(blend.Scalars(tag) for tag in blend.Tags()["scalars"])
 
 
 def test_pictures_are_shown(monitors: Any, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A run's TensorBoard folder: scalars, charts put together of them, histograms, pictures, and the recipe beside the result.
 
-Test: pytest tests/run/test_monitor.py
+Test: pytest tests/run/test_monitor.py. What the run is compared with stands under the same tags in runs of its own below the
+folder: TensorBoard gives each run a colour and puts equal tags in one chart.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from torch import Tensor
@@ -18,12 +19,13 @@ from torch import Tensor
 from toolkit.data.video import write_gif
 from toolkit.run.timings import PHASES
 
+if TYPE_CHECKING:  # it takes a second
+    from torch.utils.tensorboard import SummaryWriter
+
 # of a row of log.jsonl
 TAGS = {
     "loss": "loss/train",
     "validation_loss": "loss/validation",
-    "seen_loss": "loss/seen_clips",
-    "zero_baseline": "loss/zero_baseline",
     "grad_norm": "optimizer/grad_norm",
     "lr": "optimizer/lr",
     "clips": "progress/clips_seen",
@@ -35,13 +37,18 @@ TAGS = {
     "memory_gib": "memory/peak_gib",
 }
 # each a mapping there; a tag is the group and the name in it
-GROUPS = (
-    "time_s", "loss_by_sigma", "zero_by_sigma", "validation_by_sigma", "validation_zero_by_sigma", "adapter_norm",
-    "update_ratio",
-)  # fmt: skip
+GROUPS = ("time_s", "loss_by_sigma", "validation_by_sigma", "adapter_norm", "update_ratio")
+# what stands in another run, and beside what: the loss of predicting zero, and that of clips trained on
+BESIDE = {
+    "zero_baseline": ("zero", "loss"),
+    "zero_by_sigma": ("zero", "loss_by_sigma"),
+    "validation_zero_by_sigma": ("zero", "validation_by_sigma"),
+    "seen_loss": ("trained_on", "validation_loss"),
+}
+OWN = ""  # the run itself
 STACK = "time_stacked_s"  # of phases: the seconds to the end of each, since TensorBoard draws lines and no areas
 HISTOGRAM_BINS = 30  # as many as are drawn; numpy's own choice is without bound where one loss is far off
-FIGURES = "validation"  # of figure and contender
+FIGURES = "validation"  # of figure, a contender a run; the tuned network is the run itself
 
 
 class Board:
@@ -55,22 +62,28 @@ class Board:
     def __init__(
         self, folder: Path, start: int, bins: Iterable[str], blocks: Iterable[str], figures: Iterable[str]
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
+        self.folder, self.purge_step = folder, start + 1 if start else 0
+        self.writers: dict[str, SummaryWriter] = {}  # by run
+        self.writer = self._open(OWN)
+        for beside in sorted(path.name for path in folder.iterdir() if path.is_dir()):
+            self._open(beside)
         self.bins, self.blocks, self.figures = [*bins], [*blocks], [*figures]
-        self.shown: set[str] = set()  # tags of scalars
+        self.shown: set[str] = set()  # tags of the run's own scalars
         self._lay_out()
 
     def add_row(self, step: int, row: Mapping[str, Any]) -> None:
         """Show what stands in a row of log.jsonl, but for what is None."""
-        values = {tag: row.get(key) for key, tag in TAGS.items()}
-        values |= {f"{group}/{name}": value for group in GROUPS for name, value in row.get(group, {}).items()}
-        so_far_s = accumulate(row.get("time_s", {}).values())
-        values |= {f"{STACK}/{phase}": end_s for phase, end_s in zip(PHASES, so_far_s, strict=False)}
-        for tag, value in values.items():
-            if value is not None:
-                self._add_scalar(step, tag, value)
+        rows: dict[str, dict[str, Any]] = {OWN: dict(row)}
+        for key, (run, beside) in BESIDE.items():
+            if key in row:
+                rows.setdefault(run, {})[beside] = row[key]
+        for run, own in rows.items():
+            values = {tag: own.get(key) for key, tag in TAGS.items()}
+            values |= {f"{group}/{name}": value for group in GROUPS for name, value in own.get(group, {}).items()}
+            so_far_s = accumulate(own.get("time_s", {}).values())
+            values |= {f"{STACK}/{phase}": end_s for phase, end_s in zip(PHASES, so_far_s, strict=False)}
+            for tag, value in values.items():
+                self._add_scalar(step, run, tag, value)
 
     def add_histogram(self, step: int, tag: str, values: Tensor) -> None:
         """Show how finite values are spread; none are passed over."""
@@ -81,8 +94,7 @@ class Board:
         """Show {figure: {contender: value}}, a chart a figure."""
         for figure, contenders in figures.items():
             for contender, value in contenders.items():
-                if value is not None:  # as it comes back from JSON where it was not finite
-                    self._add_scalar(step, f"{FIGURES}/{figure}/{contender}", value)
+                self._add_scalar(step, OWN if contender == "tuned" else contender, f"{FIGURES}/{figure}", value)
         new = [figure for figure in figures if figure not in self.figures]
         if new:
             self.figures += new
@@ -119,11 +131,22 @@ class Board:
             self._writer.add_summary(summary)
 
     def close(self) -> None:
-        self.writer.close()
+        for writer in self.writers.values():
+            writer.close()
 
-    def _add_scalar(self, step: int, tag: str, value: float) -> None:
-        self.writer.add_scalar(tag, value, step)
-        self.shown.add(tag)
+    def _open(self, run: str) -> SummaryWriter:
+        if run not in self.writers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writers[run] = SummaryWriter(str(self.folder / run), purge_step=self.purge_step)
+        return self.writers[run]
+
+    def _add_scalar(self, step: int, run: str, tag: str, value: float | None) -> None:
+        if value is None:  # as JSON has what is not finite
+            return
+        self._open(run).add_scalar(tag, value, step)
+        if run == OWN:
+            self.shown.add(tag)
 
     @property
     def _writer(self) -> Any:
@@ -140,13 +163,13 @@ class Board:
         """Put scalars together in charts, on the tab of custom scalars; of several layouts the last counts."""
         charts = {
             "loss": {
-                "against predicting zero": ["loss/train", "loss/validation", "loss/zero_baseline"],
-                "held-out clips against those trained on": ["loss/validation", "loss/seen_clips"],
+                "against predicting zero": ["loss/train"],
+                "held-out clips against those trained on": ["loss/validation"],
             },
-            "figures": {figure: [f"{FIGURES}/{figure}/"] for figure in self.figures},
+            "figures": {figure: [f"{FIGURES}/{figure}"] for figure in self.figures},
             "loss by noise level": {
                 f"sigma {name.partition('_')[2].replace('_', ' ')}": [
-                    f"loss_by_sigma/{name}", f"zero_by_sigma/{name}", f"validation_by_sigma/{name}",
+                    f"loss_by_sigma/{name}", f"validation_by_sigma/{name}",
                 ]
                 for name in self.bins
             },
@@ -157,6 +180,6 @@ class Board:
             },
         }  # fmt: skip
         self.writer.add_custom_scalars({  # which takes tags as regular expressions of how they begin
-            category: {title: ["Multiline", [*map(re.escape, tags)]] for title, tags in own.items()}
+            category: {title: ["Multiline", [f"{re.escape(tag)}$" for tag in tags]] for title, tags in own.items()}
             for category, own in charts.items() if own
         })  # fmt: skip
