@@ -66,9 +66,10 @@ class Gallery:
             save_file({str(i): to_uint8(frames_TCHW).contiguous() for i, frames_TCHW in made.items()}, self._kept)
         begun = {row["step"]: row for row in read_log(self.folder / FIGURES_LOG)}.get(0, {})
         monitor.report_figures(step, {
-            name: self.baselines[name]
+            name: {"linear": self.baselines[name]["linear"]}
             | ({"start": mean} if step == 0 else {"start": begun[name]["start"]} if name in begun else {})
             | {"tuned": mean}
+            | self.baselines[name]
             for name, mean in means.items()
         })  # fmt: skip
         if step:
