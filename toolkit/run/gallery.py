@@ -83,9 +83,8 @@ class Gallery:
         places = [(own, i) for own in self.by_gap.values() for i in range(len(own))]
         columns: list[Tensor] = []
         names: list[str] = []
-        for turn in range(
-            math.ceil(len(places) / self.world.size)
-        ):  # as many on each rank: an engine may gather weights
+        turns = math.ceil(len(places) / self.world.size)  # as many on each rank: an engine may gather weights
+        for turn in range(turns):
             beat()
             place = turn * self.world.size + self.world.rank
             windows, i = places[min(place, len(places) - 1)]
