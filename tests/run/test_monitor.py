@@ -152,13 +152,15 @@ def test_losses_by_sigma_are_those_of_the_steps(run: Path) -> None:
             total = sum(clips[place] * row[group][name] for place, name in names.items())
             steps = [one[key] for one in rows if row["step"] - EVERY < one["step"] <= row["step"]]
             assert total == pytest.approx(BATCH * sum(steps), rel=1e-6)
-        for tag in ("histogram/ln_sigma", "histogram/loss"):
-            (histogram,) = [e.histogram_value for e in board.Histograms(tag) if e.step == row["step"]]
-            assert histogram.num == EVERY * BATCH
-            if tag == "histogram/loss":
-                assert histogram.sum == pytest.approx(
-                    BATCH * sum(one["loss"] for one in rows[last // BATCH - EVERY : last // BATCH])
-                )
+        spread = {
+            tag: event.histogram_value for tag in board.Tags()["histograms"] for event in board.Histograms(tag)
+            if event.step == row["step"]
+        }  # fmt: skip
+        assert spread.pop("histogram/ln_sigma").num == EVERY * BATCH
+        assert {tag.removeprefix("histogram/loss/") for tag in spread} == row["loss_by_sigma"].keys()
+        for name, loss in row["loss_by_sigma"].items():
+            own = spread[f"histogram/loss/{name}"]
+            assert own.num == clips[int(name[0]) - 1] and own.sum / own.num == pytest.approx(loss)
 
 
 def test_charts_are_of_tags_that_are_there(run: Path) -> None:

@@ -11,7 +11,7 @@ from toolkit.data.order import rank_micro_batches
 from toolkit.engine.world import World
 from toolkit.model.base import load_base
 from toolkit.run.framer import Framer
-from toolkit.run.scores import Scores, gather_scores, join_scores, mean_by_sigma, name_bins
+from toolkit.run.scores import Scores, gather_scores, join_scores, name_bins, split_by_sigma
 
 
 class Reduced(World):
@@ -50,13 +50,15 @@ def test_each_bin_gets_its_share_of_the_draws(tiny_base: Any, sampler: Any) -> N
     assert (counts - 500).abs().max() < 4 * (500 * 5 / 6) ** 0.5, counts
 
 
-def test_means_by_sigma() -> None:
-    """Bins partition the clips: means weighted by their clips give the mean; an empty bin is left out, an edge is above."""
+def test_split_by_sigma() -> None:
+    """Each clip is in one bin, with its own three numbers; an empty bin is left out, a sigma at an edge is above it."""
     sigma_N = torch.tensor([0.1, 0.2, 1.0, 30.0, 4.0, 0.99], dtype=torch.float64)
     loss_N = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0], dtype=torch.float64)
-    found = mean_by_sigma(Scores(loss_N, 2 * loss_N, sigma_N), [0.5, 1.0, 2.0, 20.0, 100.0])
+    split = split_by_sigma(Scores(loss_N, 2 * loss_N, sigma_N), [0.5, 1.0, 2.0, 20.0, 100.0])
+    found = {name: [tensor.tolist() for tensor in own] for name, own in split.items()}
     assert found == {
-        "1_below_0.5": (1.5, 3), "2_0.5_to_1": (32, 64), "3_1_to_2": (4, 8), "4_2_to_20": (16, 32), "5_20_to_1e+02": (8, 16),
+        "1_below_0.5": [[1, 2], [2, 4], [0.1, 0.2]], "2_0.5_to_1": [[32], [64], [0.99]], "3_1_to_2": [[4], [8], [1]],
+        "4_2_to_20": [[16], [32], [4]], "5_20_to_1e+02": [[8], [16], [30]],
     }  # fmt: skip
     assert name_bins([0.5, 1.0, 2.0, 20.0, 100.0]) == [*found, "6_above_1e+02"]
 

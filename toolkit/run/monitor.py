@@ -25,7 +25,7 @@ from toolkit.engine.world import World
 from toolkit.run.board import FIGURES, Board
 from toolkit.run.checkpoint import replace_text
 from toolkit.run.health import AdapterHealth
-from toolkit.run.scores import Scores, join_scores, mean_by_sigma, name_bins
+from toolkit.run.scores import Scores, join_scores, name_bins, split_by_sigma
 from toolkit.run.timings import PAUSE, Spent, Timings
 from toolkit.run.validate import Losses, name_overfitting
 
@@ -196,16 +196,17 @@ class Monitor:
         """What a row holds beside, at a log step, of the steps since the last."""
         scores, self.scores = join_scores(self.scores), []
         self.board.add_histogram(step, "histogram/ln_sigma", scores.sigma_B.log())
-        self.board.add_histogram(step, "histogram/loss", scores.loss_B)
-        means = mean_by_sigma(scores, self.edges)
+        by_sigma = split_by_sigma(scores, self.edges)
+        for name, own in by_sigma.items():
+            self.board.add_histogram(step, f"histogram/loss/{name}", own.loss_B)
         bound = self.spent.find_bound()
         if bound is not None and bound != self.bound:
             self.board.add_text(step, BOUND, self.spent.describe())
             self.bound = bound
         self.all_spent, self.spent = self.all_spent + self.spent, Spent()
         return {
-            "loss_by_sigma": {name: loss for name, (loss, _) in means.items()},
-            "zero_by_sigma": {name: zero for name, (_, zero) in means.items()},
+            "loss_by_sigma": {name: own.loss_B.mean().item() for name, own in by_sigma.items()},
+            "zero_by_sigma": {name: own.zero_B.mean().item() for name, own in by_sigma.items()},
             **(self.health.measure() if self.health is not None else {}),
             **({BOUND: bound} if bound is not None else {}),
         }

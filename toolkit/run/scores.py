@@ -62,15 +62,11 @@ def name_bins(edges: Sequence[float]) -> list[str]:
     return [f"{place}_{name}" for place, name in enumerate(ranges, start=1)]
 
 
-def mean_by_sigma(scores: Scores, edges: Sequence[float]) -> dict[str, tuple[float, float]]:
-    """Mean loss and zero baseline of each bin that holds a clip: {name of the bin: (loss, zero baseline)}.
+def split_by_sigma(scores: Scores, edges: Sequence[float]) -> dict[str, Scores]:
+    """The scores of each bin that holds a clip, by the bin's name.
 
     edges  E, rising, of E + 1 bins; a sigma at an edge is in the bin above it
     """
     bin_N = torch.bucketize(scores.sigma_B, torch.tensor(edges, dtype=scores.sigma_B.dtype), right=True)
     inside = {name: bin_N == place for place, name in enumerate(name_bins(edges))}
-    return {
-        name: (scores.loss_B[own].mean().item(), scores.zero_B[own].mean().item())
-        for name, own in inside.items()
-        if own.any()
-    }
+    return {name: Scores(*(tensor[own_N] for tensor in scores)) for name, own_N in inside.items() if own_N.any()}
