@@ -1,4 +1,4 @@
-"""Train and judge a grid of runs: launch/sweep.py --config RECIPE --name rank --grid "{lora.rank: [4, 16]}" --seeds 3."""
+"""Train and judge a grid of runs: launch/sweep.py --config RECIPE --name rate --grid "{optimizer.lr: [0.001, 0.01]}"."""
 
 from typing import Any
 
@@ -23,8 +23,9 @@ def sweep(
 
     config     a recipe
     name       of the sweep's folder
-    grid       fields with lists of values, "{lora.rank: [4, 16], lora.targets: [spatial, all]}", or a word with settings by
-               name, "{rank: {low: {lora.rank: 4, lora.alpha: 4}, high: {lora.rank: 64, lora.alpha: 64}}}"; or a YAML file
+    grid       fields with lists of values, "{optimizer.lr: [0.001, 0.01], lora.targets: [spatial, all]}", or a word with
+               settings by name, "{rank: {low: {lora.rank: 4, lora.alpha: 4}, high: {lora.rank: 64, lora.alpha: 64}}}"; or a
+               YAML file
     seeds      runs of each combination, from the recipe's seed on
     gaps       source frames between the two ends at which all are judged, with commas between; default the recipe's gap
     ranks      processes of a run; default as many as there are GPUs, or two on a CPU

@@ -17,7 +17,10 @@ from toolkit.cli import importing, main
 CALLS: list[tuple] = []
 
 
-def work(folder: str, steps: PositiveInt = 5, fresh: bool = False, out: str | None = None) -> str:
+def work(
+    folder: str, steps: PositiveInt = 5, fresh: bool = False, out: str | None = None,
+    gaps: PositiveInt | tuple[PositiveInt, ...] = (),
+) -> str:  # fmt: skip
     """Stands for a long job."""
     CALLS.append((folder, steps, fresh))
     return f"worked in {folder}"
@@ -121,6 +124,7 @@ def test_a_rank_is_named_where_there_are_several(monkeypatch, capsys):
         (("x", "--stepz", "3"), "did you mean --steps"),
         (("x", "--steps", "-3"), "--steps is -3; it should be greater than 0"),
         (("x", "--steps", "abc"), "--steps is 'abc'"),
+        (("x", "--gaps", "0"), ": --gaps is 0; it should be greater than 0\n"),
         (("x", "--fresh", "maybe"), "--fresh is 'maybe'"),
         (("x", "--out"), "--out is given without a value; write --out VALUE"),
         (("--folder", "--fresh"), "--folder is given without a value; write --folder VALUE"),

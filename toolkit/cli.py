@@ -49,13 +49,12 @@ def main(function: Callable[..., Any]) -> None:
         fire.Fire(command, ["--", "--help"] if sys.argv[1:] == ["--help"] else None)
     except ValidationError as error:
         names = list(inspect.signature(function).parameters)  # Fire passes arguments by position
-        where = [names[e["loc"][0]] if isinstance(e["loc"][0], int) else e["loc"][0] for e in error.errors()]
-        _end(
-            "; ".join(
-                f"--{name} is {e['input']!r}; {in_words(e['msg'])}"
-                for name, e in zip(where, error.errors(), strict=True)
-            )
-        )
+        faults: dict[str, str] = {}
+        for e in error.errors():
+            name = names[e["loc"][0]] if isinstance(e["loc"][0], int) else e["loc"][0]
+            # of a flag that takes one or several, what is wrong with it as one; as several it would be the second complaint
+            faults.setdefault(str(name), f"--{name} is {e['input']!r}; {in_words(e['msg'])}")
+        _end("; ".join(faults.values()))
     except UserError as error:
         _end(str(error))
     except BrokenPipeError:

@@ -18,7 +18,7 @@ from launch.evaluate import evaluate
 from tests.data.test_report import Page
 from tests.launching import train_here
 from tests.test_metrics import MeanColours, lpips_weights, save_video_network
-from toolkit.config import load_config
+from toolkit.config import dump_config, load_config
 from toolkit.data.index import open_shards
 from toolkit.data.pack import pack
 from toolkit.data.synth import synth
@@ -191,6 +191,9 @@ def test_the_command_prints_one_object(
     assert not (trained / "evaluation.json").exists()
     with pytest.raises(UserError, match="--plot draws what runs have logged; give --run"):
         evaluate(plot=True)
+    for flags in ({"out": "elsewhere"}, {"gaps": (4, 8)}, {"json": True}, {"clips": 1}):
+        with pytest.raises(UserError, match="--plot draws .*, and no other flag"):
+            evaluate(run=str(trained), plot=True, **flags)
     monkeypatch.setenv("HOME", str(trained.parent))
     evaluate(run=f"~/{trained.name}", plot=True)
     assert capsys.readouterr().out == f"wrote {trained}/samples/curves.svg\n"
@@ -209,7 +212,8 @@ def test_runs_and_checkpoints_are_judged_on_the_same_clips(
     (own,) = report["gaps"].values()
     assert list(own["figures"]) == ["linear", "base", "base of scaled", "trained", "scaled", "step_000001", "true"]
     assert {label: list(others) for label, others in own["against"].items()} == {
-        "trained": ["linear", "base"], "scaled": ["linear", "base of scaled"], "step_000001": ["linear", "base"],
+        "trained": ["linear", "base"], "scaled": ["linear", "base of scaled", "trained"],
+        "step_000001": ["linear", "base", "trained"],
     }  # fmt: skip
     psnr = {label: clips["psnr"] for label, clips in own["per_clip"].items()}
     assert len({tuple(values) for values in psnr.values()}) == 6
@@ -252,7 +256,9 @@ def test_other_clips_are_judged_on_request(trained: Path, tmp_path: Path) -> Non
     away = Path(shutil.copytree(trained, tmp_path / "away"))
     recipe = (away / "config.yaml").read_text()
     (away / "config.yaml").write_text(recipe.replace(str(load_config(away / "config.yaml").data.shards), "/gone"))
-    with pytest.raises(UserError, match="there is no folder /gone"):
+    with pytest.raises(
+        UserError, match="tuned was trained on /gone, which is not there; .*: --shards FOLDER --out FOLDER"
+    ):
         evaluate_run(str(away), 1, 1)
     again = evaluate_run(str(away), 1, 1, out=str(tmp_path / "out"), shards=str(tmp_path / "others"))
     assert again["gaps"] == report["gaps"]
@@ -294,8 +300,82 @@ def test_a_run_without_adapter_is_its_own_base(trained: Path) -> None:
     with pytest.raises(UserError, match="lora_scale is for adapters, and this run trained whole weights"):
         list_contenders({"tuned": source}, Sampling(), SWEEP)
     contenders = list_contenders({"tuned": source}, Sampling(), "sampler_steps=2,4")
-    assert list(contenders) == ["tuned", "sampler_steps 2", "sampler_steps 4", "base"]
-    assert [own.sampling.steps for own in contenders.values()] == [25, 2, 4, 25]
+    tuned = ["tuned", "sampler_steps 2", "sampler_steps 4"]
+    assert list(contenders) == [*tuned, "base", "base, sampler_steps 2", "base, sampler_steps 4"]
+    assert [own.sampling.steps for own in contenders.values()] == [25, 2, 4, 25, 2, 4]
+    assert [contenders[label].base for label in tuned] == ["base", "base, sampler_steps 2", "base, sampler_steps 4"]
+
+
+def test_what_the_sampler_does_is_not_put_down_to_tuning(trained: Path, tmp_path: Path) -> None:
+    """Each number of steps is compared with the base in as many: what is told is what --steps tells."""
+    report = evaluate_run(str(trained), 1, 1, sweep="sampler_steps=1,3", out=str(tmp_path / "sweep"))
+    alone = evaluate_run(str(trained), 1, 3, out=str(tmp_path / "alone"))
+    (own,), (by_hand,) = report["gaps"].values(), alone["gaps"].values()
+    gain = own["against"]["sampler_steps 3"]["base, sampler_steps 3"]
+    assert gain == by_hand["against"]["tuned"]["base"] != own["against"]["sampler_steps 1"]["base"]
+    told = [line.split() for line in to_text(report).splitlines() if line.startswith("3 ")]
+    assert [line[1] for line in told] == [f"{gain['psnr_moving']['mean']:+.2f}"]
+
+
+def test_recipes_that_sample_otherwise_are_named(
+    trained: Path, tmp_path: Path, no_network: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All are sampled as the first is, which the order of the runs decides."""
+    other = change_recipe(trained, tmp_path, {"validation.sampler_steps": 3, "validation.max_guidance": 2.0})
+    with pytest.raises(ZeroDivisionError):
+        evaluate_run([str(trained), str(other)])
+    steps = load_config(trained / "config.yaml").validation.sampler_steps
+    said = (
+        f"note: all are sampled by steps {steps}, max_guidance 1.0; other's own recipe has steps 3, max_guidance 2.0\n"
+    )
+    assert said in capsys.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        evaluate_run(str(other), steps=2)
+    assert "note" not in capsys.readouterr().err
+
+
+def test_how_it_computes_makes_no_other_base(trained: Path, tmp_path: Path) -> None:
+    """Nor does what training scores: one untuned network stands for both runs."""
+    other = change_recipe(trained, tmp_path, {"model.memory": "small", "diffusion.layout": "middle_in_clip"})
+    contenders = list_contenders(read_sources([str(trained), str(other)], (), None), Sampling(), None)
+    assert list(contenders) == ["trained", "other", "base"]
+    other = change_recipe(trained, tmp_path, {"diffusion.clip_tokens": "first"})
+    contenders = list_contenders(read_sources([str(trained), str(other)], (), None), Sampling(), None)
+    assert list(contenders) == ["trained", "other", "base", "base of other"]
+
+
+def change_recipe(run: Path, tmp_path: Path, changes: dict[str, Any]) -> Path:
+    """A copy of a run whose recipe says something else."""
+    other = Path(shutil.copytree(run, tmp_path / "other", dirs_exist_ok=True))
+    (other / "config.yaml").write_text(dump_config(load_config(run / "config.yaml", changes)))
+    return other
+
+
+def test_a_checkpoint_of_a_run_can_be_named(trained: Path, tmp_path: Path, no_network: None) -> None:
+    """As export.py has it; where there is no such one, it is told before anything is read."""
+    (first,) = read_sources([str(trained)], (), None, "step_000001").values()
+    (named,) = read_sources((), [str(trained / "checkpoints/step_000001")], None).values()
+    assert first.adapters == named.adapters
+    assert read_sources([str(trained)], (), None, "latest") == read_sources([str(trained)], (), None)
+    for name, message in {
+        "step_000007": "has no checkpoint step_000007; it has step_000001, step_000002", "best": "best",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            evaluate_run(str(trained), checkpoint=name)
+    with pytest.raises(UserError, match="--checkpoint is of a run; give --run as well"):
+        evaluate_run(adapters=[str(trained)], checkpoint="best", out=str(tmp_path))
+
+
+def test_what_was_judged_is_told(judged: tuple[Path, dict[str, Any], list[tuple]], trained: Path) -> None:
+    """On the terminal, on the page and in evaluation.json: which checkpoint, on which clips."""
+    folder, report, _ = judged
+    place, shards = str(trained / "checkpoints/step_000002"), str(load_config(trained / "config.yaml").data.shards)
+    assert report["judged"] == {"tuned": place} and report["shards"] == [shards]
+    page = Page((folder / "report.html").read_text()).text
+    for told in (to_text(report), page):
+        assert f"tuned: {place}" in told and f"clips of {shards}" in told
+    none = report | {"sweep": report["sweep"] | {"recommended": dict.fromkeys(report["gaps"], 0.0)}}
+    assert "recommended lora_scale: 0, the untuned base: these clips tell" in to_text(none)
 
 
 def test_what_is_drawn_is_the_same_for_all(trained: Path, settings: dict[str, Any]) -> None:

@@ -79,14 +79,20 @@ def test_the_suggestion_is_a_tenth_of_the_lowest(found: dict[str, Any], settings
 
 
 def test_the_same_again(found: dict[str, Any], settings: dict[str, Any]) -> None:
-    """To the bit: nothing is carried from one to the next; and whole weights have a rate as well, a lower one."""
+    """To the bit: nothing is carried from one to the next; and whole weights have a rate as well, a lower one.
+
+    Where a run is there already, the command sets it aside: it was trained at another rate.
+    """
     config = load_config(RECIPE, settings | {"name": "again", "engine.kind": "plain"})
     trials = [
         trial for trial, _ in zip(try_rates(config, open_sources(config.data, "train"), STEPS), range(6), strict=False)
     ]
     assert trials == [Trial(0.0, found["start_loss"]), *(Trial(*trial) for trial in found["trials"][:5])]
+    (Path(settings["runs_dir"]) / "full").mkdir()
+    (Path(settings["runs_dir"]) / "full/config.yaml").touch()
     full = find_lr(str(RECIPE), STEPS, settings | {"name": "full", "tuning": "full"})
     assert full["start_loss"] == pytest.approx(found["start_loss"], rel=1e-5)
+    assert full["command"].endswith(" --fresh") and "--fresh" not in found["command"]
     assert min(losses_of(full)) < 0.99 * full["start_loss"] and full["suggested"] < found["suggested"]
 
 

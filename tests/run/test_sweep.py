@@ -19,8 +19,9 @@ from tests.launching import RECIPE, adapter_bytes, kill_tree, start, train_here
 from toolkit.config import diff_configs, dump_config, flatten_config, load_config
 from toolkit.errors import UserError
 from toolkit.run import sweep
-from toolkit.run.checkpoint import list_checkpoints
+from toolkit.run.checkpoint import best_checkpoint, list_checkpoints
 from toolkit.run.evaluate import evaluate_run
+from toolkit.run.folder import newest_adapter
 from toolkit.run.judge import describe
 from toolkit.run.launcher import training_command
 from toolkit.run.signals import REQUEUE
@@ -40,7 +41,7 @@ def follow_here(command: list[str], *_: Any) -> int:
     else:
         assert command[1].endswith("launch/evaluate.py")
         gaps = [int(gap) for gap in flags["--gaps"].split(",")] if "--gaps" in flags else []
-        evaluate_run(flags["--run"], gaps=gaps, out=flags["--out"])
+        evaluate_run(flags["--run"], gaps=gaps, out=flags["--out"], checkpoint=flags.get("--checkpoint"))
     return 0
 
 
@@ -155,6 +156,27 @@ def test_machines_share_the_runs(settings: dict[str, Any], parts: list[tuple[lis
     assert [list(summary["runs"]) for _, summary in parts] == [NAMES[::2], NAMES]
     command = ["launch/sweep.py", "--config", str(RECIPE), "--name", "x", "--grid", "grid.yaml"]
     assert f"set -- 8 {' '.join(command)}" in submit_array(command, 8, Resources(), Path("logs"), dry_run=True)
+
+
+def test_what_stopped_for_want_of_a_better_one_is_judged_at_its_best(settings: dict[str, Any]) -> None:
+    """Not at its newest, which is worse by then."""
+    looks = {"validation.every_steps": 1, "validation.patience": 1, "schedule.steps": 6, "optimizer.lr": 1.0}
+    do(settings | looks, "{lora.rank: [2]}", name="patient", seeds=1, gaps=[])
+    run = Path(settings["runs_dir"]) / "patient/rank-2_seed-0"
+    judged = json.loads((run / "evaluation/evaluation.json").read_text())["judged"]
+    assert judged == {"tuned": str(best_checkpoint(run))} != {"tuned": str(newest_adapter(run))}
+
+
+def test_a_rank_that_varies_alone_is_remarked_upon(
+    settings: dict[str, Any], swept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Since the adapter's scale varies with it; not where alpha goes along."""
+    remark = "note: lora.rank varies without lora.alpha"
+    assert do(settings) == [] and capsys.readouterr().out.count(remark) == 1
+    both = {name: value for name, value in settings.items() if name != "lora.alpha"}
+    with pytest.raises(UserError, match="1 of 1 runs failed"):
+        do(both, "{r: {two: {lora.rank: 2, lora.alpha: 2}}}", follow=lambda *_: 1, part="2/2")
+    assert remark not in capsys.readouterr().out
 
 
 def test_figures_are_those_of_the_clips(swept: Path) -> None:

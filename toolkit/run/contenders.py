@@ -22,13 +22,15 @@ from toolkit.data.index import open_sources
 from toolkit.errors import UserError, printable
 from toolkit.metrics import Distance, Features
 from toolkit.run.framer import Sampling, to_uint8
-from toolkit.run.inference import FED_BY, Source, load_framer, read_source
+from toolkit.run.inference import FED_BY, Source, feeding, load_framer, read_source, recipe_sampling
 from toolkit.run.judge import Windows, make_window, score
 
 SWEEPABLE = ("lora_scale", "ema", "sampler_steps", "max_guidance")
 RESERVED = ("linear", "base", "true")  # names of contenders that nobody trained
 # of a recipe: where contenders that are judged together must agree, so that the same frames are made of the same pictures
 SPLIT_FIELDS = ("frames", "height", "width")
+# of its model section: which network it is; the others say how it computes
+NETWORK_FIELDS = ("base", "unet", "revision", "unet_revision", "variant", "controlnet", "controlnet_revision")
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,15 @@ class Result:
     features_BD: Tensor | None  # of the windows as videos, for FVD
 
 
-def read_sources(runs: Sequence[str], adapters: Sequence[str], base: str | None) -> dict[str, Source]:
-    """Find what is judged, by the names it goes by: "tuned" where it is one, else as far as they differ."""
+def read_sources(
+    runs: Sequence[str], adapters: Sequence[str], base: str | None, checkpoint: str | None = None
+) -> dict[str, Source]:
+    """Find what is judged, by the names it goes by: "tuned" where it is one, else as far as they differ.
+
+    checkpoint  of each run, as inference.read_run takes it
+    """
+    if checkpoint is not None and not runs:
+        raise UserError("--checkpoint is of a run; give --run as well, or the checkpoint's own path as --adapter")
     if not runs and not adapters:
         raise UserError(
             "nothing to evaluate; give --run, a run folder, or --adapter, a checkpoint or an exported adapter"
@@ -66,7 +75,8 @@ def read_sources(runs: Sequence[str], adapters: Sequence[str], base: str | None)
     places = [Path(place).expanduser().absolute() for place in (*runs, *adapters)]
     if len(set(places)) < len(places):
         raise UserError(f"{max(places, key=places.count)} is given twice; name each run and adapter once")
-    found = [read_source(run) for run in runs] + [read_source(adapters=[adapter]) for adapter in adapters]
+    found = [read_source(run, checkpoint=checkpoint) for run in runs]
+    found += [read_source(adapters=[adapter]) for adapter in adapters]
     names = ["tuned"] if len(places) == 1 else [place.name for place in places]
     if len({*names, *RESERVED}) < len(names) + len(RESERVED):
         names = [str(place) for place in places]
@@ -97,6 +107,20 @@ def refuse_other_split(sources: dict[str, Source]) -> None:
             raise UserError(
                 f"{first} and {name} cannot be judged together: {'; '.join(differing)}; evaluate one after the other"
             )
+
+
+def warn_of_sampling(sources: dict[str, Source], sampling: Sampling) -> None:
+    """Say whose recipe samples otherwise than all are sampled here."""
+    for name, source in sources.items():
+        own = recipe_sampling(source.config)
+        if own != sampling:
+            print(f"note: all are sampled by {_tell(sampling, own)}; {name}'s own recipe has {_tell(own, sampling)}",
+                  file=sys.stderr)  # fmt: skip
+
+
+def _tell(sampling: Sampling, other: Sampling) -> str:
+    """Where it differs from another, in words."""
+    return ", ".join(f"{key} {value}" for key, value in vars(sampling).items() if value != vars(other)[key])
 
 
 def warn_of_trained(sources: Iterable[Source], judged: RunConfig, keys: Sequence[str]) -> None:
@@ -137,15 +161,28 @@ def list_contenders(sources: dict[str, Source], sampling: Sampling, sweep: str |
         field, values = parse_sweep(sweep)
         (source,) = sources.values()
         for value in values:
-            tuned[f"{field} {value:g}"] = apply_sweep(Contender(source, sampling, "base"), field, value)
+            swept = apply_sweep(Contender(source, sampling, "base"), field, value)
+            if (
+                swept.sampling != sampling
+            ):  # then the base is sampled so too, or the sampler's part would count as tuning's
+                label = f"base, {field} {value:g}"
+                swept = replace(swept, base=label)
+                bases[label] = Contender(source.untuned, swept.sampling, label)
+            tuned[f"{field} {value:g}"] = swept
     return tuned | bases
 
 
 def is_fed_alike(a: Source, b: Source) -> bool:
     """Whether without adapters the two are the same network, fed in the same way."""
-    fields = (*FED_BY, "control")
-    fed = [[getattr(own.config.diffusion, field) for field in fields] for own in (a, b)]
-    return a.config.model == b.config.model and a.precision == b.precision and fed[0] == fed[1]
+    alike = [
+        (
+            own.precision,
+            [getattr(own.config.model, field) for field in NETWORK_FIELDS],
+            [feeding(getattr(own.config.diffusion, field)) for field in (*FED_BY, "control")],
+        )
+        for own in (a, b)
+    ]
+    return alike[0] == alike[1]
 
 
 def parse_sweep(sweep: str) -> tuple[str, list[float]]:

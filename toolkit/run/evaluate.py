@@ -37,10 +37,11 @@ from toolkit.run.contenders import (
     read_sources,
     refuse_other_split,
     run_contenders,
+    warn_of_sampling,
     warn_of_trained,
 )
 from toolkit.run.framer import to_signed, to_uint8
-from toolkit.run.inference import recipe_sampling
+from toolkit.run.inference import Source, recipe_sampling
 from toolkit.run.judge import (
     DRIFTS,
     Windows,
@@ -73,13 +74,14 @@ def evaluate_run(
     out: str | None = None,
     shards: str | None = None,
     fvd: str | None = None,
+    checkpoint: str | None = None,
 ) -> dict[str, Any]:
     """Score the frames between the ends of held-out windows: linear blend, untuned base and tuned, against the true ones.
 
     Writes evaluation.json, report.html and samples/strip.png (first | linear | base | tuned | true | last).
     run       a run folder, or several that are judged on the first one's clips
     clips     held-out clips at most; default the recipe's
-    steps     sampler steps; default the recipe's
+    steps     sampler steps; default the first one's recipe's
     base      another folder of the runs' base, UNet included
     compiled  worth its minutes for many clips
     adapters  checkpoints or exported adapters, judged beside the runs
@@ -89,11 +91,13 @@ def evaluate_run(
     out       folder to write to; default the first run's
     shards    judge on these held-out clips, not the run's own: what tuning cost elsewhere
     fvd       a network of video features, see metrics.load_video_features
+    checkpoint  of each run: latest, best, or one such as step_000200
     returns   what evaluation.json holds: clips, psnr_linear, psnr_base, psnr_tuned, ssim_..., of the middle frame at the
-              first gap by the recipe's own settings, strip and report, two paths; all else by gap under "gaps"
+              first gap by the recipe's own settings, what was judged on which shards, strip and report, two paths; all
+              else by gap under "gaps"
     """
     runs = [run] if isinstance(run, str) else [*run]
-    sources = read_sources(runs, adapters, base)
+    sources = read_sources(runs, adapters, base, checkpoint)
     tuned, source = next(iter(sources.items()))
     config = source.config
     if not runs and out is None:
@@ -105,9 +109,12 @@ def evaluate_run(
     if shards is not None:
         sources = {name: own.on_shards(shards) for name, own in sources.items()}
         config = sources[tuned].config
+    else:
+        refuse_lost_shards(sources)
     refuse_other_split(sources)
     networks = Networks(read_lpips(config, lpips), read_fvd(config, fvd))
     sampling = recipe_sampling(config)
+    warn_of_sampling(sources, sampling)
     sampling = sampling if steps is None else replace(sampling, steps=steps)
     contenders = list_contenders(sources, sampling, sweep)
     windows = load_windows(config, [*dict.fromkeys(gaps)] or own_gaps(config), clips or config.validation.clips)
@@ -126,9 +133,13 @@ def evaluate_run(
         }
     for label, gap, result in run_contenders(contenders, windows, networks, compiled):
         results[gap][label] = result
-    by_gap = {str(gap): sum_up(results[gap], contenders, own, config.seed) for gap, own in windows.items()}
+    by_gap = {str(gap): sum_up(results[gap], contenders, own, config.seed, tuned) for gap, own in windows.items()}
     gap, own = next(iter(windows.items()))
-    report: dict[str, Any] = {"clips": len(own)}
+    report: dict[str, Any] = {
+        "judged": {name: str(own.place) for name, own in sources.items() if own.place is not None},
+        "shards": [*config.data.sources],
+        "clips": len(own),
+    }
     for metric in ("psnr", "ssim"):
         for name, label in (("linear", "linear"), ("base", "base"), ("tuned", tuned)):
             report[f"{metric}_{name}"] = by_gap[str(gap)]["figures"][label][f"{metric}_middle"]["mean"]
@@ -143,11 +154,22 @@ def evaluate_run(
         "gaps": by_gap,
     }
     if sweep is not None:
-        report["sweep"] = sum_up_sweep(sweep, results, config.seed)
+        report["sweep"] = sum_up_sweep(sweep, results, contenders, config.seed)
     replace_text(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
     extremes = {str(gap): draw_extremes(results[gap], own, tuned) for gap, own in windows.items()}
     write_page(folder, [Path(name).expanduser() for name in runs], report, extremes)
     return report
+
+
+def refuse_lost_shards(sources: dict[str, Source]) -> None:
+    """Raise UserError where a run's own clips are no longer where it found them."""
+    for name, source in sources.items():
+        lost = [place for place in source.config.data.sources if "://" not in place and not Path(place).exists()]
+        if lost:
+            raise UserError(
+                f"{name} was trained on {' + '.join(lost)}, which is not there; start this where it was trained, or say "
+                "where the clips are now: --shards FOLDER --out FOLDER"
+            )
 
 
 def read_lpips(config: RunConfig, weights: str | None) -> Distance | None:
@@ -170,8 +192,13 @@ def read_fvd(config: RunConfig, weights: str | None) -> Features | None:
     return load_video_features(Path(weights).expanduser(), window_frames(config))
 
 
-def sum_up(results: dict[str, Result], contenders: dict[str, Contender], windows: Windows, seed: int) -> dict[str, Any]:
-    """What evaluation.json holds of a gap: figures, what each contender gains on blend and base, and those of each clip."""
+def sum_up(
+    results: dict[str, Result], contenders: dict[str, Contender], windows: Windows, seed: int, first: str
+) -> dict[str, Any]:
+    """What evaluation.json holds of a gap: figures, what each contender gains on others, and the figures of each clip.
+
+    Others are the blend, its own base, and the first of those that were trained.
+    """
     bases = [label for label, own in contenders.items() if own.base == label]
     tuned = [label for label in contenders if label not in bases]
     scores = {label: results[label].figures for label in ("linear", *bases, *tuned)}
@@ -193,7 +220,8 @@ def sum_up(results: dict[str, Result], contenders: dict[str, Contender], windows
         "against": {
             label: {
                 other: {name: compare(name, own_B, scores[other][name], seed) for name, own_B in scores[label].items()}
-                for other in ("linear", contenders[label].base)
+                for other in dict.fromkeys(("linear", contenders[label].base, first))
+                if other != label
             }
             for label in tuned
         },
@@ -204,15 +232,24 @@ def sum_up(results: dict[str, Result], contenders: dict[str, Contender], windows
     }
 
 
-def sum_up_sweep(sweep: str, results: dict[int, dict[str, Result]], seed: int) -> dict[str, Any]:
-    """What evaluation.json holds of a sweep: its field and values, their labels, and the value to take at each gap."""
+def sum_up_sweep(
+    sweep: str, results: dict[int, dict[str, Result]], contenders: dict[str, Contender], seed: int
+) -> dict[str, Any]:
+    """What evaluation.json holds of a sweep: field, values, their labels and bases, and the value to take at each gap."""
     field, values = parse_sweep(sweep)
     labels = {value: f"{field} {value:g}" for value in values}
     recommended = {}
     for gap, own in results.items():
         figure = main_figure(own)
         recommended[str(gap)] = recommend({value: own[label].figures[figure] for value, label in labels.items()}, seed)
-    return {"field": field, "values": values, "labels": list(labels.values()), "recommended": recommended}
+    bases = [contenders[label].base for label in labels.values()]
+    return {
+        "field": field,
+        "values": values,
+        "labels": [*labels.values()],
+        "bases": bases,
+        "recommended": recommended,
+    }
 
 
 def recommend(values: dict[float, Tensor], seed: int) -> float:

@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from toolkit.config import RunConfig, load_config, parse_config
+from toolkit.config import RunConfig, parse_config
 from toolkit.errors import UserError
 from toolkit.model.base import PRECISIONS, build_unet_on_meta, describe_unet, find_unet, load_unet, name_base, sign_unet
 from toolkit.model.formats import AdapterFile, read_metadata, read_peft, write_diffusers, write_kohya, write_peft
@@ -26,10 +26,8 @@ from toolkit.model.quiet import quiet_libraries
 from toolkit.model.sources import is_hub_id
 from toolkit.model.tuning import ABOUT_FILE, put_values
 from toolkit.model.unet import FramerUNet
-from toolkit.run.checkpoint import best_checkpoint, list_checkpoints
 from toolkit.run.ema import put_together
-from toolkit.run.inference import read_merged, read_run
-from toolkit.run.manifest import MANIFEST, find_fault
+from toolkit.run.inference import read_merged, read_run, refuse_damaged
 
 _USE_HERE = (
     "python launch/interpolate.py --adapter FOLDER --first a.png --last b.png --out ab.mp4",
@@ -124,32 +122,16 @@ def find_checkpoint(run: Path | None, name: str | None) -> tuple[Path, RunConfig
     """
     if name is not None and (os.sep in name or run is None):
         folder = Path(name).expanduser()
-        _refuse_damaged(folder, "give another one")
+        refuse_damaged(folder, "give another one")
         return folder, parse_config(read_about(folder).get("recipe"), folder)
     if run is None:
         raise UserError("nothing to export; give --run, a run folder, or --checkpoint with the path of a checkpoint")
-    if name in (None, "latest"):
-        return read_run(run)
-    config = load_config(run / "config.yaml")
-    if name == "best":
-        return best_checkpoint(run), config
-    known = {folder.name: folder for folder in list_checkpoints(run)}
-    if name not in known:
-        raise UserError(f"{run} has no checkpoint {name}; it has {', '.join(known) or 'none'}")
-    _refuse_damaged(known[name], "leave --checkpoint out to take the newest good one")
-    return known[name], config
+    return read_run(run, name)
 
 
 def read_about(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint tells of what it holds: a whole UNet beside it, an adapter in its header."""
     return read_merged(checkpoint) or read_metadata(checkpoint)
-
-
-def _refuse_damaged(folder: Path, remedy: str) -> None:
-    if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} is no checkpoint: it has no {MANIFEST}; {remedy}")
-    if fault := find_fault(folder):
-        raise UserError(f"{folder} is damaged: {fault}; {remedy}")
 
 
 def make_card(adapter: AdapterFile | None, about: dict[str, Any], config: RunConfig, to: str) -> str:

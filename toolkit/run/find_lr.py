@@ -80,6 +80,9 @@ def find_lr(recipe: str, steps: int, overrides: Mapping[str, Any]) -> dict[str, 
         *flags,
         "--optimizer.lr",
         f"{suggested:.1e}",
+        *(
+            ["--fresh"] if (config.folder / "config.yaml").exists() else []
+        ),  # or it would be refused as another recipe's
     ]
     report = {
         "suggested": suggested if learns else None,

@@ -226,7 +226,10 @@ def find_adapter(source: Path) -> Path:
         )
     place = newest_adapter(source) if (source / "config.yaml").exists() else source
     if (place / ABOUT_FILE).is_file():
-        raise UserError(f"{place} holds a whole UNet, of tuning full, and no adapter; give it as the UNet: model.unet")
+        raise UserError(
+            f"{place} holds a whole UNet, of tuning full, and no adapter; give it as the UNet (model.unet of a recipe, "
+            "--unet of interpolate.py), or evaluate it by --run and --checkpoint"
+        )
     find_file(place)
     return place
 

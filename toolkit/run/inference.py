@@ -27,9 +27,11 @@ from toolkit.model.prepare import prepare_frozen
 from toolkit.model.quiet import quiet_libraries
 from toolkit.model.tuning import ABOUT_FILE, put_values
 from toolkit.run.attention import choose_kernel
+from toolkit.run.checkpoint import best_checkpoint, list_checkpoints
 from toolkit.run.ema import plan_average, put_together
 from toolkit.run.folder import find_adapter, newest_adapter
 from toolkit.run.framer import Framer, Sampling
+from toolkit.run.manifest import MANIFEST, find_fault
 
 # of diffusion: where a network and its adapters must agree
 FED_BY = ("layout", "clip_tokens", "scale_conditioning", "noise_augmentation")
@@ -51,6 +53,11 @@ class Source:
         if self.tuned_unet is None:
             return self.config.model
         return self.config.model.model_copy(update={"unet": str(self.tuned_unet), "unet_revision": None})
+
+    @property
+    def place(self) -> Path | None:
+        """Where the first of what was trained lies; None for a base alone."""
+        return self.adapters[0][0] if self.adapters else self.tuned_unet
 
     @property
     def untuned(self) -> Source:
@@ -95,9 +102,30 @@ class Source:
         return replace(self, ema=sigma_rel)
 
 
-def read_run(run: str | Path) -> tuple[Path, RunConfig]:
-    """Find a run's newest good checkpoint and its recipe."""
-    return newest_adapter(Path(run)), load_config(Path(run) / "config.yaml")
+def read_run(run: Path, checkpoint: str | None = None) -> tuple[Path, RunConfig]:
+    """Find a run's checkpoint, verified, and its recipe.
+
+    checkpoint  latest (None too), the newest good one; best; or one such as step_000200
+    raises      UserError where there is none, or it is damaged
+    """
+    if checkpoint in (None, "latest"):
+        return newest_adapter(run), load_config(run / "config.yaml")
+    config = load_config(run / "config.yaml")
+    if checkpoint == "best":
+        return best_checkpoint(run), config
+    known = {folder.name: folder for folder in list_checkpoints(run)}
+    if checkpoint not in known:
+        raise UserError(f"{run} has no checkpoint {checkpoint}; it has {', '.join(known) or 'none'}")
+    refuse_damaged(known[checkpoint], "leave --checkpoint out to take the newest good one")
+    return known[checkpoint], config
+
+
+def refuse_damaged(folder: Path, remedy: str) -> None:
+    """Raise UserError for what is no whole checkpoint, with what to do."""
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} is no checkpoint: it has no {MANIFEST}; {remedy}")
+    if fault := find_fault(folder):
+        raise UserError(f"{folder} is damaged: {fault}; {remedy}")
 
 
 def read_source(
@@ -107,6 +135,7 @@ def read_source(
     lora_scale: float = 1.0,
     config: str | None = None,
     unet: str | None = None,
+    checkpoint: str | None = None,
 ) -> Source:
     """Find what a command line names.
 
@@ -115,6 +144,7 @@ def read_source(
     lora_scale     multiplies every weight
     config         a recipe, for what holds none
     unet           a merged export, where neither run nor adapters are given
+    checkpoint     of the run, as read_run takes it
     """
     if run is not None and adapters:
         raise UserError("both --run and --adapter are given; give one of them")
@@ -124,7 +154,7 @@ def read_source(
         raise UserError(f"{len(weights)} weights for {len(adapters)} adapters; give --weights one number per --adapter")
     found = [find_adapter(Path(adapter)) for adapter in adapters]
     if run is not None:
-        place, own = read_run(Path(run).expanduser())
+        place, own = read_run(Path(run).expanduser(), checkpoint)
         if own.tuning == "full" and lora_scale != 1:
             raise UserError(
                 f"--lora_scale is given, but {run} tuned the UNet's own weights (tuning full); leave it out"
@@ -158,12 +188,12 @@ def read_source(
 def list_differences(about: dict[str, Any], diffusion: Mapping[str, Any]) -> str:
     """Say where an adapter's recipe feeds the network otherwise than these settings; empty where it does not."""
     trained = about.get("recipe", {}).get("diffusion", {})
-    other = [key for key in FED_BY if key in trained and _feeding(trained[key]) != _feeding(diffusion[key])]
+    other = [key for key in FED_BY if key in trained and feeding(trained[key]) != feeding(diffusion[key])]
     return ", ".join(f"{key} {trained[key]} (here it is {diffusion[key]})" for key in other)
 
 
-def _feeding(value: Any) -> Any:
-    # the two clip layouts feed the network alike; they differ in what training scores
+def feeding(value: Any) -> Any:
+    """The same for settings that feed the network alike: the two clip layouts differ in what training scores."""
     return "framer_clip" if value == "middle_in_clip" else value
 
 

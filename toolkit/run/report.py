@@ -33,7 +33,7 @@ RULE = (
 
 def to_text(report: dict[str, Any]) -> str:
     """The tables of every gap, and below each how often and by how much the tuned networks are better."""
-    parts = []
+    parts = [*judged_of(report), ""]
     for gap, own in report["gaps"].items():
         head, *rows = [["", *head_of(own)], *rows_of(own)]
         name_width = max(len(row[0]) for row in rows)
@@ -44,7 +44,7 @@ def to_text(report: dict[str, Any]) -> str:
             swept = sweep_table(report, own)
             widths = [max(map(len, column)) for column in zip(*swept, strict=True)]
             parts += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in swept]
-            parts.append(f"recommended {report['sweep']['field']}: {report['sweep']['recommended'][gap]:g}")
+            parts.append(f"recommended {report['sweep']['field']}: {recommended_of(report['sweep'], gap)}")
         parts.append("")
     parts.append(units_of(report))
     if "sweep" in report:
@@ -58,10 +58,11 @@ def write_page(folder: Path, runs: Sequence[Path], report: dict[str, Any], pictu
     runs      those whose training is shown
     pictures  by gap, of the clips with the largest and the smallest gain
     """
-    body = [f"<header><p>Evaluation report</p><h1>{text(folder.name)}</h1><p>{units_of(report)}.</p></header>"]
+    judged = "".join(f"<p>{text(line)}</p>" for line in judged_of(report))
+    body = [f"<header><p>Evaluation report</p><h1>{text(folder.name)}</h1>{judged}<p>{units_of(report)}.</p></header>"]
     if "sweep" in report:
         sweep = report["sweep"]
-        rows = [(gap, f"{value:g}") for gap, value in sweep["recommended"].items()]
+        rows = [(gap, recommended_of(sweep, gap)) for gap in sweep["recommended"]]
         title = f"Recommended {sweep['field']}"
         body.append(f"<section>{table(title, ('gap', sweep['field']), rows)}<p>It is {RULE}.</p></section>")
     body.append(_charts_section("Curves", [*gap_charts(report), *sweep_charts(report)]))
@@ -77,6 +78,19 @@ def write_page(folder: Path, runs: Sequence[Path], report: dict[str, Any], pictu
         body.append(f"<h2>Largest and smallest gain on the base</h2>{_picture(pictures[gap])}</section>")
     body += [_charts_section(f"Training of {text(run.name)}", training_charts(run)) for run in runs]
     replace_text(folder / "report.html", document(f"Evaluation of {folder.name}", "\n".join(body)))
+
+
+def judged_of(report: dict[str, Any]) -> list[str]:
+    """What was judged, on which clips."""
+    return [f"{name}: {place}" for name, place in report["judged"].items()] + [
+        f"clips of {' + '.join(report['shards'])}"
+    ]
+
+
+def recommended_of(sweep: dict[str, Any], gap: str) -> str:
+    value = sweep["recommended"][gap]
+    is_base = sweep["field"] == "lora_scale" and value == 0
+    return "0, the untuned base: these clips tell the best scale from none" if is_base else f"{value:g}"
 
 
 def units_of(report: dict[str, Any]) -> str:
@@ -125,7 +139,8 @@ def sweep_table(report: dict[str, Any], own: dict[str, Any]) -> list[tuple[str, 
     sweep = report["sweep"]
     # as evaluate.main_figure has it
     figure = "psnr_moving" if own["figures"]["linear"]["psnr_moving"]["mean"] is not None else "psnr"
-    gains = [own["against"][label]["base"][figure] for label in sweep["labels"]]
+    pairs = zip(sweep["labels"], sweep["bases"], strict=True)
+    gains = [own["against"][label][base][figure] for label, base in pairs]
     rows = [(f"{value:g}", _gain(gain), _often(gain)) for value, gain in zip(sweep["values"], gains, strict=True)]
     return [(sweep["field"], f"{find_figure(figure).label} against {NAMES['base']}", "better in"), *rows]
 
@@ -135,7 +150,8 @@ def gap_charts(report: dict[str, Any]) -> list[str]:
     gaps = report["gaps"]
     if len(gaps) < 2:
         return []
-    labels = [label for label in next(iter(gaps.values()))["figures"] if label not in swept_by(report)]
+    hidden = [*swept_by(report), *(base for base in report.get("sweep", {}).get("bases", ()) if base != "base")]
+    labels = [label for label in next(iter(gaps.values()))["figures"] if label not in hidden]
     return _charts(
         {label: {int(gap): own["figures"][label] for gap, own in gaps.items()} for label in labels},
         "gap, source frames",

@@ -208,6 +208,10 @@ def check_points(points: Sequence[Point], gaps: Sequence[int], ranks: int | None
                 check_gaps(config, gaps or own_gaps(config))
                 found = examine(config, ranks_of(config, ranks))
                 notes += [f"note: {note}" for note in found["notes"]]
+                if {"lora.rank", "lora.alpha"} & point.settings.keys() == {"lora.rank"}:
+                    notes.append(
+                        "note: lora.rank varies without lora.alpha, and so alpha / rank, the adapter's scale, as well"
+                    )
                 print(f"{point.combination}: {found['optimizer_steps']:,} steps, {found['ranks']} processes a run")
             check_folder(config)
         except UserError as error:
@@ -249,6 +253,8 @@ def judge_point(point: Point, gaps: Sequence[int], requests: Requests) -> bool:
         return True
     command = [sys.executable, program("launch/evaluate.py"), "--run", str(point.config.folder)]
     command += ["--gaps", ",".join(map(str, gaps))] if gaps else []
+    # the newest of a run that ended for want of a better one is not its best
+    command += ["--checkpoint", "best"] if point.config.validation.patience is not None else []
     code = follow([*command, "--out", str(point.evaluation.parent)], requests, subprocess.Popen.terminate)
     return is_judged(point, gaps) or give_up("evaluation", code, requests)
 
