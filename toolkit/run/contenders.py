@@ -114,8 +114,8 @@ def warn_of_sampling(sources: dict[str, Source], sampling: Sampling) -> None:
     for name, source in sources.items():
         own = recipe_sampling(source.config)
         if own != sampling:
-            print(f"note: all are sampled by {_tell(sampling, own)}; {name}'s own recipe has {_tell(own, sampling)}",
-                  file=sys.stderr)  # fmt: skip
+            here, there = _tell(sampling, own), _tell(own, sampling)
+            print(f"note: all are sampled by {here}; {name}'s own recipe has {there}", file=sys.stderr)
 
 
 def _tell(sampling: Sampling, other: Sampling) -> str:
@@ -162,9 +162,8 @@ def list_contenders(sources: dict[str, Source], sampling: Sampling, sweep: str |
         (source,) = sources.values()
         for value in values:
             swept = apply_sweep(Contender(source, sampling, "base"), field, value)
-            if (
-                swept.sampling != sampling
-            ):  # then the base is sampled so too, or the sampler's part would count as tuning's
+            # a base that were sampled otherwise would have the sampler's part counted as tuning's
+            if swept.sampling != sampling:
                 label = f"base, {field} {value:g}"
                 swept = replace(swept, base=label)
                 bases[label] = Contender(source.untuned, swept.sampling, label)

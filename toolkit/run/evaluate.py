@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from toolkit.config import RunConfig
+from toolkit.data.remote import is_remote
 from toolkit.errors import UserError
 from toolkit.metrics import (
     FVD_MIN_FRAMES,
@@ -164,7 +165,7 @@ def evaluate_run(
 def refuse_lost_shards(sources: dict[str, Source]) -> None:
     """Raise UserError where a run's own clips are no longer where it found them."""
     for name, source in sources.items():
-        lost = [place for place in source.config.data.sources if "://" not in place and not Path(place).exists()]
+        lost = [place for place in source.config.data.sources if not is_remote(place) and not Path(place).is_dir()]
         if lost:
             raise UserError(
                 f"{name} was trained on {' + '.join(lost)}, which is not there; start this where it was trained, or say "

@@ -80,10 +80,9 @@ def find_lr(recipe: str, steps: int, overrides: Mapping[str, Any]) -> dict[str, 
         *flags,
         "--optimizer.lr",
         f"{suggested:.1e}",
-        *(
-            ["--fresh"] if (config.folder / "config.yaml").exists() else []
-        ),  # or it would be refused as another recipe's
     ]
+    if (config.folder / "config.yaml").exists():  # a run, which at another rate would be refused
+        command.append("--fresh")
     report = {
         "suggested": suggested if learns else None,
         "lowest": lowest._asdict(),

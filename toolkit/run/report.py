@@ -82,15 +82,14 @@ def write_page(folder: Path, runs: Sequence[Path], report: dict[str, Any], pictu
 
 def judged_of(report: dict[str, Any]) -> list[str]:
     """What was judged, on which clips."""
-    return [f"{name}: {place}" for name, place in report["judged"].items()] + [
-        f"clips of {' + '.join(report['shards'])}"
-    ]
+    places = [f"{name}: {place}" for name, place in report["judged"].items()]
+    return [*places, f"clips of {' + '.join(report['shards'])}"]
 
 
 def recommended_of(sweep: dict[str, Any], gap: str) -> str:
     value = sweep["recommended"][gap]
     is_base = sweep["field"] == "lora_scale" and value == 0
-    return "0, the untuned base: these clips tell the best scale from none" if is_base else f"{value:g}"
+    return "0, the untuned base: no scale is better beyond the noise of these clips" if is_base else f"{value:g}"
 
 
 def units_of(report: dict[str, Any]) -> str:
