@@ -362,6 +362,8 @@ def test_a_checkpoint_of_a_run_can_be_named(trained: Path, tmp_path: Path, no_ne
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=message):
             evaluate_run(str(trained), checkpoint=name)
+    with pytest.raises(UserError, match="is not a run folder"):
+        evaluate_run(str(tmp_path), checkpoint="best")
     with pytest.raises(UserError, match="--checkpoint is of a run; give --run as well"):
         evaluate_run(adapters=[str(trained)], checkpoint="best", out=str(tmp_path))
 

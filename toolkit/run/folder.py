@@ -207,12 +207,17 @@ def _warn_of_versions(folder: Path) -> None:
 
 def newest_adapter(run: Path) -> Path:
     """Find a run's newest good checkpoint, for inference. Raises UserError when there is none."""
-    if not (run / "config.yaml").exists():
-        raise UserError(f"{run} is not a run folder (no config.yaml); give a folder such as runs/NAME")
+    refuse_no_run(run)
     folder = newest_good(run, set_aside=False)
     if folder is None:
         raise UserError(f"{run} has no checkpoint yet; train it first: launch/train.py --config {run}/config.yaml")
     return folder
+
+
+def refuse_no_run(run: Path) -> None:
+    """Raise UserError for what is no run folder."""
+    if not (run / "config.yaml").exists():
+        raise UserError(f"{run} is not a run folder (no config.yaml); give a folder such as runs/NAME")
 
 
 def find_adapter(source: Path) -> Path:

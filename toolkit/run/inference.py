@@ -29,7 +29,7 @@ from toolkit.model.tuning import ABOUT_FILE, put_values
 from toolkit.run.attention import choose_kernel
 from toolkit.run.checkpoint import best_checkpoint, list_checkpoints
 from toolkit.run.ema import plan_average, put_together
-from toolkit.run.folder import find_adapter, newest_adapter
+from toolkit.run.folder import find_adapter, newest_adapter, refuse_no_run
 from toolkit.run.framer import Framer, Sampling
 from toolkit.run.manifest import MANIFEST, find_fault
 
@@ -110,6 +110,7 @@ def read_run(run: Path, checkpoint: str | None = None) -> tuple[Path, RunConfig]
     """
     if checkpoint in (None, "latest"):
         return newest_adapter(run), load_config(run / "config.yaml")
+    refuse_no_run(run)
     config = load_config(run / "config.yaml")
     if checkpoint == "best":
         return best_checkpoint(run), config
