@@ -5,6 +5,7 @@ what it computed and saw, and two gathered states, .half.safetensors after two s
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import sys
@@ -188,6 +189,7 @@ def fork_rank(case: Case, rank: int, folder: Path) -> int:
     if process:
         return process
     code = 1
+    faulthandler.dump_traceback_later(120, exit=True)  # two seconds are usual; nothing else ends a rank that hangs
     try:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks)}
         store = dist.FileStore(str(folder / f"{case.name}.store"), case.ranks)
