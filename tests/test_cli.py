@@ -6,6 +6,7 @@ import gc
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from pydantic import PositiveInt
 
 from tests.launching import HEAVY, ROOT, run
 from toolkit.cli import importing, main
+from toolkit.config import load_config
 
 CALLS: list[tuple] = []
 
@@ -61,6 +63,58 @@ def test_a_name_stays_as_it_was_written(monkeypatch, name):
     start_calls = list(CALLS)
     start(monkeypatch, f"--folder={name}", "--steps", "3")
     assert start_calls == CALLS == [(name, 3, False)]
+
+
+@pytest.mark.parametrize("text", ["2024_05", "1.10", "007", "1e3", "[a]", "a,b"])
+def test_a_text_of_a_recipe_stays_as_it_was_written(monkeypatch, text):
+    """Run 1.10 is not run 1.1; numbers and lists are read as such, and both words for nothing are nothing."""
+    given: dict[str, Any] = {}
+
+    def train(config: str, fresh: bool = False, **overrides: Any) -> None:
+        given.update(overrides)
+
+    flags = [
+        "--name",
+        text,
+        "--data.shards",
+        text,
+        "--model.revision=" + text,
+        "--lora.rank",
+        "8",
+        "--data.stride",
+        "[2,4]",
+    ]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "c", *flags])
+    main(train)
+    rest = {"lora.rank": 8, "data.stride": [2, 4]}
+    assert given == {"name": text, "data.shards": text, "model.revision": text} | rest
+    texts = ["model.unet", "model.revision"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "c", *(f"--{name}=None" for name in texts)])
+    main(train)
+    model = load_config(ROOT / "launch/recipes/tiny_cpu.yaml", {name: given[name] for name in texts}).model
+    assert model.unet is None and model.revision is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("c", "--fersh"), "unknown flag --fersh; did you mean --fresh?"),
+        (("c", "--lora.rnak", "8"), "did you mean lora.rank?"),
+        (("c", "--rank", "8"), "did you mean lora.rank?"),
+        (("c", "--data.shards", "--fresh"), "--data.shards is given without a value"),
+    ],
+)
+def test_a_wrong_flag_beside_a_recipe_s_fields_is_one_line(monkeypatch, capsys, arguments, words):
+    """A command's own flags are suggested as well as a recipe's fields."""
+
+    def train(config: str, ranks: int = 1, fresh: bool = False, **overrides: Any) -> None:
+        load_config(ROOT / "launch/recipes/tiny_cpu.yaml", overrides)
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main(train)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and words in error and error.count("\n") == 1
 
 
 def test_what_is_returned_is_printed(monkeypatch, capsys):

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import fire
 from pydantic import ConfigDict, ValidationError, validate_call
 
+from toolkit.config import field_names, text_fields
 from toolkit.errors import UserError, in_one_line, in_words, printable
 
 _FULL_DISK = "the disk is full; what was published so far is whole, so free some space and start the same command again"
@@ -41,6 +42,7 @@ def main(function: Callable[..., Any]) -> None:
     plain = [p.replace(annotation=p.empty) for p in inspect.signature(function).parameters.values()]
     command.__signature__ = inspect.Signature(plain)  # type: ignore[attr-defined]  # Fire's help would garble the types
     texts = [p.name for p in inspect.signature(function).parameters.values() if p.annotation in (str, str | None)]
+    texts += _overrides(function, text_fields)
     fire.decorators.SetParseFns(**dict.fromkeys(texts, str))(command)  # Fire reads 2024_01 as a number
     try:
         refuse_unknown_flags(function, sys.argv[1:])
@@ -118,26 +120,34 @@ def _leave(code: int) -> NoReturn:
 
 def refuse_unknown_flags(function: Callable[..., Any], arguments: list[str]) -> None:
     """Refuse a flag that the function does not take; Fire itself would say so only after the work is done."""
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return  # the function takes any flag and names the unknown ones by itself
-    taken = {*parameters, "help", *(f"no{p.name}" for p in parameters.values() if p.annotation is bool)}
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    flags, fields = [p.name for p in parameters], _overrides(function, field_names)
+    taken = {*flags, *fields, "help", *(f"no{p.name}" for p in parameters if p.annotation is bool)}
     for argument in arguments:
         name = re.match(r"--([\w.-]+)", argument)
         flag = name[1].replace("-", "_") if name else ""
         if name and flag not in taken:
-            near = difflib.get_close_matches(flag, parameters, 1)
-            known = f"did you mean --{near[0]}?" if near else f"flags are {', '.join('--' + p for p in parameters)}"
+            near = difflib.get_close_matches(flag, flags, 1)
+            if fields and (not near or flag in {name.split(".")[-1] for name in fields}):
+                continue  # load_config says which field may be meant
+            known = f"did you mean --{near[0]}?" if near else f"flags are {', '.join('--' + flag for flag in flags)}"
             raise UserError(f"unknown flag --{flag}; {known}")
 
 
 def refuse_bare_flags(function: Callable[..., Any], arguments: list[str]) -> None:
     """Refuse a flag without the value that its parameter needs: Fire makes it True, which passes for a text and a number."""
     valued = [p.name for p in inspect.signature(function).parameters.values() if p.annotation is not bool]
+    valued += _overrides(function, text_fields)
     for argument, after in pairwise([*arguments, "--"]):
         flag = argument.removeprefix("--").replace("-", "_")
         if argument.startswith("--") and flag in valued and re.match("--|-[a-zA-Z]", after):  # as Fire tells a flag
             raise UserError(f"--{flag} is given without a value; write --{flag} VALUE")
+
+
+def _overrides(function: Callable[..., Any], fields: Callable[[], list[str]]) -> list[str]:
+    """Fields of a recipe that a function takes beside its own flags, which are any where it takes any name."""
+    parameters = inspect.signature(function).parameters.values()
+    return fields() if any(p.kind is p.VAR_KEYWORD for p in parameters) else []
 
 
 def split(value: object) -> list[Any]:

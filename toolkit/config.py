@@ -11,7 +11,8 @@ import difflib
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -76,8 +77,9 @@ class ModelConfig(Section):
     # lean: the network in fewer operations; stock: as diffusers and PEFT compute it, and so DoRA, dropout, zero3 and
     # quantized weights always
     blocks: Literal["lean", "stock"] = "lean"
-    # fast keeps all activations, small computes most of them a second time, auto takes fast where it fits
-    memory: Literal["auto", "fast", "small"] = "auto"
+    # fast keeps all activations, balanced computes the largest of them a second time, small most of them; auto takes the
+    # first of these that fits
+    memory: Literal["auto", "fast", "balanced", "small"] = "auto"
     # int8 keeps the frozen weights in half the memory while training, made whole for each use; for use with memory: small
     quantize: Literal["int8"] | None = None
     compile: bool = False  # lean blocks into fewer kernels, by torch.compile; takes some minutes at the first step
@@ -398,14 +400,33 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def field_names(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+def field_names(model: type[BaseModel] = RunConfig) -> list[str]:
     """List every dotted field name of the tree."""
-    names: list[str] = []
+    return list(_annotations(model))
+
+
+def text_fields() -> list[str]:
+    """Dotted names of the fields that hold a text and nothing else, or None."""
+    return [name for name, kind in _annotations(RunConfig).items() if _kinds(kind) - {type(None)} == {str}]
+
+
+def _annotations(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """What each field of the tree may hold, by its dotted name."""
+    found: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         kind: Any = field.annotation
         is_section = isinstance(kind, type) and issubclass(kind, Section)
-        names += field_names(kind, f"{prefix}{name}.") if is_section else [prefix + name]
-    return names
+        found |= _annotations(kind, f"{prefix}{name}.") if is_section else {prefix + name: kind}
+    return found
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation admits, without what stands beside them in Annotated."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*map(_kinds, get_args(annotation)))
+    return {annotation}
 
 
 def diff_configs(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
@@ -456,7 +477,7 @@ def _set_dotted(tree: dict[str, Any], name: str, value: Any) -> None:
         tree = tree[section]
         if not isinstance(tree, dict):
             raise UserError(_unknown(name))
-    tree[key] = None if value == "null" else value  # Fire leaves it as text: recipes say null, Python None
+    tree[key] = None if value in ("null", "None") else value  # left as text: recipes say the one, Python the other
 
 
 def flatten_config(section: Section, prefix: str = "") -> dict[str, Any]:

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from tests.launching import RECIPE, ROOT, run
-from toolkit.config import RunConfig, load_config
+from toolkit.config import ModelConfig, RunConfig, load_config
 from toolkit.errors import UserError
+from toolkit.model.base import check_weights
+from toolkit.model.sources import TINY_FOLDER
 from toolkit.run.folder import COMMIT_FILE
 from toolkit.run.slurm import Resources, code_files, copy_code, digest_code, submit_array, submit_run, time_s
 
@@ -183,3 +185,7 @@ def test_two_commands_copy_the_code_at_once(tmp_path: Path) -> None:
     assert list(copy.parent.iterdir()) == [copy]
     copied = {path.relative_to(copy) for path in copy.rglob("*") if path.is_file()}
     assert copied == {Path(COMMIT_FILE), *(path.relative_to(ROOT) for path in code_files())}
+    base = TINY_FOLDER.relative_to(ROOT)  # the program looks for it beside itself
+    assert (copy / base / "unet/diffusion_pytorch_model.safetensors").is_file() and check_weights(
+        ModelConfig(base=str(copy / base))
+    ) == []

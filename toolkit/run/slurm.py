@@ -29,6 +29,7 @@ from toolkit.run.folder import COMMIT_FILE, check_folder, describe_code, prepare
 ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOT = (
     "toolkit/**/*.py",
+    "toolkit/bases/**/*",
     "launch/*.py",
     "launch/recipes/*.yaml",
     "launch/slurm/*",
