@@ -62,18 +62,18 @@ def evaluate(
     with redirect_stdout(sys.stderr):
         report = evaluate_run(
             split(run),
-            clips,
-            steps,
-            base,
-            compile,
-            split(adapter),
-            split(gaps),
-            sweep,
-            lpips,
-            out,
-            shards,
-            fvd,
-            checkpoint,
+            clips=clips,
+            steps=steps,
+            base=base,
+            compiled=compile,
+            adapters=split(adapter),
+            gaps=split(gaps),
+            sweep=sweep,
+            lpips=lpips,
+            out=out,
+            shards=shards,
+            fvd=fvd,
+            checkpoint=checkpoint,
         )
     if json:
         print(dumps(report, indent=2))

@@ -15,7 +15,7 @@ import psutil
 import torch.distributed as dist
 
 from toolkit.config import load_config
-from toolkit.run.monitor import read_log
+from toolkit.run.rows import read_rows
 from toolkit.run.signals import SIGNALS
 from toolkit.run.trainer import train
 
@@ -131,7 +131,7 @@ def kill_tree(pid: int) -> None:
 
 def read_numbers(run: Path, *keys: str) -> list[tuple[Any, ...]]:
     """Read columns of log.jsonl, (step, loss, grad_norm) by default; JSON gives back every bit of a float."""
-    return [tuple(row[key] for key in keys or ("step", "loss", "grad_norm")) for row in read_log(run / "log.jsonl")]
+    return [tuple(row[key] for key in keys or ("step", "loss", "grad_norm")) for row in read_rows(run / "log.jsonl")]
 
 
 def adapter_bytes(run: Path, step: int) -> bytes:

@@ -163,9 +163,9 @@ def read_scalars(run: Path, tag: str) -> list[tuple[int, float]]:
 
 def wait_for_steps(run: Path, steps: int) -> None:
     """Return when a run has logged so many."""
-    from toolkit.run.monitor import read_log
+    from toolkit.run.rows import read_rows
 
-    wait_for(lambda: len(read_log(run / "log.jsonl")) >= steps, 120)
+    wait_for(lambda: len(read_rows(run / "log.jsonl")) >= steps, 120)
 
 
 def wait_for(ready: Callable[[], bool], timeout_s: float) -> None:

@@ -98,6 +98,20 @@ def test_t15_a_pause_is_no_hang(faults: Any, forked: Warm, small_run: dict[str, 
     faults.end(passed)
 
 
+@pytest.mark.parametrize(("call", "codes"), [(1, [0, 0]), (2, [HANG, HANG])])
+def test_compiling_is_no_hang(forked: Warm, small_run: dict[str, Any], call: int, codes: list[int]) -> None:
+    """A first step that takes longer than engine.hang_timeout_s, as compiling may, goes on; any later one is ended."""
+    overrides = small_run | {
+        "name": f"compiled_{call}",
+        "model.compile": True,
+        "engine.hang_timeout_s": 3,
+        "schedule.steps": 2,
+    }
+    # compiling itself would take a minute
+    wounds = [("drop", {"place": "run.job:compile_blocks"}), stick(0, "run.framer:Framer.compute_loss", call, 7)]
+    assert forked.start(overrides, wounds=wounds).wait() == codes
+
+
 def watch_alone(folder: Path, lines: str) -> subprocess.Popen[str]:
     """Start a process of one rank on some lines of Python, watched with little patience; returns when the watch began."""
     code = f"""

@@ -35,14 +35,16 @@ def lock_of_a_live_pid(run: Path, shards: Path) -> None:
 
 
 def half_written_config(run: Path, shards: Path) -> None:
-    (run / "config.yaml.tmp").write_text("name: t17\nlora:\n  ra")
+    for name in ("config.yaml.tmp", f"config.yaml.{secrets.token_hex(8)}.tmp"):  # of an older version, and of this
+        (run / name).write_text("name: t17\nlora:\n  ra")
 
 
 def half_written_checkpoint(run: Path, shards: Path) -> None:
     for name in ("step_000099.tmp", "step_000002.old"):
         (run / "checkpoints" / name).mkdir()
         (run / "checkpoints" / name / "optimizer.safetensors").write_bytes(secrets.token_bytes(1000))
-    (run / "LATEST.tmp").write_text("step_")
+    for name in ("LATEST", "BEST", "env.json", "log.jsonl", "skipped.jsonl"):
+        (run / f"{name}.{secrets.token_hex(8)}.tmp").write_text("step_")
 
 
 def half_written_lists(run: Path, shards: Path) -> None:

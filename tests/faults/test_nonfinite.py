@@ -20,7 +20,7 @@ from tests.faults.forked import (
 )
 from tests.launching import read_numbers
 from toolkit.run.checkpoint import list_checkpoints, load_checkpoint
-from toolkit.run.skips import read_skips
+from toolkit.run.rows import read_rows
 
 # what is done, what is not finite then, at which position: step 5 trains on positions 8 (rank 0) and 9 (rank 1)
 CASES: dict[str, tuple[Wound, str, list[int]]] = {
@@ -46,9 +46,9 @@ def test_t9_one_step(faults: Any, forked: Warm, small_run: dict[str, Any], undis
         wound, what, positions = CASES[name]
         run = undisturbed.with_name(f"t9_{number}")
         forked.run(small_run | {"name": run.name}, wounds=[wound, ("keep_states", {"folder": str(run)})])
-        still = [[before == after for before, after in read_rows(run / f"states.{rank}")] for rank in (0, 1)]
+        still = [[before == after for before, after in read_states(run / f"states.{rank}")] for rank in (0, 1)]
         named = sorted(
-            (row["step"], row["not_finite"], key) for row in read_skips(run / "skipped.jsonl") for key in row["clips"]
+            (row["step"], row["not_finite"], key) for row in read_rows(run / "skipped.jsonl") for key in row["clips"]
         )
         counted = [0] * 4 + [1] * 4
         good = still == [[step == 5 for step in range(1, 9)]] * 2
@@ -62,7 +62,7 @@ def test_t9_one_step(faults: Any, forked: Warm, small_run: dict[str, Any], undis
     faults.end(passed)
 
 
-def read_rows(path: Path) -> list[Any]:
+def read_states(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -85,9 +85,9 @@ def test_t9_resume_across_a_skip(faults: Any, forked: Warm, small_run: dict[str,
         forked.start(overrides, wounds=[poison, kill]).wait()
         step = newest(run)
         trial = forked.run(overrides, wounds=[poison])
-        skipped = [[*row.values()] for row in read_skips(run / "skipped.jsonl")]
+        skipped = [[*row.values()] for row in read_rows(run / "skipped.jsonl")]
         passed += step > 0 and f"resuming after step {step}" in trial.stdout() and same_run(run, whole) and skipped == [
-            [*row.values()] for row in read_skips(whole / "skipped.jsonl")
+            [*row.values()] for row in read_rows(whole / "skipped.jsonl")
         ]  # fmt: skip
     faults.end(passed)
 

@@ -53,6 +53,11 @@ def send(rank: int, victims: list[int], place: str, call: int, numbers: list[int
         wrap(place, strike)
 
 
+def drop(rank: int, place: str) -> None:
+    """Have a function do nothing."""
+    wrap(place, lambda *_, **__: None)
+
+
 def stick(rank: int, victims: list[int], place: str, call: int, seconds: float | None) -> None:
     """At one call of a function, sleep; for ever where seconds is None, in a lock that nobody releases."""
 

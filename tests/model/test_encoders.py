@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
+from toolkit.model import encoders
 from toolkit.model.encoders import decode_latents, embed_stills, encode_frames
 
 
@@ -119,3 +120,24 @@ def test_chunks_change_nothing(noisy_vae: AutoencoderKLTemporalDecoder) -> None:
     for chunk_frames in range(1, 7):
         made = decode_latents(noisy_vae, latents.clone().requires_grad_(), chunk_frames)
         assert torch.allclose(made, whole, atol=1e-5) and made.dtype == torch.float32 and not made.requires_grad
+
+
+def test_memory_stays_that_of_few_frames(
+    monkeypatch: pytest.MonkeyPatch, noisy_vae: AutoencoderKLTemporalDecoder
+) -> None:
+    """Frames are encoded one by one, of however many clips, and decoded as many at once as have so many pixels."""
+    encoded, chunks = [], []
+    encode, in_chunks = noisy_vae.encode, encoders.decode_in_chunks
+    monkeypatch.setattr(noisy_vae, "encode", lambda frames: (encoded.append(len(frames)), encode(frames))[1])
+    encode_frames(noisy_vae, torch.zeros(2, 3, 3, 8, 8))
+    assert encoded == [1] * 6
+    monkeypatch.setattr(encoders, "decode_in_chunks", lambda *given: (chunks.append(given[2]), in_chunks(*given))[1])
+    latents = torch.zeros(1, 5, 4, 8, 8)
+    frame_px = decode_latents(noisy_vae, latents).shape[-1] ** 2
+    assert chunks == []
+    for most_px, chunk in ((3 * frame_px, 3), (3 * frame_px - 1, 2), (1, 1)):
+        monkeypatch.setattr(encoders, "DECODED_PX", most_px)
+        decode_latents(noisy_vae, latents)
+        assert chunks.pop() == chunk
+    decode_latents(noisy_vae, latents, 4)  # what is asked for goes before
+    assert chunks.pop() == 4

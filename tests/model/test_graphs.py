@@ -4,7 +4,7 @@ What is captured can be shown on a GPU alone; what goes into a graph and comes o
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def agree(seen: list[Tensor], wanted: list[Tensor]) -> bool:
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item()) for a, b in pairs)
 
 
-@pytest.mark.parametrize("plan", ["fast", "small"])
+@pytest.mark.parametrize("plan", get_args(Plan))
 def test_what_changes_goes_in(plan: Any) -> None:
     """Inputs, tokens and what trains are the passes' own arguments: nothing of the first micro-step stays."""
     assert agree(learn(plan, "cpu", as_they_are), learn(plan, "cpu", None))
@@ -69,7 +69,7 @@ def test_what_changes_goes_in(plan: Any) -> None:
 
 @pytest.mark.gpu
 @no_gpu
-@pytest.mark.parametrize("plan", ["fast", "small"])
+@pytest.mark.parametrize("plan", get_args(Plan))
 def test_captured_passes_are_the_networks_own(plan: Any) -> None:
     """As above, by graphs: their memory is written anew each time, and gradients that were given away stay."""
     assert agree(learn(plan, "cuda", torch.cuda.make_graphed_callables), learn(plan, "cuda", None))
@@ -77,7 +77,7 @@ def test_captured_passes_are_the_networks_own(plan: Any) -> None:
 
 @pytest.mark.gpu
 @no_gpu
-@pytest.mark.parametrize("plan", ["fast", "small"])
+@pytest.mark.parametrize("plan", get_args(Plan))
 def test_a_gpu_computes_what_a_cpu_does(plan: Any) -> None:
     """Fused kernels, channels last, graphs: in fp32 the same outputs and gradients."""
     with torch.backends.cudnn.flags(allow_tf32=False):

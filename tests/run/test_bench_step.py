@@ -1,13 +1,45 @@
 """The contenders of a timed step do the same work. Run: pytest tests/run/test_bench_step.py"""
 
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from toolkit.config import RunConfig
+from toolkit.data.loader import Batch
+from toolkit.engine.plain import PlainEngine
+from toolkit.model.base import Base
 from toolkit.run.bench import make_tiny_base
-from toolkit.run.bench_step import bench_step, find_mfu, list_makers, make_batches, make_config, make_contender
+from toolkit.run.bench_step import (
+    Contender,
+    Maker,
+    bench_step,
+    find_mfu,
+    list_makers,
+    make_config,
+    make_contender,
+    make_stock,
+    measure,
+    read_clips,
+    write_clips,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> tuple[RunConfig, Base]:
+    """The tiny base, and clips for it in the test's folder."""
+    config, base = make_config("framer_5_576", CPU), make_tiny_base(CPU, torch.bfloat16)
+    write_clips(config, base, tmp_path)
+    return config, base
 
 
 def test_all_contenders_take_the_same_steps() -> None:
@@ -15,25 +47,86 @@ def test_all_contenders_take_the_same_steps() -> None:
     report = bench_step(rounds=1)
     assert report["device"] == "cpu" and report["kernel"] == "sdpa" and report["data_wait_ms"] > 0
     rows, losses = report["contenders"], report["loss"]
-    assert rows.keys() == losses.keys() == {"stock", "ours_fast", "ours_small"}
+    assert rows.keys() == losses.keys() == {"stock", "ours_fast", "ours_balanced", "ours_small"}
     assert all(row.keys() == {"ratio", "attention"} and row["ratio"] > 0 and row["attention"] for row in rows.values())
     assert rows["stock"]["ratio"] == 1
     # stock's adapters are bf16, so their small updates are rounded away
+    assert losses["ours_fast"] == pytest.approx(losses["ours_balanced"], rel=1e-3)
     assert losses["ours_fast"] == pytest.approx(losses["ours_small"], rel=1e-3)
     assert losses["ours_fast"] == pytest.approx(losses["stock"], rel=2e-2)
 
 
-def test_a_step_trains(tmp_path: Path) -> None:
+def test_a_step_trains(tmp_path: Path, prepared: tuple[RunConfig, Base]) -> None:
     """Each contender's own adapter moves."""
-    cpu = torch.device("cpu")
-    config, base = make_config("framer_5_576", cpu), make_tiny_base(cpu, torch.bfloat16)
-    clips = list(islice(make_batches(config, base, tmp_path), 2))
+    config, base = prepared
+    clips = list(islice(read_clips(config, tmp_path), 2))
     for name, make in list_makers(config, "sdpa", on_card=False).items():
-        contender = make_contender(config, base, make)
+        contender = make_contender(config, base, make, CPU)
         before = [parameter.detach().clone() for parameter in contender.engine.parameters.values()]
         contender.take_step(clips)
         after = contender.engine.parameters.values()
         assert not all(torch.equal(old, new) for old, new in zip(before, after, strict=True)), name
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Nothing that refers to itself goes by chance."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_alone_or_in_turns(
+    tmp_path: Path, prepared: tuple[RunConfig, Base], uncollected: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after another, as on a GPU, contenders find the others gone, but see the same clips: their losses are the same."""
+    monkeypatch.setattr("toolkit.run.bench_step.ACCUMULATION", 1)
+    config, base = prepared
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def watched(make: Maker, base: Base) -> Any:
+        alive.append(sum(part() is not None for part in made))
+        made.append(weakref.ref(base.unet.mid_block.resnets[0]))  # which refers to itself where it is recomputed
+        return make(base)
+
+    def find_losses(group: dict[str, Maker]) -> dict[str, float]:
+        rows, wait_s = measure(group, config, base, read_clips(config, tmp_path), 1, CPU)
+        assert wait_s > 0 and all(len(row["times_s"]) == 1 for row in rows.values())
+        return {name: row["loss"] for name, row in rows.items()}
+
+    makers = list_makers(config, "sdpa", on_card=False)
+    makers = {name: partial(watched, makers[name]) for name in ("ours_small", "stock")}
+    alone = [find_losses({name: make}) for name, make in makers.items()]
+    assert alive == [0, 0]
+    assert find_losses(makers) == {name: loss for losses in alone for name, loss in losses.items()}
+
+
+def test_one_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, or in its third step, the first that is timed: it has an error for a row, and all others keep theirs."""
+
+    def list_more(config: RunConfig, attention: str, on_card: bool) -> dict[str, Maker]:
+        failing: dict[str, Maker] = {"never": fail, "late": partial(make_stock, config)}
+        return failing | list_makers(config, attention, on_card)
+
+    def fail(*given: Any) -> Any:
+        raise RuntimeError("out of\nmemory")
+
+    def take_step(self: Contender, clips: list[Batch]) -> torch.Tensor:
+        steps[self.engine] += 1
+        return fail() if [*steps.items()][0] == (self.engine, 3) else take(self, clips)
+
+    steps: Counter[PlainEngine] = Counter()
+    take = Contender.take_step
+    monkeypatch.setattr(Contender, "take_step", take_step)
+    monkeypatch.setattr("toolkit.run.bench_step.list_makers", list_more)
+    monkeypatch.setattr("toolkit.run.bench_step.ACCUMULATION", 1)
+    report = bench_step(rounds=1)
+    rows = report["contenders"]
+    assert rows.pop("never") == rows.pop("late") == {"error": "out of memory"}
+    assert [*steps.values()] == [3, 5, 5, 5, 5]
+    assert rows.keys() == report["loss"].keys() == {"stock", "ours_fast", "ours_balanced", "ours_small"}
+    assert all(row.keys() == {"ratio", "attention"} for row in rows.values())
 
 
 def test_mfu_by_hand() -> None:

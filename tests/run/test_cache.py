@@ -1,5 +1,6 @@
 """A run on cached latents is the run on the videos. Run: pytest tests/run/test_cache.py"""
 
+import errno
 import gc
 import io
 import json
@@ -199,6 +200,25 @@ def test_a_sidecar_that_says_fewer_frames(tiny_run: dict[str, Any], tiny_base: P
         add_member(tar, "a.json", b'{"fps": 30, "frames": 9, "height": 32, "width": 32}')
     cache_shards(str(folder), str(tiny_base), str(tmp_path / "latents"), **SIZE)
     assert open_shards(tmp_path / "latents", "train").rows[0].latents.frames == 9
+
+
+def test_shards_without_indexes_on_a_read_only_disk(
+    tiny_shards: Path, tiny_base: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are cached as any others: the index that could not be written beside the videos stands in the cache."""
+    folder = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
+    for path in folder.glob("*.index.json"):
+        path.unlink()
+
+    def refuse(tar: Path, index: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(tar))
+
+    monkeypatch.setattr("toolkit.data.format.write_index", refuse)  # by which a folder's own is written at first sight
+    out = tmp_path / "latents"
+    assert "next: train" in cache_shards(str(folder), str(tiny_base), str(out), precision="fp32", **SIZE)
+    found, wanted = content(out), content(cached)
+    assert found.pop("cache.json") != wanted.pop("cache.json") and found == wanted  # it names the videos' folder
+    assert not list(folder.glob("*.index.json"))
 
 
 def test_a_val_shard_that_is_damaged_stops_the_joining(tiny_shards: Path, tiny_base: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from toolkit.model.formats import read_metadata
 from toolkit.run.checkpoint import (
     best_checkpoint,
     check_space,
+    find_best,
     list_checkpoints,
     load_checkpoint,
     newest_good,
     refuse_misfit,
+    replace_text,
     save_checkpoint,
 )
 from toolkit.run.manifest import PACKAGES, find_fault
@@ -237,6 +240,44 @@ def test_losses_on_other_clips_are_not_compared(tmp_path: Path) -> None:
     for step, loss, clips in ((1, 0.1, 8), (2, 0.5, 16), (3, 0.6, 16)):
         save_checkpoint(tmp_path, *submission(step, loss, clips), KEEP_ALL)
     assert best_checkpoint(tmp_path).name == "step_000002"
+
+
+def test_scores_of_other_looks_are_not_compared(tmp_path: Path) -> None:
+    """Only what was looked at as the newest was, or as is asked, counts; an older toolkit's where all it says agrees."""
+    near, far, loss = ({"by": by, "validation.clips": 8} | more for by, more in (
+        ("psnr", {"gap": 4}), ("psnr", {"gap": 16}), ("loss", {"seed": 0}),
+    ))  # fmt: skip
+    older = {"validation_by": "psnr", "validation_clips": 8}
+    for step, score, says in (
+        (1, 28.0, {"validation_look": near}), (2, 20.0, older), (3, 22.0, {"validation_look": far}),
+        (4, 21.0, {"validation_look": far}), (5, 0.1, {"validation_look": loss}), (6, None, {"validation_look": near}),
+    ):  # fmt: skip
+        state = STATE | {"validation_score": score} | says
+        save_checkpoint(tmp_path, step, make_tensors(step), UNET, state, ABOUT, KEEP_ALL)
+        if step == 4:
+            assert best_checkpoint(tmp_path).name == "step_000003"
+            assert json.loads((tmp_path / "BEST").read_text()) == {"step": 3, "by": "psnr", "score": 22.0, "clips": 8}
+    assert best_checkpoint(tmp_path).name == "step_000005"
+    fewer = far | {"validation.clips": 4}
+    found = [find_best(tmp_path, look) for look in (near, far, loss, fewer)]
+    assert [best and best.step for best in found] == [1, 3, 5, None]
+    shutil.rmtree(tmp_path / "checkpoints/step_000003")
+    shutil.rmtree(tmp_path / "checkpoints/step_000004")
+    assert find_best(tmp_path, far) == (2, "psnr", 20.0, 8), "of an older toolkit"
+
+
+def test_a_text_may_have_several_writers(tmp_path: Path) -> None:
+    """Each succeeds, whoever else writes it too, and whenever it is read it is one of theirs, whole."""
+    path, texts = tmp_path / "sweep.json", ["é" * 5000, "o" * 9000]
+    replace_text(path, texts[0])
+
+    def write(number: int) -> bool:
+        replace_text(path, texts[number % 2])
+        return path.read_text() in texts
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(write, range(200)))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_step_that_is_saved_twice(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.launching import train_here
-from toolkit.run.evaluate import TILE_PX
+from toolkit.run.strip import TILE_PX
 
 HEADING_PX, CAPTION_PX, GAP_PX = 20, 16, 4
 

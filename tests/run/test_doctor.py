@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.launching import RECIPE, ROOT, run
 from toolkit.config import load_config
 from toolkit.errors import UserError
+from toolkit.model.sources import TINY_FOLDER
 from toolkit.run.doctor import examine
 
 SPEC = ROOT / "launch/recipes/sign_576.yaml"
@@ -111,6 +112,22 @@ def test_doctor_notes_what_is_probably_not_meant() -> None:
     assert fine["dead_modules"] == 0
     for note in fine["notes"]:
         assert "is not on this machine" in note
+
+
+def test_doctor_counts_a_base_by_its_own_files(tmp_path: Path) -> None:
+    """Whether it is named or given by its folder; and what encodes clips counts where they are no latents yet."""
+    named, given = (examine(load_config(RECIPE, {"model.base": base}), ranks=1) for base in ("tiny", str(TINY_FOLDER)))
+    assert named["step_gb"] == given["step_gb"]
+    assert named["step_gb"]["fast"] > 0.1  # with two pixels to a latent; with eight 0.02
+    assert named["encoders_gb"] == given["encoders_gb"] > 0
+
+
+def test_doctor_says_what_keeps_steps_from_being_replayed() -> None:
+    """Which a recipe may ask for on a machine without a GPU."""
+    for changes, reason in (({}, None), ({"lora.dora": True}, "lora.dora"), ({"model.cuda_graphs": False}, None),
+                            ({"lora.extra_trainable": ["mask_token"]}, "lora.extra_trainable mask_token")):  # fmt: skip
+        notes = examine(load_config(SPEC, {"diffusion.layout": "framer_clip"} | changes), ranks=1)["notes"]
+        assert [note.split(" keeps")[0] for note in notes if "CUDA graphs" in note] == [reason] * (reason is not None)
 
 
 def test_doctor_looks_local_weights_over(tiny_base: Path, tmp_path: Path) -> None:

@@ -26,11 +26,12 @@ from toolkit.errors import UserError
 from toolkit.metrics import frechet_distance
 from toolkit.run import contenders as contenders_module
 from toolkit.run.contenders import Result, list_contenders, read_sources
-from toolkit.run.evaluate import TILE_PX, draw_extremes, evaluate_run, load_held_out, recommend
+from toolkit.run.evaluate import draw_extremes, evaluate_run, recommend
 from toolkit.run.framer import Sampling
 from toolkit.run.inference import load_framer, read_source
-from toolkit.run.judge import Windows, load_windows
+from toolkit.run.judge import Windows, load_held_out, load_windows
 from toolkit.run.report import to_text
+from toolkit.run.strip import TILE_PX
 
 SWEEP = "lora_scale=0,0.5,1"
 

@@ -15,7 +15,7 @@ from toolkit.data.index import open_sources
 from toolkit.errors import UserError
 from toolkit.run import find_lr as module
 from toolkit.run.find_lr import HIGHEST, LOWEST, WORSE, Trial, draw, find_lr, tell, try_rates
-from toolkit.run.monitor import read_log
+from toolkit.run.rows import read_rows
 
 STEPS = 16
 
@@ -57,7 +57,7 @@ def test_only_the_weights_change_the_loss(found: dict[str, Any], settings: dict[
     assert len(still) >= 3 and still == pytest.approx([found["start_loss"]] * len(still), rel=1e-4)
     assert min(losses_of(found)) < 0.995 * found["start_loss"]
     run = train_here(settings | {"name": "own", "engine.kind": "plain", "optimizer.lr": 1e-6, "schedule.steps": 4})
-    own = torch.tensor([row["loss"] for row in read_log(run / "log.jsonl")])
+    own = torch.tensor([row["loss"] for row in read_rows(run / "log.jsonl")])
     assert own.std() / own.mean() > 100 * torch.tensor(still).std() / found["start_loss"]
 
 

@@ -17,7 +17,7 @@ from toolkit.config import load_config
 from toolkit.data.index import open_shards
 from toolkit.engine.world import World
 from toolkit.errors import UserError
-from toolkit.run.folder import await_folder, check_folder, prepare_folder
+from toolkit.run.folder import await_folder, check_folder, prepare_folder, record_start
 from toolkit.run.job import check_clips
 
 
@@ -65,12 +65,23 @@ def test_a_kill_at_the_very_start_leaves_a_usable_folder(tmp_path: Path) -> None
     """A lock and half a config.yaml are no foreign files."""
     config = load_config(RECIPE, {"runs_dir": str(tmp_path)})
     config.folder.mkdir()
-    for name in ("lock", "config.yaml.tmp"):
+    for name in ("lock", "config.yaml.0123456789abcdef.tmp"):
         (config.folder / name).touch()
     check_folder(config)
     (config.folder / "thesis.docx").touch()
     with pytest.raises(UserError, match="holds files but no run"):
         check_folder(config)
+
+
+def test_what_a_kill_left_half_written_goes(tmp_path: Path) -> None:
+    """Of the files that the run alone writes; another program may be writing its own at this moment."""
+    config = load_config(RECIPE, {"runs_dir": str(tmp_path)})
+    prepare_folder(config, fresh=False).close()
+    own = [f"{name}.0123.tmp" for name in ("config.yaml", "env.json", "LATEST", "BEST", "log.jsonl", "skipped.jsonl")]
+    for name in (*own, "LATEST.tmp", "evaluation.json.0123.tmp"):
+        (config.folder / name).touch()
+    record_start(config)
+    assert [path.name for path in config.folder.glob("*.tmp")] == ["evaluation.json.0123.tmp"]
 
 
 def test_fresh_with_a_faulty_recipe_moves_nothing(tiny_run, tmp_path: Path) -> None:

@@ -9,17 +9,20 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageSequence
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from tests.launching import adapter_bytes, launch, read_numbers, train_here
+from tests.launching import RECIPE, adapter_bytes, launch, read_numbers, train_here
 from tests.run.test_monitor import read_board, read_charts
 from tests.test_metrics import lpips_weights
+from toolkit.config import load_config
 from toolkit.errors import UserError
 from toolkit.run.cache import cache_shards
-from toolkit.run.checkpoint import best_checkpoint
+from toolkit.run.checkpoint import best_checkpoint, list_checkpoints
 from toolkit.run.evaluate import evaluate_run
 from toolkit.run.framer import NotFinite
-from toolkit.run.monitor import read_log
+from toolkit.run.judge import own_gaps
+from toolkit.run.manifest import write_manifest
+from toolkit.run.rows import read_rows
 
 LOOKS = {"validation.figures_every_steps": 2, "validation.clips": 2, "validation.sampler_steps": 2}
 
@@ -49,7 +52,7 @@ def test_training_is_the_same_without_it(plain: dict[str, Any], shown: Path) -> 
 
 def test_figures_are_those_of_evaluate(shown: Path, tmp_path: Path) -> None:
     """At the end each figure of blending, start and tuned is what evaluate finds for linear, base and tuned."""
-    rows = read_log(shown / "validation.jsonl")
+    rows = read_rows(shown / "validation.jsonl")
     assert [row["step"] for row in rows] == [0, 2, 3]
     copy = Path(shutil.copytree(shown, tmp_path / "shown"))
     (judged,) = evaluate_run(str(copy))["gaps"].values()
@@ -71,7 +74,7 @@ def test_several_gaps_and_lpips(plain: dict[str, Any], tmp_path: Path) -> None:
     lpips = str(tmp_path / "alex.safetensors")
     changes = {"data.frames": 3, "validation.gaps": "[4,2,6]", "validation.lpips": lpips, "schedule.steps": 1}
     run = train_here(plain | LOOKS | changes | {"name": "gaps"})
-    _, row = read_log(run / "validation.jsonl")
+    _, row = read_rows(run / "validation.jsonl")
     judged = evaluate_run(str(run), lpips=lpips)["gaps"]
     assert [*judged] == ["4", "2", "6"]
     wanted = {
@@ -94,7 +97,7 @@ def test_best_may_be_a_figure(plain: dict[str, Any], shown: Path, tmp_path: Path
     overrides = plain | LOOKS | {"runs_dir": str(tmp_path), "checkpoint.keep": 2, "schedule.steps": 8}
     looks = {"validation.best_by": "psnr", "validation.figures_every_steps": 1, "validation.patience": 3}
     run = train_here(overrides | looks)
-    psnr = {row["step"]: row["psnr"]["tuned"] for row in read_log(run / "validation.jsonl") if row["step"]}
+    psnr = {row["step"]: row["psnr"]["tuned"] for row in read_rows(run / "validation.jsonl") if row["step"]}
     best = max(psnr, key=psnr.__getitem__)
     assert json.loads((run / "BEST").read_text()) == {"step": best, "by": "psnr", "score": psnr[best], "clips": 2}
     assert max(psnr) == min(best + 3, 8) and best_checkpoint(run).name == f"step_{best:06d}"
@@ -108,7 +111,7 @@ def test_a_number_that_is_none_ends_no_run(plain: dict[str, Any], monkeypatch: p
 
     monkeypatch.setattr("toolkit.run.gallery.make_window", broken)
     run = train_here(plain | LOOKS | {"name": "broken", "schedule.steps": 2})
-    rows = read_log(run / "validation.jsonl")
+    rows = read_rows(run / "validation.jsonl")
     assert [row["psnr"]["tuned"] for row in rows] == [None, None] and rows[0]["psnr"]["linear"] > 0
     assert (run / "checkpoints/step_000002").is_dir()
 
@@ -167,9 +170,59 @@ def test_a_resumed_run_shows_the_same(plain: dict[str, Any], shown: Path, tmp_pa
         shutil.rmtree(run / f"checkpoints/step_{step:06d}")
         (run / f"samples/step_{step:06d}.png").unlink()
     train_here(plain | LOOKS | {"runs_dir": str(tmp_path)})
-    assert read_log(run / "validation.jsonl") == read_log(shown / "validation.jsonl")
+    assert read_rows(run / "validation.jsonl") == read_rows(shown / "validation.jsonl")
     for name in ("step_000002.png", "step_000003.png"):
         assert (run / "samples" / name).read_bytes() == (shown / "samples" / name).read_bytes()
+
+
+def test_a_start_of_other_windows_is_not_shown(plain: dict[str, Any], shown: Path, tmp_path: Path) -> None:
+    """Resumed with another sampler or gap: neither figures nor pictures stand beside a start that was looked at otherwise.
+
+    An older toolkit did not say how it looked: then the start stays.
+    """
+    (own,) = own_gaps(load_config(RECIPE, plain))
+    older = shown / "samples/start.safetensors"
+    for number, (changes, stays) in enumerate((
+        ({"validation.sampler_steps": 3}, False),
+        ({"validation.gaps": f"[{2 * own}]"}, False),
+        ({"validation.gaps": f"[{own}]", "validation.lpips": None}, True),
+        ({}, True),
+    )):  # fmt: skip
+        run = Path(shutil.copytree(shown, tmp_path / str(number) / "shown"))
+        if not changes:
+            save_file(load_file(older), run / "samples/start.safetensors")
+        shutil.rmtree(run / "checkpoints/step_000003")
+        train_here(plain | LOOKS | changes | {"runs_dir": str(run.parent)})
+        beside = {"linear", "start", "tuned"} if stays else {"linear", "tuned"}
+        assert [{*row["psnr"]} for row in read_rows(run / "validation.jsonl")][2:] == [beside], changes
+        tag = "samples/linear_start_tuned_true" if stays else "samples/linear_tuned_true"
+        assert [image.step for image in read_board(run).Images(tag)][-1] == 3
+        with Image.open(run / "samples/step_000003.png") as strip:
+            assert strip.width // strip.height == (6 if stays else 5) * 196 // (20 + 2 * 196)
+
+
+def test_the_best_is_chosen_anew_at_another_gap(plain: dict[str, Any], tmp_path: Path) -> None:
+    """A figure at a wider gap is lower: its looks are compared with one another, and not with those before the resume.
+
+    Nor do looks that were missed before count against those after.
+    """
+    overrides = plain | LOOKS | {"runs_dir": str(tmp_path), "validation.best_by": "psnr", "optimizer.lr": 1e-4}
+    overrides |= {"validation.figures_every_steps": 1, "validation.gaps": "[4]"}
+    run = train_here(overrides)
+    for step in (2, 3):
+        shutil.rmtree(run / f"checkpoints/step_{step:06d}")
+    (begun,) = list_checkpoints(run)
+    state = json.loads((begun / "state.json").read_text())
+    (begun / "state.json").write_text(json.dumps(state | {"validation_misses": 1}))
+    (begun / "manifest.json").unlink()
+    write_manifest(begun, run.name, 1)
+    train_here(overrides | {"validation.gaps": "[12]", "validation.patience": 1})
+    psnr = {row["step"]: row["psnr"]["tuned"] for row in read_rows(run / "validation.jsonl")}
+    assert psnr[1] > psnr[2], "a wider gap that is no harder shows nothing"
+    assert max(psnr) == 3, "a first look cannot be one too many"
+    best = max((step for step in psnr if step > 1), key=psnr.__getitem__)
+    assert best_checkpoint(run).name == f"step_{best:06d}"
+    assert json.loads((run / "BEST").read_text())["score"] == psnr[best]
 
 
 def test_cached_clips_show_the_same(
@@ -178,7 +231,7 @@ def test_cached_clips_show_the_same(
     """With cached clips, whose training needs no VAE, one is loaded to look; the start's figures are the same."""
     cache_shards(str(tiny_shards), str(tiny_base), str(tmp_path / "cached"), precision="fp32", height=32, width=32)
     run = train_here(plain | LOOKS | {"name": "cached", "data.shards": str(tmp_path / "cached"), "schedule.steps": 1})
-    assert read_log(run / "validation.jsonl")[0] == read_log(shown / "validation.jsonl")[0]
+    assert read_rows(run / "validation.jsonl")[0] == read_rows(shown / "validation.jsonl")[0]
 
 
 @pytest.mark.launch
@@ -192,6 +245,8 @@ def test_ranks_share_the_windows_out(plain: dict[str, Any], tiny_shards: Path, t
     one = train_here(changes | {"name": "one"})
     done = launch("torchrun", 2, changes | {"name": "two", "engine.kind": "zero2"})
     assert done.returncode == 0, done.stderr
-    for found, wanted in zip(*(read_log(run / "validation.jsonl") for run in (one.with_name("two"), one)), strict=True):
+    for found, wanted in zip(
+        *(read_rows(run / "validation.jsonl") for run in (one.with_name("two"), one)), strict=True
+    ):
         for name in wanted.keys() - {"step"}:
             assert found[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-3)

@@ -15,7 +15,7 @@ from toolkit.data.loader import Substitution
 from toolkit.engine.world import World
 from toolkit.errors import UserError
 from toolkit.run.doctor import examine
-from toolkit.run.evaluate import load_held_out
+from toolkit.run.judge import load_held_out
 from toolkit.run.ledger import NAME, Ledger, bad_limit, cut_ledger
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -69,7 +69,9 @@ def test_resume_cuts_to_where_it_starts(tmp_path: Path) -> None:
     assert read(tmp_path) == []
 
 
-@pytest.mark.parametrize("torn", ['{"position": 1, "ke{"position": 2}', '{"position": 2}', "", "[]", "\udcff"])
+@pytest.mark.parametrize(
+    "torn", ['{"position": 1, "ke{"position": 2}', '{"position": 2}', "", "[]", "\udcff", "\0" * 99]
+)
 def test_a_torn_row_is_named(tmp_path: Path, torn: str) -> None:
     """In the midst of the file no kill of ours leaves one: file and line are told, and nothing is dropped in silence."""
     ledger = Ledger(tmp_path, 100, 1, ALONE)

@@ -1,20 +1,30 @@
 """A plan is chosen by what a step will need. Run: pytest tests/run/test_memory.py"""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import psutil
 import pytest
 import torch
 
-from tests.launching import RECIPE, TINY
+from tests.launching import RECIPE, ROOT, TINY, free_port
 from toolkit.config import RunConfig, load_config
-from toolkit.model.tiny import build_unet
+from toolkit.engine.world import World
+from toolkit.model.base import describe_encoders
+from toolkit.model.tiny import build_unet, build_vae
 from toolkit.model.unet import SVD_CONFIG
 from toolkit.run import memory
-from toolkit.run.memory import USABLE, choose_plan, choose_replay, predict_bytes
+from toolkit.run.memory import (
+    USABLE,
+    choose_plan,
+    choose_replay,
+    count_encoder_bytes,
+    predict_bytes,
+    predict_encoding_bytes,
+)
 from toolkit.run.meter import Cost
-
-CPU = torch.device("cpu")
 
 
 def make(**changes: Any) -> RunConfig:
@@ -29,7 +39,7 @@ def test_more_is_more() -> None:
                     {"engine__micro_batch": 2}, {"lora__rank": 64}, {"engine__precision": "fp32"},
                     {"model__quantize": "int8"}, {"checkpoint__ema": True}):  # fmt: skip
         assert predict_bytes(make(**changes), unet, 2, "fast") > base, changes
-    assert predict_bytes(make(), unet, 2, "small") < base
+    assert predict_bytes(make(), unet, 2, "small") < predict_bytes(make(), unet, 2, "balanced") < base
     stock = predict_bytes(make(model__blocks="stock"), unet, 2, "fast")
     assert stock != base and predict_bytes(make(model__quantize="int8"), unet, 2, "fast") > stock
 
@@ -54,15 +64,61 @@ def test_96_frames_fit_a_card_of_40_gb() -> None:
 def test_auto_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """One byte decides; what the recipe names is taken whatever is free."""
     unet = build_unet().config
-    needed = predict_bytes(make(), unet, 2, "fast")
+    fast, balanced = (predict_bytes(make(), unet, 2, plan) / USABLE for plan in ("fast", "balanced"))
 
-    def choose(free_bytes: float, **changes: Any) -> str:
+    def choose(free_bytes: float, vae: Any = None, **changes: Any) -> str:
         free = psutil.virtual_memory()._replace(available=free_bytes)
         monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-        return choose_plan(make(**changes), unet, 2, CPU)
+        return choose_plan(make(**changes), unet, 2, World(0, 1, torch.device("cpu")), vae)
 
-    assert choose(needed / USABLE + 1) == "fast" and choose(needed / USABLE - 1) == "small"
+    assert choose(fast + 1) == "fast" and choose(fast - 1) == choose(balanced + 1) == "balanced"
+    assert choose(balanced - 1) == "small"
     assert choose(0, model__memory="fast") == "fast" and choose(1e15, model__memory="small") == "small"
+    assert choose(1e15, model__quantize="int8") == "small"  # kept activations would take more than int8 saves
+    encoding = predict_encoding_bytes(make(), build_vae().config) / USABLE
+    assert choose(fast + 1, build_vae().config) != "fast" and choose(fast + encoding + 1, build_vae().config) == "fast"
+
+
+RANKS = """
+import os
+import sys
+import psutil
+from toolkit.config import load_config
+from toolkit.engine.world import init_world
+from toolkit.model.tiny import build_unet
+from toolkit.run.memory import choose_plan
+
+config, unet, free = load_config("launch/recipes/tiny_cpu.yaml"), build_unet().config, map(int, sys.argv[1:])
+child = os.fork()  # imports take longer than all else here
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if child else "1"
+world = init_world()
+memory = psutil.virtual_memory()._replace(available=[*free][world.rank])
+psutil.virtual_memory = lambda: memory
+os.write(1, f"{world.rank} took {choose_plan(config, unet, 2, world)}\\n".encode())
+world.close()
+if child:
+    os.wait()
+"""
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("poor", [0, 1])
+def test_every_rank_takes_the_plan_that_fits_them_all(poor: int) -> None:
+    """Whichever of two has no room: where weights are sharded, one that computes again would wait for the other's share."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RANKS, *(str(0 if rank == poor else 10**15) for rank in range(2))]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | place, capture_output=True, text=True, timeout=120)
+    assert sorted(done.stdout.splitlines()) == ["0 took small", "1 took small"], done.stderr[-2000:]
+
+
+def test_published_encoders_take_their_size() -> None:
+    """Weights of 98 million in fp32 and 632 million in bf16; what encoding a frame takes goes with its pixels."""
+    config = load_config("launch/recipes/sign_576.yaml")
+    vae, clip = describe_encoders(config.model)
+    assert count_encoder_bytes(config, vae, clip) == pytest.approx(4 * 97.7e6 + 2 * 632.1e6, rel=1e-3)
+    half = load_config("launch/recipes/sign_576.yaml", {"data.width": 288})
+    assert predict_encoding_bytes(config, vae) == pytest.approx(2 * predict_encoding_bytes(half, vae), rel=0.05)
+    assert predict_encoding_bytes(config, vae) == pytest.approx(0.85e9, rel=0.02)
 
 
 @pytest.mark.parametrize(

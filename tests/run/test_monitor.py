@@ -24,7 +24,8 @@ from tests.launching import read_numbers, train_here
 from toolkit.engine.world import World
 from toolkit.rng import rng
 from toolkit.run.board import BESIDE, GROUPS, OWN, TAGS
-from toolkit.run.monitor import Monitor, read_log
+from toolkit.run.monitor import Monitor
+from toolkit.run.rows import read_rows
 from toolkit.run.signals import STOP_FILE
 from toolkit.run.timings import PHASES
 
@@ -76,7 +77,7 @@ def check_board(run: Path, every: int) -> EventAccumulator:
     numbers = {key: (OWN, tag) for key, tag in TAGS.items()}
     numbers |= {key: (beside, TAGS[like]) for key, (beside, like) in BESIDE.items() if like in TAGS}
     wanted = {}
-    for row in read_log(run / "log.jsonl"):
+    for row in read_rows(run / "log.jsonl"):
         shown = {place: row[key] for key, place in numbers.items() if key in row}
         for key, (beside, group) in groups.items():
             shown |= {(beside, f"{group}/{name}"): value for name, value in row.get(key, {}).items()}
@@ -102,14 +103,14 @@ def test_tensorboard_shows_what_the_log_holds(run: Path) -> None:
     board = check_board(run, EVERY)
     assert [event.step for event in board.Scalars("loss/validation")] == [3, 6]
     numbers = {
-        key for row in read_log(run / "log.jsonl") for key, value in row.items() if isinstance(value, int | float)
+        key for row in read_rows(run / "log.jsonl") for key, value in row.items() if isinstance(value, int | float)
     }
     assert {*TAGS} == numbers - {"step", *BESIDE} and {*TAGS.values()} < {*board.Tags()["scalars"]}
 
 
 def test_what_bounds_the_steps_is_told_in_words(run: Path) -> None:
     """Whenever it changes, and of the whole run at the end; the time left falls to nothing."""
-    board, rows = read_board(run), read_log(run / "log.jsonl")
+    board, rows = read_board(run), read_rows(run / "log.jsonl")
     told = [event.tensor_proto.string_val[0].decode() for event in board.Tensors("bound/text_summary")]
     bounds = [row["bound"] for row in rows if "bound" in row]
     changes = [bound for bound, before in zip(bounds, [None, *bounds], strict=False) if bound != before]
@@ -123,13 +124,13 @@ def test_what_bounds_the_steps_is_told_in_words(run: Path) -> None:
 def test_and_of_two_ranks_under_deepspeed(reference_run: Path) -> None:
     board = check_board(reference_run, 1)
     assert [event.step for event in board.Scalars("loss/train")] == [*range(1, 11)]
-    for row in read_log(reference_run / "log.jsonl"):
+    for row in read_rows(reference_run / "log.jsonl"):
         assert len(row["update_ratio"]) == 6 and min(row["update_ratio"].values()) > 0
 
 
 def test_parts_make_up_the_step(run: Path) -> None:
     """Seconds by phase are those in which the step's clips went by, validation and checkpoints left out."""
-    for row in read_log(run / "log.jsonl"):
+    for row in read_rows(run / "log.jsonl"):
         assert [*row["time_s"]] == [*PHASES] and min(row["time_s"].values()) > 0
         assert sum(row["time_s"].values()) * row["clips_per_s"] == pytest.approx(BATCH)
         assert row["data_wait_share"] == pytest.approx(row["time_s"]["data"] * row["clips_per_s"] / BATCH)
@@ -141,7 +142,7 @@ def test_losses_by_sigma_are_those_of_the_steps(run: Path) -> None:
 
     A sixth of all t is in each bin, the smallest t in the first.
     """
-    rows, board = read_log(run / "log.jsonl"), read_board(run)
+    rows, board = read_rows(run / "log.jsonl"), read_board(run)
     for row in (row for row in rows if row["step"] % EVERY == 0):
         last = row["step"] * BATCH
         draws = [torch.rand(1, generator=rng(0, "sigma", k)).item() for k in range(last - EVERY * BATCH, last)]
@@ -168,7 +169,7 @@ def test_charts_are_of_tags_that_are_there(run: Path) -> None:
     board = read_board(run)
     tags, charts = board.Tags()["scalars"], read_charts(board)
     zero, seen = (read_board(run, beside).Tags()["scalars"] for beside in ("zero", "trained_on"))
-    bins = {name for row in read_log(run / "log.jsonl") for name in row.get("loss_by_sigma", {})}
+    bins = {name for row in read_rows(run / "log.jsonl") for name in row.get("loss_by_sigma", {})}
     for title, expressions in charts.items():
         drawn = [[tag for tag in tags if re.match(expression, tag)] for expression in expressions]
         if title.startswith("sigma"):
@@ -206,7 +207,7 @@ def test_the_recipe_is_listed_once_with_what_it_reached(
     with monkeypatch.context() as patched:
         patched.setattr(Monitor, "report", ask_to_stop)
         train_here(watched | {"runs_dir": str(tmp_path)})
-    assert len(read_log(tmp_path / "run/log.jsonl")) == 2 and count_sessions(tmp_path / "run") == 0
+    assert len(read_rows(tmp_path / "run/log.jsonl")) == 2 and count_sessions(tmp_path / "run") == 0
     assert count_sessions(train_here(watched | {"runs_dir": str(tmp_path)})) == 1
     assert read_numbers(tmp_path / "run") == read_numbers(run)
 
@@ -227,7 +228,7 @@ def test_a_sharded_adapter_is_said_to_have_no_norms(
     """Once, and the rest is shown."""
     run = train_here(watched | {"runs_dir": str(tmp_path), "schedule.steps": 2, "engine.kind": "fsdp2"})
     assert capsys.readouterr().out.count("engine fsdp2 shards the adapter, so its norms are not shown") == 1
-    row = read_log(run / "log.jsonl")[-1]
+    row = read_rows(run / "log.jsonl")[-1]
     assert "adapter_norm" not in row and "loss_by_sigma" in row
     assert not any("adapter" in title for title in read_charts(read_board(run)))
 
@@ -258,14 +259,14 @@ def test_figures_are_kept_and_cut(monitors: Any, tmp_path: Path) -> None:
     monitor = monitors(0)
     monitor.report_figures(2, FIGURES)
     monitor.report_figures(4, {"psnr": {"tuned": math.inf}})
-    assert read_log(tmp_path / "validation.jsonl")[-1] == {"step": 4, "psnr": {"tuned": None}}
+    assert read_rows(tmp_path / "validation.jsonl")[-1] == {"step": 4, "psnr": {"tuned": None}}
     monitor.close()
     assert {*FIGURES} < {*read_charts(read_board(tmp_path))}
     time.sleep(1.1)  # files of one second would be read in the order of ".10", ".9"
     again = monitors(3)
     again.report_figures(4, {"psnr": {"linear": 20.0, "tuned": 22.0}})
     again.close()
-    assert read_log(tmp_path / "validation.jsonl") == [
+    assert read_rows(tmp_path / "validation.jsonl") == [
         {"step": 2, **FIGURES}, {"step": 4, "psnr": {"linear": 20.0, "tuned": 22.0}},
     ]  # fmt: skip
     board, blend = read_board(tmp_path), read_board(tmp_path, "linear")

@@ -15,9 +15,10 @@ from toolkit.config import ModelConfig, load_config
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
 from toolkit.model.base import load_base
-from toolkit.run.evaluate import evaluate_run, load_held_out
+from toolkit.run.evaluate import evaluate_run
 from toolkit.run.folder import newest_adapter
 from toolkit.run.job import build_job
+from toolkit.run.judge import load_held_out
 
 FED = {
     "diffusion.layout": "middle_in_clip",
@@ -59,6 +60,14 @@ def test_every_kind_resumes_exactly(plain: dict[str, Any], kind: str) -> None:
     train_here(overrides | {"runs_dir": str(back.parent)})
     assert read_numbers(back) == read_numbers(whole)
     assert adapter_bytes(back, 2) == adapter_bytes(whole, 2) != adapter_bytes(whole, 1)
+
+
+def test_a_resumed_run_keeps_no_checkpoint_open(plain: dict[str, Any]) -> None:
+    """What it read lies in no file that is mapped still: one that is pruned gives its room on the disk back."""
+    overrides = plain | {"name": "run", "checkpoint.ema": True}
+    run = train_here(overrides)
+    job = build_job(load_config(RECIPE, overrides), init_world(join=False), fresh=False)
+    assert job.resume.step == 2 and str(run / "checkpoints") not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize("kind", ["extras", "dropout"])

@@ -18,12 +18,12 @@ from toolkit.data.synth import synth
 from toolkit.diffusion.objective import min_snr_weight
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
-from toolkit.run.best import Best, count_misses
+from toolkit.run.best import Best, are_alike, count_misses, look_of
 from toolkit.run.cache import cache_shards
 from toolkit.run.checkpoint import best_checkpoint, list_checkpoints
-from toolkit.run.evaluate import load_held_out
 from toolkit.run.job import build_job, is_finished
-from toolkit.run.monitor import read_log
+from toolkit.run.judge import load_held_out
+from toolkit.run.rows import read_rows
 from toolkit.run.validate import name_overfitting
 
 EVERY = {"validation.every_steps": 1, "validation.clips": 2}
@@ -113,6 +113,10 @@ def test_patience_ends_a_run(
     assert is_finished(load_config(RECIPE, overrides), 10)
     assert not is_finished(load_config(RECIPE, overrides | {"validation.patience": 6}), 10)
     train_here(overrides | {"validation.patience": 6})
+    finished = load_config(RECIPE, overrides | {"validation.patience": 6})
+    assert is_finished(finished, 10)
+    (list_checkpoints(run)[-1] / "state.json").write_bytes(bytes(100))  # as a power cut may leave it
+    assert not is_finished(finished, 10)
     assert read_numbers(run) == read_numbers(validated) and "ended early" not in capsys.readouterr().out
 
 
@@ -125,15 +129,63 @@ def test_patience_counts_looks(plain: dict[str, Any], capsys: pytest.CaptureFixt
     assert "ended early" not in capsys.readouterr().out and list_checkpoints(run)[-1].name == "step_000004"
     state = json.loads((list_checkpoints(run)[-1] / "state.json").read_text())
     assert read_best(run)[0] == 4 and state["validation_misses"] == 0
-    settings = load_config(RECIPE, looking).validation
+    config = load_config(RECIPE, looking)
+    assert state["validation_look"] == look_of(config)
     state["validation_misses"] = 1
-    assert count_misses(state, settings) == 1
-    assert count_misses(state, settings.model_copy(update={"clips": 1})) == 0
-    kept = Best(settings)
+    assert count_misses(state, look_of(config)) == 1
+    other = look_of(load_config(RECIPE, looking | {"validation.clips": 1}))
+    assert count_misses(state, other) == 0
+    older = {"validation_by": "loss", "validation_clips": 2, "validation_misses": 1}  # as toolkits before wrote it
+    assert (count_misses(older, look_of(config)), count_misses(older, other), count_misses({}, other)) == (1, 0, 0)
+    kept = Best(config.validation)
     for step, score in enumerate((0.5, 0.4, None, float("nan"), None, 0.6), start=10):
         assert not kept.is_over
         kept.note(step, score)
     assert kept.is_over and (kept.step, kept.misses) == (11, 2)
+
+
+LOSS, PSNR = {"validation.every_steps": 1}, {"validation.figures_every_steps": 1, "validation.best_by": "psnr"}
+
+
+@pytest.mark.parametrize(
+    ("looks", "name", "value", "counts"),
+    [
+        (LOSS, "validation.clips", 3, True),
+        (LOSS, "diffusion.lognormal_mean", 1.0, True),
+        (LOSS, "data.stride", "[2,4]", True),
+        (LOSS, "validation.gaps", "[8]", False),
+        (LOSS, "validation.sampler_steps", 3, False),
+        (LOSS, "validation.every_steps", 2, False),
+        (LOSS, "diffusion.min_snr_gamma", 5.0, False),
+        (PSNR, "validation.best_by", "psnr_moving", True),
+        (PSNR, "validation.best_by", "loss", True),
+        (PSNR, "validation.clips", 3, True),
+        (PSNR, "validation.gaps", "[8,4,16]", True),
+        (PSNR, "validation.gaps", "[4,20]", True),  # clips of fewer frames are passed over
+        (PSNR, "validation.gaps", "[4,8,16]", False),  # between the two
+        (PSNR, "validation.sampler", "lcm", True),
+        (PSNR, "validation.sampler_steps", 3, True),
+        (PSNR, "validation.min_guidance", 2, True),
+        (PSNR, "validation.max_guidance", 2, True),
+        (PSNR, "data.height", 64, True),
+        (PSNR, "validation.patience", 3, False),
+        (PSNR, "optimizer.lr", 0.2, False),
+    ],
+)
+def test_a_score_belongs_to_what_was_looked_at(
+    plain: dict[str, Any], looks: dict[str, Any], name: str, value: Any, counts: bool
+) -> None:
+    """What changes a score makes it another look, and nothing else does."""
+    overrides = plain | {"name": "look", "validation.every_steps": 1, "validation.gaps": "[4,16]"} | looks
+    look, other = (look_of(load_config(RECIPE, overrides | changes)) for changes in ({}, {name: value}))
+    assert are_alike(json.loads(json.dumps(look)), other) is not counts
+
+
+def test_a_gap_that_is_the_only_one_is_the_first(plain: dict[str, Any]) -> None:
+    """Where a recipe names none it is judged at the gap that it trains on."""
+    overrides = plain | PSNR | {"name": "look", "data.frames": 3, "data.stride": "[4,8]"}
+    named = load_config(RECIPE, overrides | {"validation.gaps": "[8]"})
+    assert look_of(load_config(RECIPE, overrides)) == look_of(named)
 
 
 def test_held_out_clips_that_are_too_short_are_left_out(
@@ -251,7 +303,7 @@ def test_no_held_out_clips_are_told_before_the_weights_are_read(
 
 def test_levels_are_scored_apart(plain: dict[str, Any], validated: Path) -> None:
     """The loss is the mean over six noise levels, each beside its zero baseline; more noise is easier to tell from none."""
-    for row in read_log(validated / "log.jsonl"):
+    for row in read_rows(validated / "log.jsonl"):
         by_sigma, zero = row["validation_by_sigma"], row["validation_zero_by_sigma"]
         assert len(by_sigma) == len({*by_sigma.values()}) == 6 and by_sigma.keys() == zero.keys()
         assert np.mean([*by_sigma.values()]) == pytest.approx(row["validation_loss"], rel=1e-6)
@@ -261,6 +313,17 @@ def test_levels_are_scored_apart(plain: dict[str, Any], validated: Path) -> None
     assert 1 / 3 < (job.framer.sigma_quantiles(torch.linspace(0.01, 0.99, 99)) < sigma).float().mean() < 1 / 2
     scores = job.validator.framer.compute_loss(batch, sigma_B=torch.full((1,), sigma))
     assert scores.sigma_B.item() == pytest.approx(sigma)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="streams are a GPU's; make gpu runs this on one")
+def test_levels_wait_for_nothing(plain: dict[str, Any]) -> None:
+    """While the card is still busy with what came before, each level has the noise that it has on an idle one."""
+    job = build_job(load_config(RECIPE, plain | EVERY | {"name": "busy"}), init_world(join=False), fresh=False)
+    assert job.validator is not None
+    idle = job.validator.measure(lambda: None)
+    torch.cuda._sleep(2_000_000_000)  # cycles: about a second
+    assert job.validator.measure(lambda: None) == idle
 
 
 def test_clips_trained_on_are_scored_alike(

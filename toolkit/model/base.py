@@ -16,7 +16,7 @@ from torch import nn
 
 from toolkit.config import ModelConfig
 from toolkit.errors import UserError
-from toolkit.model.encoders import CLIP_SIZE_PX
+from toolkit.model.encoders import CLIP_CONFIG, CLIP_SIZE_PX, VAE_CONFIG
 from toolkit.model.sources import (
     NAMED_BASES,
     PARTS,
@@ -54,7 +54,7 @@ class Base:
     @property
     def latent_px(self) -> int:
         """Pixels to a latent, along a side."""
-        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
+        return latent_px(self.vae_config)
 
     @property
     def scaling(self) -> float:
@@ -99,7 +99,7 @@ def load_base(
         signature=sign_unet(unet),
         sources={part: name_source(files[0]) for part, files in read.items()},
         files=tuple(file for files in read.values() for file in files),
-        vae_config=_read_vae_config(places["vae"]) if vae is None else vae.config,
+        vae_config=_complete(read_json(places["vae"] / "config.json")) if vae is None else vae.config,
     )
 
 
@@ -123,14 +123,6 @@ def _find_encoders(model: ModelConfig) -> dict[str, Path]:
     base, _ = _resolve_names(model)
     folder = fetch(base, model.revision, ENCODERS, variant=model.variant)
     return {part: folder / part for part in ENCODERS}
-
-
-def _read_vae_config(place: Path) -> Mapping[str, Any]:
-    """As diffusers completes it."""
-    from diffusers import AutoencoderKLTemporalDecoder
-
-    config: Mapping[str, Any] = build_on_meta(AutoencoderKLTemporalDecoder, read_json(place / "config.json")).config
-    return config
 
 
 def _read_encoders(
@@ -298,6 +290,28 @@ def describe_unet(model: ModelConfig) -> dict[str, Any]:
         return PUBLISHED_CONFIGS[source]
     revision = model.unet_revision if unet else model.revision
     return read_unet_config(_find_unet(source, revision, None, configs_only=True))
+
+
+def describe_encoders(model: ModelConfig) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The configurations of VAE and image encoder, from the local files or as they were published."""
+    base, _ = _resolve_names(model)
+    if base in PUBLISHED_CONFIGS and not Path(base).exists():
+        return _complete(VAE_CONFIG), CLIP_CONFIG
+    folder = fetch(base, model.revision, ENCODERS, configs_only=True)
+    return _complete(read_json(folder / "vae/config.json")), read_json(folder / "image_encoder/config.json")
+
+
+def _complete(vae: dict[str, Any]) -> Mapping[str, Any]:
+    """A VAE's configuration with diffusers' defaults."""
+    from diffusers import AutoencoderKLTemporalDecoder
+
+    config: Mapping[str, Any] = build_on_meta(AutoencoderKLTemporalDecoder, vae).config
+    return config
+
+
+def latent_px(vae: Mapping[str, Any]) -> int:
+    """Pixels to a latent, along a side, by a VAE's configuration."""
+    return int(2 ** (len(vae["block_out_channels"]) - 1))
 
 
 def check_weights(model: ModelConfig) -> list[str]:

@@ -16,6 +16,12 @@ from toolkit.model.quiet import quiet_libraries
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_SIZE_PX = 224
+DECODED_PX = 2**20  # at once: 3 GiB in the published decoder, which a look must find beside what training holds
+# stabilityai/stable-video-diffusion-img2vid-xt, vae/config.json and image_encoder/config.json
+VAE_CONFIG = {"block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
+              "layers_per_block": 2, "latent_channels": 4, "scaling_factor": 0.18215, "force_upcast": True}  # fmt: skip
+CLIP_CONFIG = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+               "projection_dim": 1024, "image_size": 224, "patch_size": 14, "hidden_act": "gelu"}  # fmt: skip
 
 
 @torch.no_grad()
@@ -24,22 +30,26 @@ def encode_frames(vae: Any, frames_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
 
     returns  mean_BTCHW, std_BTCHW: fp32, unscaled (not multiplied by the VAE's scaling factor)
     """
-    # one frame of every clip at a time: the encoder mixes no frames, and five at once would take five times the memory
-    posteriors = [vae.encode(frame_BCHW.to(vae.dtype)).latent_dist for frame_BCHW in frames_BTCHW.unbind(1)]
-    means, stds = ([getattr(p, part).float() for p in posteriors] for part in ("mean", "std"))
-    return torch.stack(means, dim=1), torch.stack(stds, dim=1)
+    # a frame at a time: the encoder mixes none, and five at once, or of five clips, would take five times the memory
+    posteriors = [
+        vae.encode(frame_1CHW.to(vae.dtype)).latent_dist for frame_1CHW in frames_BTCHW.flatten(0, 1).split(1)
+    ]
+    mean, std = (torch.cat([getattr(p, part).float() for p in posteriors]) for part in ("mean", "std"))
+    B = len(frames_BTCHW)
+    return mean.unflatten(0, (B, -1)), std.unflatten(0, (B, -1))
 
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents_BTCHW: Tensor, chunk_frames: int | None = None) -> Tensor:
     """Decode unscaled latents, clip by clip: frames of two clips must not be mixed in time.
 
-    chunk_frames  frames on the device at once; default a whole clip: fewer take longer and give the same frames
+    chunk_frames  frames on the device at once, which give the same frames; default as many as have DECODED_PX pixels
     returns       frames_BTCHW fp32, clamped to [-1, 1]
     source        diffusers, StableVideoDiffusionPipeline.decode_latents
     """
-    T = latents_BTCHW.shape[1]
-    chunk = min(chunk_frames or T, T)
+    T, H, W = (latents_BTCHW.shape[axis] for axis in (1, 3, 4))
+    frame_px = H * W * 4 ** (len(vae.config.block_out_channels) - 1)
+    chunk = min(chunk_frames or max(1, DECODED_PX // frame_px), T)
     clips = [
         vae.decode(clip_TCHW, num_frames=T).sample if chunk == T else decode_in_chunks(vae, clip_TCHW, chunk)
         for clip_TCHW in latents_BTCHW.to(vae.dtype)

@@ -19,12 +19,13 @@ from toolkit.model.flat import FlatAdapter, Stack
 from toolkit.model.graphs import Capture, Replayed
 from toolkit.model.lora import compute_dtypes
 from toolkit.model.quantize import quantize_weights
-from toolkit.model.recompute import recompute_whole_modules
+from toolkit.model.recompute import find_top_level, recompute_feed_forwards, recompute_whole_modules
 
 # the fastest first
-#   fast   keeps every activation for the backward pass
-#   small  keeps the inputs of whole modules, and computes the others a second time
-Plan = Literal["fast", "small"]
+#   fast      keeps every activation for the backward pass
+#   balanced  keeps the inputs of whole modules on the top level, and computes the others there a second time
+#   small     does so on all levels, and once more in the top level's feed-forward layers
+Plan = Literal["fast", "balanced", "small"]
 # whose forward passes: blocks.py, or those of diffusers and PEFT
 Blocks = Literal["lean", "stock"]
 
@@ -69,8 +70,11 @@ def prepare_unet(
     """
     set_attention(unet, attention)
     stacks, tables = install_lean(unet, attention) if blocks == "lean" else ([], [])
-    if plan == "small":
-        recompute_whole_modules(unet)
+    if plan != "fast":
+        top = find_top_level(unet)
+        recompute_whole_modules(unet if plan == "small" else top)
+        if plan == "small":
+            recompute_feed_forwards(top)
     adapter = FlatAdapter(unet, parameters, compute_dtypes(unet, parameters, dtype), stacks)
     if quantize is not None:
         quantize_weights(unet)  # now that what trains is no longer among its parameters

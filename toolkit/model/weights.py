@@ -5,7 +5,7 @@ Test: pytest tests/model/test_base.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +53,7 @@ def load_file(kind: Any, config: dict[str, Any], file: Path, dtype: torch.dtype)
     return network
 
 
-def build_on_meta(kind: Any, config: dict[str, Any]) -> Any:
+def build_on_meta(kind: Any, config: Mapping[str, Any]) -> Any:
     """Build a network of shapes without weights; UserError where the configuration describes none."""
     try:
         with torch.device("meta"):

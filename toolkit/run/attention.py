@@ -15,6 +15,7 @@ from toolkit.config import RunConfig
 from toolkit.engine.world import World
 from toolkit.model.attention import KERNELS, choose_attention
 from toolkit.model.kernels import CANDIDATES, Packed, Size, attend_triton, by_rows, measure
+from toolkit.model.prepare import Blocks
 from toolkit.model.unet import SVD_CONFIG
 from toolkit.run.memory import find_shape
 from toolkit.run.recall import recall
@@ -23,10 +24,11 @@ _LATENT_PX, _HEADS = 8, SVD_CONFIG["num_attention_heads"]  # of SVD, before it i
 _HEAD_DIM = SVD_CONFIG["block_out_channels"][0] // _HEADS[0]
 
 
-def choose_kernel(choice: str, config: RunConfig, world: World, dtype: torch.dtype) -> str:
+def choose_kernel(choice: str, config: RunConfig, world: World, dtype: torch.dtype, blocks: Blocks = "lean") -> str:
     """A name in KERNELS, the same on every rank.
 
     choice  the recipe's model.attention, or what stands for it
+    blocks  whose forward passes: only lean ones have a kernel of their own along the frames
     raises  UserError as choose_attention does
     """
     if choice != "auto" or world.device.type != "cuda":
@@ -39,6 +41,8 @@ def choose_kernel(choice: str, config: RunConfig, world: World, dtype: torch.dty
     def find() -> str:
         everywhere = {name: by_rows(attend) for name, attend in CANDIDATES.items()}
         rows = recall_fastest(everywhere, in_space, dtype, world.device) or "sdpa"
+        if blocks == "stock":
+            return rows
         along = {"triton": attend_triton, rows: by_rows(KERNELS[rows].rows)}
         fastest = recall_fastest(along, along_frames, dtype, world.device, frames=True)
         return f"{rows} + triton" if fastest == "triton" else rows

@@ -24,6 +24,7 @@ from toolkit.errors import UserError
 from toolkit.model import tiny
 from toolkit.model.attention import choose_attention
 from toolkit.model.base import PRECISIONS, Base
+from toolkit.model.encoders import CLIP_CONFIG, VAE_CONFIG
 from toolkit.model.quiet import quiet_libraries
 from toolkit.model.tiny import SCHEDULER
 from toolkit.model.unet import SVD_CONFIG, FramerUNet
@@ -32,12 +33,6 @@ from toolkit.run.framer import Framer, Sampling, to_signed
 from toolkit.run.job import adam_settings, make_framer
 from toolkit.run.memory import choose_plan
 from toolkit.run.monitor import peak_memory_gib
-
-# stabilityai/stable-video-diffusion-img2vid-xt, vae/config.json and image_encoder/config.json
-VAE_CONFIG = {"block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
-              "layers_per_block": 2, "latent_channels": 4, "scaling_factor": 0.18215, "force_upcast": True}  # fmt: skip
-CLIP_CONFIG = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
-               "projection_dim": 1024, "image_size": 224, "patch_size": 14, "hidden_act": "gelu"}  # fmt: skip
 
 
 def bench_full(config: RunConfig) -> dict[str, Any]:
@@ -55,7 +50,7 @@ def bench_full(config: RunConfig) -> dict[str, Any]:
     base = make_random_base(world.device, PRECISIONS[config.engine.precision])
     base_params = sum(p.numel() for p in base.unet.parameters())
     kernels = list_kernels(config, world.device)
-    plan = choose_plan(config, base.unet.config, base.latent_px, world.device)
+    plan = choose_plan(config, base.unet.config, base.latent_px, world, base.vae_config)
     batch = make_random_batch(config)
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",

@@ -34,8 +34,8 @@ SAMPLED = "framer_5_576"
 def bench_counts() -> dict[str, Any]:
     """Count one micro-step of one clip, rank 64 on all attention layers, bf16.
 
-    returns  {case: {stock, ours_small, ours_fast: {ops, gb_moved, tflop, peak_gb}}}: operations that start a kernel,
-             gigabytes (1e9) that they read and write each on its own, floating-point operations, and the peak of
+    returns  {case: {stock, ours_fast, ours_balanced, ours_small: {ops, gb_moved, tflop, peak_gb}}}: operations that start a
+             kernel, gigabytes (1e9) that they read and write each on its own, floating-point operations, and the peak of
              activations and gradients beside the weights; stock with diffusers' own gradient checkpointing. SAMPLED has
              {stock_sampling, ours_sampling} too: one call of the network at inference
     """

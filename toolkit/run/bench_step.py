@@ -6,6 +6,7 @@ Test: pytest tests/run/test_bench_step.py. On a GPU the network of published siz
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import re
 import statistics
@@ -80,15 +81,15 @@ class Contender:
 
 
 def bench_step(case: str = "framer_5_576", rounds: PositiveInt = 10) -> dict[str, Any]:
-    """Time optimizer steps of 8 clips, all contenders in turns on the same clips.
+    """Time optimizer steps of 8 clips, all contenders on the same clips: in turns, or on a GPU one after another.
 
     case     of bench.py counts, by its name: layout, frames and pixels; a CPU takes layout and frames at 16 latents a side
     returns  {device, case, kernel, data_wait_ms, loss: {contender: of its last step}, contenders: {stock, ours_fast,
-             ours_small: {ratio, attention}}}: kernel is what model.attention resolved to, data_wait_ms how long a clip was
-             waited for, ratio a contender's time beside stock's, attention the names of the kernels that computed it. On a
-             GPU a contender has {clip_s, mfu, launches, kernels_s, peak_allocated_gb, peak_reserved_gb} too: median seconds
-             a clip, model FLOPs utilization, kernels of a micro-step and the seconds in which they ran, and peaks with its
-             weights and state, in 1e9 bytes. One that fails has {error} alone
+             ours_balanced, ours_small: {ratio, attention}}}: kernel is what model.attention resolved to, data_wait_ms how
+             long a clip was waited for, ratio a contender's time beside stock's, attention the names of the kernels that
+             computed it. On a GPU a contender has {clip_s, mfu, launches, kernels_s, peak_allocated_gb, peak_reserved_gb}
+             too: median seconds a clip, model FLOPs utilization, kernels of a micro-step and the seconds in which they
+             ran, and peaks with its weights and state, in 1e9 bytes. One that fails has {error} alone
     """
     if case not in CASES:
         raise UserError(f"case {case} is not known; give --case {', '.join(CASES)}")
@@ -97,23 +98,22 @@ def bench_step(case: str = "framer_5_576", rounds: PositiveInt = 10) -> dict[str
     attention = choose_kernel(config.model.attention, config, world, PRECISIONS[config.engine.precision])
     on_card = world.device.type == "cuda"
     base = (make_random_base if on_card else make_tiny_base)(world.device, PRECISIONS[config.engine.precision])
-    contenders, rows = {}, {}
+    base = replace(base, vae=None, image_encoder=None)  # cached clips need neither
+    base.unet.cpu()  # what contenders are copies of takes none of their room
+    makers = list_makers(config, attention, on_card)
+    # A card may have room for one alone, and keeps its speed; a CPU's drifts, so there they take turns
+    groups = [{name: make} for name, make in makers.items()] if on_card else [makers]
+    rows: dict[str, dict[str, Any]] = {}
+    wait_s = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        batches = make_batches(config, base, Path(folder))
-        clips = list(itertools.islice(batches, ACCUMULATION))
-        for name, make in list_makers(config, attention, on_card).items():
-            try:
-                with measuring_memory(world.device) as row:
-                    contender = make_contender(config, base, make)
-                    for _ in range(2):
-                        contender.take_step(clips)
-                rows[name] = row | trace(contender, clips[0], world.device)
-                contenders[name] = contender
-            except Exception as error:  # of memory, a compiler, a kernel: what the others measure is not lost
-                rows[name] = {"error": in_one_line(error)}
-            print(f"{name}: {rows[name]}", file=sys.stderr)
-        times_s, losses, wait_s = take_turns(contenders, batches, rounds, world.device)
+        write_clips(config, base, Path(folder))
+        for group in groups:
+            batches = read_clips(config, Path(folder))
+            own_rows, own_wait_s = measure(group, config, base, batches, rounds, world.device)
+            rows |= own_rows
+            wait_s += own_wait_s
     card = torch.cuda.get_device_name() if on_card else "cpu"
+    times_s = {name: row.pop("times_s") for name, row in rows.items() if "error" not in row}
     for name, own_s in times_s.items():
         if "stock" in times_s:
             rows[name]["ratio"] = statistics.median(a / b for a, b in zip(own_s, times_s["stock"], strict=True))
@@ -124,8 +124,8 @@ def bench_step(case: str = "framer_5_576", rounds: PositiveInt = 10) -> dict[str
         "device": card,
         "case": case,
         "kernel": attention,
-        "data_wait_ms": wait_s / (rounds * ACCUMULATION) * 1e3,
-        "loss": losses,
+        "data_wait_ms": wait_s / (len(groups) * rounds * ACCUMULATION) * 1e3,
+        "loss": {name: rows[name].pop("loss") for name in times_s},
         "contenders": rows,
     }
 
@@ -155,9 +155,9 @@ def list_makers(config: RunConfig, attention: str, on_card: bool) -> dict[str, M
     return makers
 
 
-def make_contender(config: RunConfig, base: Base, make: Maker) -> Contender:
+def make_contender(config: RunConfig, base: Base, make: Maker, device: torch.device) -> Contender:
     """One with a network of its own."""
-    framer, parameters = make(replace(base, unet=copy.deepcopy(base.unet)))
+    framer, parameters = make(replace(base, unet=copy.deepcopy(base.unet).to(device)))
     return Contender(framer, PlainEngine(parameters, adam_settings(config), ACCUMULATION), config.optimizer.lr)
 
 
@@ -178,11 +178,16 @@ def make_ours(config: RunConfig, attention: str, plan: Plan, base: Base) -> tupl
     return framer, {NAME: adapter.flat}
 
 
-def make_batches(config: RunConfig, base: Base, folder: Path) -> Iterator[Batch]:
-    """Cached clips of noise, one at a time, as a run reads them."""
+def write_clips(config: RunConfig, base: Base, folder: Path) -> None:
+    """Cached clips of noise, as shards."""
     data = config.data
     size = (data.frames, data.height // base.latent_px, data.width // base.latent_px)
     write_cached(folder / "shards", 4 * ACCUMULATION, size, base.unet.config.cross_attention_dim, base.latent_px)
+
+
+def read_clips(config: RunConfig, folder: Path) -> Iterator[Batch]:
+    """One clip at a time, as a run reads them, always in the same order."""
+    data = config.data
     index = open_shards(folder / "shards", "train")
     settings = ClipSettings(data.frames, data.height, data.width)
     return make_loader(
@@ -190,28 +195,53 @@ def make_batches(config: RunConfig, base: Base, folder: Path) -> Iterator[Batch]
     )
 
 
-def take_turns(
-    contenders: dict[str, Contender], batches: Iterator[Batch], rounds: int, device: torch.device
-) -> tuple[dict[str, list[float]], dict[str, float], float]:
-    """Two rounds to warm up, then timed ones; returns each one's seconds and last loss, and the seconds waited for clips."""
-    times_s: dict[str, list[float]] = {name: [] for name in contenders}
-    losses: dict[str, float] = {}
+def measure(
+    makers: dict[str, Maker], config: RunConfig, base: Base, batches: Iterator[Batch], rounds: int, device: torch.device
+) -> tuple[dict[str, dict[str, Any]], float]:
+    """Make contenders and have them take turns: two rounds to warm up, then timed ones.
+
+    returns  rows of what is measured, of all steps' seconds (times_s) and of the last one's loss; {error} alone of one that
+             fails. And the seconds waited for clips
+    """
+    contenders: dict[str, Contender] = {}
+    rows: dict[str, dict[str, Any]] = {}
     wait_s = 0.0
-    for number in tqdm(range(2 + rounds), desc="bench step", unit="round"):
+    clips = list(itertools.islice(batches, ACCUMULATION))
+    for name, make in makers.items():
+        with leaving_out_failed(name, contenders, rows):
+            with measuring_memory(device) as row:
+                contenders[name] = make_contender(config, base, make, device)
+                for _ in range(2):
+                    contenders[name].take_step(clips)
+            rows[name] = row | trace(contenders[name], clips[0], device) | {"times_s": []}
+    for number in tqdm(range(2 + rounds), desc=f"bench step, {', '.join(makers)}", unit="round"):
         began_s = time.perf_counter()
         clips = list(itertools.islice(batches, ACCUMULATION))
         wait_s += (time.perf_counter() - began_s) * (number > 1)
-        for name, contender in contenders.items():
-            seconds, loss = stopwatch(partial(contender.take_step, clips), device)
-            times_s[name].append(seconds)
-            losses[name] = loss.item()
-    return {name: times[2:] for name, times in times_s.items()}, losses, wait_s
+        for name, contender in [*contenders.items()]:
+            with leaving_out_failed(name, contenders, rows):
+                seconds, loss = stopwatch(partial(contender.take_step, clips), device)
+                rows[name]["times_s"] += [seconds] * (number > 1)
+                rows[name]["loss"] = loss.item()
+    print(rows, file=sys.stderr)
+    return rows, wait_s
 
 
 @contextmanager
-def measuring_memory(device: torch.device) -> Iterator[dict[str, float]]:
+def leaving_out_failed(name: str, contenders: dict[str, Contender], rows: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Whatever fails inside, of memory, a compiler, a kernel, ends one contender: what the others measure is not lost."""
+    try:
+        yield
+    except Exception as error:
+        rows[name] = {"error": in_one_line(error)}
+        contenders.pop(name, None)
+
+
+@contextmanager
+def measuring_memory(device: torch.device) -> Iterator[dict[str, Any]]:
     """On a GPU, peaks of what is done inside, without what was there before."""
-    row: dict[str, float] = {}
+    row: dict[str, Any] = {}
+    gc.collect()  # a contender of before, which refers to itself
     if device.type != "cuda":
         yield row
         return

@@ -6,11 +6,22 @@ Test: pytest tests/run/test_validate.py. A look is a loss on them (validate.py),
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from toolkit.config import ValidationConfig
+from toolkit.config import RunConfig, ValidationConfig, flatten_config
+from toolkit.run.judge import own_gaps
+
+Look = dict[str, Any]  # what a score depends on beside the weights, as state.json keeps it
+# fields that bear on it; those other than validation.* change in the middle of a run with --allow_change alone
+_BEAR_ON_BOTH = ("validation.clips", "seed", "data.frames", "data.height", "data.width", "diffusion.layout",
+                 "diffusion.clip_tokens", "diffusion.scale_conditioning", "diffusion.noise_augmentation",
+                 "diffusion.control")  # fmt: skip
+_BEAR_ON_LOSS = ("data.stride", "diffusion.noise_sampler", "diffusion.lognormal_mean", "diffusion.lognormal_std",
+                 "diffusion.loss_space")  # fmt: skip
+_BEAR_ON_FRAMES = ("validation.sampler", "validation.sampler_steps", "validation.min_guidance",
+                   "validation.max_guidance")  # fmt: skip
 
 
 @dataclass
@@ -40,10 +51,37 @@ class Best:
         return self.settings.patience is not None and self.misses >= self.settings.patience
 
 
-def count_misses(state: Mapping[str, Any], settings: ValidationConfig) -> int:
-    """Looks since the best one at a checkpoint, by its state.json; none where its looks were other ones."""
-    alike = (state.get("validation_by"), state.get("validation_clips")) == (settings.best_by, settings.clips)
-    return state.get("validation_misses", 0) if alike else 0
+def look_of(config: RunConfig) -> Look:
+    """All of a recipe that the score of a look depends on and that may change from the start of a run to its end."""
+    by = config.validation.best_by
+    return {"by": by} | (_pick(config, _BEAR_ON_LOSS) if by == "loss" else frames_of(config))
+
+
+def frames_of(config: RunConfig) -> Look:
+    """All of a recipe that the frames which a look generates depend on, those of its first gap, and their figures."""
+    gaps = own_gaps(config)  # the longest chooses which clips are long enough
+    return _pick(config, _BEAR_ON_FRAMES) | {"gap": gaps[0], "longest_gap": max(gaps)}
+
+
+def _pick(config: RunConfig, names: Sequence[str]) -> Look:
+    fields = flatten_config(config)
+    return {name: fields[name] for name in (*_BEAR_ON_BOTH, *names)}
+
+
+def read_look(state: Mapping[str, Any]) -> Look:
+    """What a checkpoint's state.json says of its look; older ones say the kind of score and how many clips."""
+    older = {"by": state.get("validation_by"), "validation.clips": state.get("validation_clips")}
+    return state.get("validation_look", older)
+
+
+def are_alike(look: Look, other: Look) -> bool:
+    """Whether two looks agree in all that both say, so that their scores can be compared."""
+    return all(look[name] == other[name] for name in look.keys() & other.keys())
+
+
+def count_misses(state: Mapping[str, Any], look: Look) -> int:
+    """Looks since the best one at a checkpoint, by its state.json; none where its looks were other ones than this."""
+    return state.get("validation_misses", 0) if are_alike(read_look(state), look) else 0
 
 
 def is_better(by: str, score: float, than: float) -> bool:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from toolkit.config import ModelConfig, RunConfig
 from toolkit.data.clips import ClipSettings, Crop, decode_frames, draw_crop
 from toolkit.data.files import add_member, link_or_copy, written_aside
-from toolkit.data.format import MEMBER_BYTES, BadSample, build_index, index_path, load_index, write_index
+from toolkit.data.format import MEMBER_BYTES, BadSample, build_index, load_index, write_index
 from toolkit.data.index import DatasetIndex, open_shards
 from toolkit.data.latents import pack_latents
 from toolkit.data.parallel import parse_part
@@ -254,9 +254,9 @@ def _join(index: DatasetIndex, info: CacheInfo, folder: Path, source: Path) -> s
         write_index(target, build_index(target))
         size_bytes += target.stat().st_size
     for tar in sorted(source.glob("val-*.tar")):  # evaluation compares pictures, so these go along as they are
-        load_index(tar)
-        for path in (tar, index_path(tar)):
-            link_or_copy(path, folder / path.name)
+        index_of_tar = load_index(tar)  # which has no file where the videos' folder is read-only
+        link_or_copy(tar, folder / tar.name)
+        write_index(folder / tar.name, index_of_tar)
     with written_aside(folder / INFO_FILE) as file:  # others may be writing it too
         file.write(info.model_dump_json(indent=1).encode())
     shutil.rmtree(claimed, ignore_errors=True)
@@ -266,12 +266,9 @@ def _join(index: DatasetIndex, info: CacheInfo, folder: Path, source: Path) -> s
     )
 
 
-def check_cache(config: RunConfig, model: ModelConfig) -> None:
-    """Refuse a recipe that the cached latents of its sources cannot serve.
-
-    model  the recipe's, with its base found
-    """
-    vae, image_encoder = (fingerprint_files(files) for files in find_encoder_files(model))
+def check_cache(config: RunConfig) -> None:
+    """Refuse a recipe that the cached latents of its sources cannot serve."""
+    vae, image_encoder = (fingerprint_files(files) for files in find_encoder_files(config.model))
     for folder in map(Path, config.data.sources):
         info = read_info(folder)
         if info is None:

@@ -27,11 +27,11 @@ import torch
 from torch import nn
 
 from toolkit.config import CheckpointConfig
-from toolkit.data.files import link_or_copy
+from toolkit.data.files import link_or_copy, written_aside
 from toolkit.engine.plain import STATE_KEYS, State
 from toolkit.errors import UserError
 from toolkit.model.tuning import save_tuned, weights_beside
-from toolkit.run.best import is_better
+from toolkit.run.best import Look, are_alike, is_better, read_look
 from toolkit.run.ema import SNAPSHOT, TRACKS, snapshot_file, write_snapshot
 from toolkit.run.manifest import find_fault, write_manifest
 
@@ -229,14 +229,9 @@ def clear_leftovers(run: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves the old text or the new one, never half of it."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        aside.write_text(text)
-        _sync(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    """Write a file so that a crash leaves the old text or the new one, never half of it, whoever else writes it too."""
+    with written_aside(path) as file:
+        file.write(text.encode())
     _sync(path.parent)
 
 
@@ -247,18 +242,22 @@ def _refuse_non_finite(tensors: State) -> None:
                 raise UserError(f"{name}/{key} holds NaN or infinity, which is not saved")
 
 
-def find_best(run: Path) -> Scored | None:
-    """Find the checkpoint with the best score, of those scored alike and on as many clips as the newest of them."""
-    scored = []
+def find_best(run: Path, look: Look | None = None) -> Scored | None:
+    """Find the checkpoint with the best score, of those that were looked at alike.
+
+    look  like this one; default the look of the newest that has a score
+    """
+    scored: list[tuple[Scored, Look]] = []
     for folder in list_checkpoints(run):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what verifying is for
             state = json.loads((folder / "state.json").read_text())
             if (score := state["validation_score"]) is not None:
-                by, clips = str(state["validation_by"]), int(state["validation_clips"])
-                scored.append(Scored(checkpoint_step(folder), by, float(score), clips))
+                own = read_look(state)
+                one = Scored(checkpoint_step(folder), str(own["by"]), float(score), int(own["validation.clips"]))
+                scored.append((one, own))
     best = None
-    for one in scored:
-        comparable = (one.by, one.clips) == (scored[-1].by, scored[-1].clips)
+    for one, own in scored:
+        comparable = are_alike(own, scored[-1][1] if look is None else look)
         if comparable and (best is None or is_better(one.by, one.score, best.score)):
             best = one
     return best

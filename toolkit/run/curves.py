@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from toolkit.data.page import number, round_up
 from toolkit.errors import UserError
 from toolkit.run.checkpoint import replace_text
-from toolkit.run.monitor import read_log
+from toolkit.run.rows import read_rows
 
 WIDTH, HEIGHT = 380, 256  # of a chart; it is higher where it has many lines
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 366, 30, 176  # of its axes
@@ -127,7 +127,7 @@ def intervals(title: str, series: Mapping[str, Mapping[str, Interval]], axis: st
 
 def training_charts(run: Path) -> list[str]:
     """Charts of what a run has logged so far: losses, the figures of its validation, its time, and what the adapter does."""
-    rows, looks = read_log(run / "log.jsonl"), read_log(run / "validation.jsonl")
+    rows, looks = read_rows(run / "log.jsonl"), read_rows(run / "validation.jsonl")
     losses = {
         "loss": "loss",
         "zero prediction": "zero_baseline",

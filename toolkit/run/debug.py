@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from toolkit.data.loader import Batch
-from toolkit.run.evaluate import draw_strip
 from toolkit.run.framer import Framer, to_signed
+from toolkit.run.strip import draw_strip
 
 ROWS = 8
 

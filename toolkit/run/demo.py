@@ -17,10 +17,10 @@ from PIL import Image
 
 from toolkit.config import load_config
 from toolkit.errors import UserError
-from toolkit.run.evaluate import load_held_out
 from toolkit.run.folder import newest_adapter
+from toolkit.run.judge import load_held_out
 from toolkit.run.launcher import default_ranks, training_command
-from toolkit.run.monitor import read_log
+from toolkit.run.rows import read_rows
 
 RECIPE = "launch/recipes/tiny_cpu.yaml"
 WORK = Path(".demo")  # rendered videos, shards, stills
@@ -57,7 +57,7 @@ def run_demo(videos: str | None) -> None:
 
 def summarise(run: Path, seconds: dict[str, float]) -> dict[str, Any]:
     """Collect a run's figures; loss_first and loss_last are means over the first and the last quarter of the steps."""
-    rows = read_log(run / "log.jsonl")
+    rows = read_rows(run / "log.jsonl")
     quarter = max(1, len(rows) // 4)
     adapter = newest_adapter(run) / "adapter_model.safetensors"
     evaluation = json.loads((run / "evaluation.json").read_text())

@@ -12,7 +12,15 @@ from toolkit.config import RunConfig
 from toolkit.data.index import open_sources
 from toolkit.data.remote import is_remote
 from toolkit.diffusion.layout import make_layout
-from toolkit.model.base import PRECISIONS, build_unet_on_meta, check_weights, describe_unet, read_parameterization
+from toolkit.model.base import (
+    PRECISIONS,
+    build_unet_on_meta,
+    check_weights,
+    describe_encoders,
+    describe_unet,
+    latent_px,
+    read_parameterization,
+)
 from toolkit.model.controlnet import find_controlnet
 from toolkit.model.lora import dead_targets, match_targets
 from toolkit.model.sources import is_hub_id
@@ -20,7 +28,7 @@ from toolkit.model.tuning import choose_trainable
 from toolkit.run.folder import find_adapter
 from toolkit.run.framer import check_objective
 from toolkit.run.job import check_clips, check_engine, total_steps
-from toolkit.run.memory import PLANS, predict_bytes
+from toolkit.run.memory import PLANS, count_encoder_bytes, predict_bytes, predict_encoding_bytes, why_launched
 
 OFFLOADED_BYTES = 12  # per trainable parameter: master and two moments, fp32
 
@@ -30,8 +38,9 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
 
     returns  {name, base_params, lora_modules, lora_params, dead_modules, extra_params, adapter_mb_fp32, engine,
              global_batch, micro_batch, ranks, accumulation, possible_ranks, clips, optimizer_steps, weights_gb, step_gb,
-             notes}; clips and optimizer_steps are None where the shards are not on this machine; weights_gb are the frozen
-             UNet's, step_gb what a step takes beside them under each plan of model.memory, in 1e9 bytes
+             encoders_gb, notes}; clips and optimizer_steps are None where the shards are not on this machine; weights_gb are
+             the frozen UNet's, step_gb what a step takes beside them under each plan of model.memory, encoders_gb what VAE
+             and image encoder take beside both while they encode clips, 0 where the shards hold latents; in 1e9 bytes
     raises   UserError for what a run of so many ranks would refuse about its engine, batch, data, objective, and weights
              where they are on this machine
     """
@@ -47,7 +56,7 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
         else:
             find_controlnet(model.controlnet, model.controlnet_revision)
     unet, channels = build_unet_on_meta(model), describe_unet(model).get("in_channels", 8)
-    latent_px = 2 if model.base == "tiny" else 8
+    vae, clip = describe_encoders(model)
     base_params = sum(p.numel() for p in unet.parameters())
     unet.requires_grad_(False)
     modules = match_targets(unet, config.lora.targets) if config.tuning == "lora" else []
@@ -73,17 +82,22 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
         "clips": None,
         "optimizer_steps": config.schedule.steps,
         "weights_gb": round(base_params * weight_bytes / 1e9, 2),
-        "step_gb": {plan: round(predict_bytes(config, unet.config, latent_px, plan) / 1e9, 2) for plan in PLANS},
+        "step_gb": {plan: round(predict_bytes(config, unet.config, latent_px(vae), plan) / 1e9, 2) for plan in PLANS},
+        "encoders_gb": 0.0,
         "notes": [],
     }
+    cached = False
     absent = [source for source in config.data.sources if not is_remote(source) and not Path(source).exists()]
     if not absent:
         index = open_sources(config.data, "train")
         check_clips(config, index)
-        report["clips"] = len(index)
+        report["clips"], cached = len(index), index.cached
         report["optimizer_steps"] = total_steps(config, len(index))
     else:
         report["notes"].append(f"{', '.join(absent)} is not on this machine, so clips and steps are not counted")
+    if not cached:
+        encoder_bytes = count_encoder_bytes(config, vae, clip) + predict_encoding_bytes(config, vae)
+        report["encoders_gb"] = round(encoder_bytes / 1e9, 2)
     if away:
         report["notes"].append(f"not on this machine, so their weights are not checked: {', '.join(away)}")
     report["notes"] += list_dead(dead, config) + list_doubts(config, report["optimizer_steps"])
@@ -92,6 +106,11 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
             f"engine.kind zero2_offload moves {OFFLOADED_BYTES * trainable / 1e9:.2f} GB to the host's memory, beside "
             f"{report['weights_gb']} GB of frozen weights that stay, and updates them there: slower, for next to nothing; "
             "take zero2"
+        )
+    if config.model.cuda_graphs and (reason := why_launched(config)) is not None:
+        report["notes"].append(
+            f"{reason} keeps steps from being replayed as CUDA graphs: on a GPU each kernel is launched by itself, which "
+            "takes longer where kernels are short"
         )
     if channels == 8 and "conv_in" not in config.lora.extra_trainable:
         report["notes"].append(

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from toolkit.config import RunConfig
@@ -20,11 +20,8 @@ from toolkit.data.remote import is_remote
 from toolkit.errors import UserError
 from toolkit.metrics import (
     FVD_MIN_FRAMES,
-    LPIPS_MIN_PX,
-    Distance,
     Features,
     frechet_distance,
-    load_lpips,
     load_video_features,
 )
 from toolkit.run.checkpoint import replace_text
@@ -41,7 +38,7 @@ from toolkit.run.contenders import (
     warn_of_sampling,
     warn_of_trained,
 )
-from toolkit.run.framer import to_signed, to_uint8
+from toolkit.run.framer import to_signed
 from toolkit.run.inference import Source, recipe_sampling
 from toolkit.run.judge import (
     DRIFTS,
@@ -49,17 +46,14 @@ from toolkit.run.judge import (
     blend_window,
     compare,
     describe,
-    load_held_out,
     load_windows,
     own_gaps,
+    read_lpips,
     rounded,
     window_frames,
 )
 from toolkit.run.report import write_page
-
-__all__ = ["draw_strip", "evaluate_run", "load_held_out"]
-
-TILE_PX = 192  # height of one picture in a strip
+from toolkit.run.strip import compose_strip, draw_strip
 
 
 def evaluate_run(
@@ -173,15 +167,6 @@ def refuse_lost_shards(sources: dict[str, Source]) -> None:
             )
 
 
-def read_lpips(config: RunConfig, weights: str | None) -> Distance | None:
-    """Read LPIPS where weights are given. Raises UserError where the pictures of a recipe are too small for it."""
-    if weights is None:
-        return None
-    if (side := min(config.data.height, config.data.width)) < LPIPS_MIN_PX:
-        raise UserError(f"LPIPS needs pictures of {LPIPS_MIN_PX} px or more, and the run's have {side}; leave it out")
-    return load_lpips(Path(weights).expanduser())
-
-
 def read_fvd(config: RunConfig, weights: str | None) -> Features | None:
     """Read what FVD compares by where it is given. Raises UserError where the windows of a recipe are too short for it."""
     if weights is None:
@@ -287,32 +272,3 @@ def draw_extremes(results: dict[str, Result], windows: Windows, tuned: str) -> I
         for name, row in zip(("largest", "smallest"), rows, strict=False)
     ]
     return compose_strip(columns, captions)
-
-
-def draw_strip(path: Path, columns: dict[str, Tensor], captions: Sequence[str] = ()) -> Path:
-    """Write labelled columns of pictures to a file; see compose_strip."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    compose_strip(columns, captions).save(path)
-    return path
-
-
-def compose_strip(columns: dict[str, Tensor], captions: Sequence[str] = ()) -> Image.Image:
-    """Draw labelled columns of pictures, a row per clip.
-
-    columns   {label: (B, 3, H, W) in [-1, 1]}
-    captions  a line above each row
-    """
-    heading_px, gap_px, caption_px = 20, 4, 16 if captions else 0
-    rows, _, height_px, width_px = next(iter(columns.values())).shape
-    tile_width_px, row_px = round(TILE_PX * width_px / height_px), TILE_PX + gap_px + caption_px
-    sheet = Image.new("RGB", (len(columns) * (tile_width_px + gap_px), heading_px + rows * row_px), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, caption in enumerate(captions):
-        draw.text((4, heading_px + row * row_px), caption, fill="black")
-    for i, (label, images_BCHW) in enumerate(columns.items()):
-        left = i * (tile_width_px + gap_px)
-        draw.text((left + 4, 4), label, fill="black")
-        for row, picture in enumerate(to_uint8(images_BCHW).numpy()):
-            tile = Image.fromarray(picture).resize((tile_width_px, TILE_PX), Image.Resampling.BICUBIC)
-            sheet.paste(tile, (left, heading_px + row * row_px + caption_px))
-    return sheet

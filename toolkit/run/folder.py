@@ -29,7 +29,7 @@ from toolkit.engine.world import World
 from toolkit.errors import UserError
 from toolkit.model.formats import find_file
 from toolkit.model.tuning import ABOUT_FILE
-from toolkit.run.best import count_misses
+from toolkit.run.best import count_misses, look_of
 from toolkit.run.checkpoint import (
     checkpoint_folder,
     checkpoint_step,
@@ -53,8 +53,9 @@ FREE_FIELDS = ("runs_dir", "log_every_steps", "lora.init_from", "checkpoint.", "
 SOURCES = ("data.shards", "data.mix", "lora.init_from")  # among these what tells runs apart all the same
 _SHARED_DISK_S = 60  # for which a network disk may go on saying that a file is not there
 RATE_FILES = ("find_lr.json", "find_lr.svg")  # which launch/find_lr.py leaves for a run to come
-# what a kill at the very start can leave, and what is there of a job that was submitted
-_OWN_FIRST_FILES = ("lock", "config.yaml.tmp", "slurm", "code", *RATE_FILES)
+_OWN_TEXTS = ("config.yaml", "env.json", "LATEST", "BEST", "*.jsonl")  # which the run alone writes
+# what a kill at the very start can leave, beside what is half written, and what is there of a job that was submitted
+_OWN_FIRST_FILES = ("lock", "slurm", "code", *RATE_FILES)
 COMMIT_FILE = "COMMIT"  # beside the copy of the code that a batch job runs: what the original was
 INEXACT = "the run goes on, but not to the last digit as it would have"
 _PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "webdataset", "av", "numpy")
@@ -80,7 +81,7 @@ def check_folder(config: RunConfig, allow_change: bool = False) -> str:
     folder = config.folder
     if (folder / "config.yaml").exists():
         return _check_same_recipe(folder, config, allow_change)
-    if folder.exists() and any(p.name not in _OWN_FIRST_FILES for p in folder.iterdir()):
+    if folder.exists() and any(p.name not in _OWN_FIRST_FILES and p.suffix != ".tmp" for p in folder.iterdir()):
         raise UserError(f"{folder} holds files but no run; choose another --name or --runs_dir")
     return ""
 
@@ -109,6 +110,9 @@ def prepare_folder(config: RunConfig, fresh: bool) -> IO[str]:
 def record_start(config: RunConfig) -> None:
     """Write down the recipe and the machine of a run that is about to go on. For the main rank, once nothing is refused."""
     folder = config.folder
+    for name in _OWN_TEXTS:
+        for half in folder.glob(f"{name}*.tmp"):  # of a run that was killed; files of others may be being written now
+            half.unlink(missing_ok=True)
     replace_text(folder / "config.yaml", dump_config(config))
     for part in ("checkpoints", "samples", "tb"):
         (folder / part).mkdir(exist_ok=True)
@@ -158,10 +162,8 @@ def find_resume(
         cut_ledger(folder, resume.k_next)
         cut_skips(folder, resume.step)
         cut_snapshots(folder, resume.step)
-        known = find_best(folder)
-        by, clips = config.validation.best_by, config.validation.clips
-        comparable = known is not None and (known.by, known.clips) == (by, clips)
-        best, best_step = (known.score, known.step) if known is not None and comparable else (math.nan, 0.0)
+        known = find_best(folder, look_of(config))
+        best, best_step = (known.score, known.step) if known is not None else (math.nan, 0.0)
     # the same on every rank
     best, best_step = world.all_reduce_sum(torch.tensor([best, best_step], dtype=torch.float64, device=world.device))
     return replace(resume, best=None if math.isnan(best) else best, best_step=int(best_step))
@@ -190,7 +192,7 @@ def _load(
             print(f"going on with something else than {folder} was made with: {'; '.join(changed)}")
         _warn_of_versions(folder)
     numbers = state["step"], tensors, state["updates"], state["skipped_in_a_row"], state["k_next"]
-    return Resume(*numbers, computed_by=state.get("computed_by", ""), misses=count_misses(state, config.validation))
+    return Resume(*numbers, computed_by=state.get("computed_by", ""), misses=count_misses(state, look_of(config)))
 
 
 def _warn_of_versions(folder: Path) -> None:

@@ -90,7 +90,7 @@ class Sampling:
     sampler: Literal["euler", "lcm"] = "euler"
     min_guidance: float = 1.0  # classifier-free guidance rises over the window from this ...
     max_guidance: float = 1.0  # ... to this; 1 and 1 is none, at half the cost
-    chunk_frames: int | None = None  # decoded at once: fewer need less memory, take longer, give the same frames
+    chunk_frames: int | None = None  # decoded at once, see decode_latents
 
     def __post_init__(self) -> None:
         most = LCM_LEVELS if self.sampler == "lcm" else 1000
@@ -147,7 +147,7 @@ class Framer:
         """Noise a batch and score the network's answer, fp32.
 
         timing   is entered around each phase, "encode" and "forward"
-        sigma_B  noise levels; default drawn by position
+        sigma_B  noise levels, on the host; default drawn by position
         """
         with timing("encode"):
             task = self.beside(lambda: self.prepare(batch, sigma_B))
@@ -186,7 +186,8 @@ class Framer:
         condition = self._drop(condition, positions)
         if self.settings.control:
             condition = replace(condition, heatmaps_BTCHW=self._find_heatmaps(batch), control_scale=FOUND_SCALE)
-        sigma_B = self._draw_sigma(positions) if sigma_B is None else sigma_B
+        # moved here: in this stream, which does not wait for what the main one has still to write
+        sigma_B = self._draw_sigma(positions) if sigma_B is None else sigma_B.to(self.device)
         noise_BTCHW = normal_like(z_BTCHW, self.seed, "noise", positions)
         x_BTCHW = scale_input(z_BTCHW + expand_like(sigma_B, z_BTCHW) * noise_BTCHW, sigma_B)
         return Task(z_BTCHW, noise_BTCHW, sigma_B, x_BTCHW, condition)
@@ -330,18 +331,6 @@ class Framer:
 
         latents_BTCHW = self.sample(condition, sampling, noise_BTCHW, renoise, on_step)
         return self.decode(latents_BTCHW, sampling.chunk_frames)
-
-    def generate_middle(
-        self,
-        stills_B2CHW: Tensor,
-        fps_B: Tensor,
-        motion_B: Tensor,
-        sampling: Sampling,
-        positions: Sequence[int],
-        steering: Sequence[Steering] | None = None,
-    ) -> Tensor:
-        """Generate the middle frame of a window between two stills, (B, 3, H, W) in pixels."""
-        return self.generate(stills_B2CHW, fps_B, motion_B, sampling, positions, steering)[:, self.layout.frames // 2]
 
     def interpolate(
         self,

@@ -2,27 +2,32 @@
 
 Test: pytest tests/run/test_gallery.py. The same windows and noise each time, those of launch/evaluate.py: only the weights
 differ, and a run computes the same with and without it. Of several gaps, the pictures and the figures named as evaluate
-names them are of the first; those of the others end in _gap_8 and so on.
+names them are of the first; those of the others end in _gap_8 and so on. What a run began with is shown beside what the same
+sampler made of the same windows alone.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from toolkit.config import RunConfig
 from toolkit.engine.world import World
-from toolkit.run.evaluate import draw_strip, read_lpips
+from toolkit.run.best import are_alike, frames_of
 from toolkit.run.framer import Framer, NotFinite, to_signed, to_uint8
 from toolkit.run.inference import recipe_sampling
-from toolkit.run.judge import DRIFTS, Windows, blend_window, load_windows, make_window, own_gaps, score
-from toolkit.run.monitor import FIGURES_LOG, Monitor, read_log
+from toolkit.run.judge import DRIFTS, Windows, blend_window, load_windows, make_window, own_gaps, read_lpips, score
+from toolkit.run.monitor import FIGURES_LOG, Monitor
+from toolkit.run.rows import read_rows
+from toolkit.run.strip import draw_strip
 
 SHOWN = 4  # windows in a strip
 
@@ -35,7 +40,7 @@ class Gallery:
         self.windows = self.by_gap[own_gaps(config)[0]]
         self.framer, self.world, self.sampling = framer, world, recipe_sampling(config)
         self.lpips = read_lpips(config, config.validation.lpips)
-        self.folder = config.folder
+        self.folder, self.look = config.folder, frames_of(config)
         shown = self.windows.frames_BTHWC.shape[1]
         self.rate_share = (shown - 1) / (config.data.frames - 1)  # fewer frames than the window's last as long
         self.baselines: dict[str, dict[str, float]] = {}  # {figure: {contender: its mean}} that no weight changes
@@ -63,8 +68,9 @@ class Gallery:
         if not self.world.is_main:
             return means
         if step == 0:
-            save_file({str(i): to_uint8(frames_TCHW).contiguous() for i, frames_TCHW in made.items()}, self._kept)
-        begun = {row["step"]: row for row in read_log(self.folder / FIGURES_LOG)}.get(0, {})
+            frames = {str(i): to_uint8(frames_TCHW).contiguous() for i, frames_TCHW in made.items()}
+            save_file(frames, self._kept, {"look": json.dumps(self.look)})
+        kept, begun = self._read_start()
         monitor.report_figures(step, {
             name: {"linear": self.baselines[name]["linear"]}
             | ({"start": mean} if step == 0 else {"start": begun[name]["start"]} if name in begun else {})
@@ -73,8 +79,19 @@ class Gallery:
             for name, mean in means.items()
         })  # fmt: skip
         if step:
-            self._draw(monitor, step, made)
+            self._draw(monitor, step, made, kept)
         return means
+
+    def _read_start(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The main rank's frames before the first step, and all figures then; none where the run looked otherwise then."""
+        frames, look = {}, "{}"  # older runs did not say
+        if self._kept.exists():
+            with safe_open(self._kept, "pt") as file:
+                frames = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                look = (file.metadata() or {}).get("look", look)
+        if not are_alike(json.loads(look), self.look):
+            return {}, {}
+        return frames, {row["step"]: row for row in read_rows(self.folder / FIGURES_LOG)}.get(0, {})
 
     @torch.no_grad()
     def _fill(self, beat: Callable[[], None]) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
@@ -109,9 +126,8 @@ class Gallery:
             for name, values_B in zip(names, all_FB, strict=True)
         }
 
-    def _draw(self, monitor: Monitor, step: int, made: dict[int, Tensor]) -> None:
+    def _draw(self, monitor: Monitor, step: int, made: dict[int, Tensor], kept: dict[str, Tensor]) -> None:
         shown = sorted(made)[:SHOWN]
-        kept = load_file(self._kept) if self._kept.exists() else {}
         sides = {
             "linear": {i: blend_window(self.windows, i)[0] for i in shown},
             "start": {i: to_signed(kept[str(i)]) for i in shown if str(i) in kept},

@@ -10,7 +10,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,11 +38,10 @@ from toolkit.model.sources import find_weights, fingerprint_files
 from toolkit.model.tuning import check_tuning, choose_trainable
 from toolkit.rng import RNG_VERSION
 from toolkit.run.attention import choose_kernel
-from toolkit.run.best import Best, count_misses
+from toolkit.run.best import Best, count_misses, look_of
 from toolkit.run.cache import check_cache
 from toolkit.run.checkpoint import check_space, list_checkpoints
 from toolkit.run.ema import Averages
-from toolkit.run.evaluate import read_lpips
 from toolkit.run.folder import (
     INEXACT,
     Resume,
@@ -56,9 +55,10 @@ from toolkit.run.folder import (
 from toolkit.run.framer import Framer, check_objective
 from toolkit.run.gallery import Gallery
 from toolkit.run.inference import load_control, recipe_sampling
-from toolkit.run.judge import check_gaps, own_gaps
+from toolkit.run.judge import check_gaps, own_gaps, read_lpips
 from toolkit.run.ledger import bad_limit
-from toolkit.run.memory import choose_blocks, choose_plan, choose_replay
+from toolkit.run.manifest import find_fault
+from toolkit.run.memory import choose_blocks, choose_plan, choose_replay, why_launched
 from toolkit.run.validate import Validator
 from toolkit.run.writer import CheckpointWriter
 
@@ -113,19 +113,21 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     start = find_adapter(Path(config.lora.init_from)) if config.lora.init_from is not None and not begun else None
     model = config.model
     if index.cached:
-        check_cache(config, model)
+        check_cache(config)
     check_objective(config.diffusion, read_parameterization(model))
     check_tuning(build_unet_on_meta(model), config)  # before weights are read
     if config.diffusion.control:
         find_controlnet(str(config.model.controlnet), config.model.controlnet_revision)
-    attention = choose_kernel(config.model.attention, config, world, PRECISIONS[config.engine.precision])
+    attention = choose_kernel(config.model.attention, config, world, PRECISIONS[config.engine.precision], blocks)
     generates = config.validation.figures_every_steps is not None
     encoders = not index.cached or config.data.debug or generates  # which decode what is drawn
     base = load_base(model, world.device, config.engine.precision, encoders=encoders)
-    plan = choose_plan(config, base.unet.config, base.latent_px, world.device)
+    plan = choose_plan(config, base.unet.config, base.latent_px, world, None if index.cached else base.vae_config)
     framer, adapter = make_framer(config, base, attention, plan, start)
     compiled = ", compiled at the first step" if config.model.compile else ""
-    computed_by = f"attention {attention}, blocks {blocks}{compiled}, memory {plan}"
+    computed_by = (
+        f"attention {attention}, blocks {blocks}{compiled}, memory {plan}{tell_launches(config, world.device)}"
+    )
     trainable = adapter.flat.numel()
     identity = identify(config, base, index)
     check_space(config.folder, base.unet, adapter.shapes, checkpoints=2, ema=config.checkpoint.ema)
@@ -158,21 +160,23 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
         announce(config, index, computed_by, trainable, resume.step, total, world.size)
     about = describe_adapter(config, base, index)
     return Job(
-        framer,
-        adapter,
-        engine,
-        index,
-        validator,
-        gallery,
-        identity,
-        about,
-        computed_by,
-        per_rank,
-        resume,
-        total,
-        averages,
-        writer,
-        lock,
+        framer=framer,
+        adapter=adapter,
+        engine=engine,
+        index=index,
+        validator=validator,
+        gallery=gallery,
+        identity=identity,
+        about=about,
+        computed_by=computed_by,
+        accumulation=per_rank,
+        resume=replace(
+            resume, tensors=None
+        ),  # views of a file, which would take its room on the disk to the end of the run
+        total=total,
+        averages=averages,
+        writer=writer,
+        lock=lock,
     )
 
 
@@ -257,7 +261,7 @@ def make_framer(
     start  an adapter whose values the new one takes over
     """
     controlnet = load_control(config.model, base, attention) if config.diffusion.control else None
-    if controlnet is not None and plan == "small":
+    if controlnet is not None and plan != "fast":
         controlnet.enable_gradient_checkpointing()  # a trained mask_token sends gradients through it
     parameters = choose_trainable(base.unet, config)
     if start is not None:
@@ -271,6 +275,14 @@ def make_framer(
         trainable.replay(base.unet)
     window, before = config.data.frames, trainable.begin
     return Framer(base, config.diffusion, window, config.seed, controlnet, before=before), trainable.adapter
+
+
+def tell_launches(config: RunConfig, device: torch.device) -> str:
+    """How the kernels of a training pass come to a GPU; empty for a CPU."""
+    if device.type != "cuda":
+        return ""
+    reason = why_launched(config)
+    return ", replayed as CUDA graphs" if reason is None else f", launched kernel by kernel ({reason})"
 
 
 def identify(config: RunConfig, base: Base, index: DatasetIndex) -> dict[str, Any]:
@@ -343,10 +355,10 @@ def is_finished(config: RunConfig, clips: int) -> bool:
     clips  that it trains on
     """
     checkpoints = list_checkpoints(config.folder)
-    if not checkpoints or load_config(config.folder / "config.yaml") != config:
+    if not checkpoints or load_config(config.folder / "config.yaml") != config or find_fault(checkpoints[-1]):
         return False
     state = json.loads((checkpoints[-1] / "state.json").read_text())
-    best = Best(config.validation, misses=count_misses(state, config.validation))
+    best = Best(config.validation, misses=count_misses(state, look_of(config)))
     return state["step"] >= total_steps(config, clips, state["step"], state["k_next"]) or best.is_over
 
 

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +54,17 @@ def find_figure(name: str) -> Figure:
     """What a name of `score` means."""
     figure = FIGURES[name.removesuffix("_middle")]
     return figure._replace(label=f"middle {figure.label}") if name.endswith("_middle") else figure
+
+
+def read_lpips(config: RunConfig, weights: str | None) -> metrics.Distance | None:
+    """Read LPIPS where weights are given. Raises UserError where the pictures of a recipe are too small for it."""
+    if weights is None:
+        return None
+    if (side := min(config.data.height, config.data.width)) < metrics.LPIPS_MIN_PX:
+        raise UserError(
+            f"LPIPS needs pictures of {metrics.LPIPS_MIN_PX} px or more, and the run's have {side}; leave it out"
+        )
+    return metrics.load_lpips(Path(weights).expanduser())
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from toolkit.data.loader import Substitution, list_some
 from toolkit.engine.world import World
 from toolkit.errors import UserError
-from toolkit.run.checkpoint import replace_text
+from toolkit.run.rows import cut_rows, read_lines
 
 NAME = "substituted.jsonl"
 
@@ -27,21 +27,20 @@ def bad_limit(max_bad_fraction: float, clips: int) -> int:
 
 def cut_ledger(run: Path, position: int) -> None:
     """Keep the rows before a position; for the main rank, before the run's Ledger is made."""
-    path = run / NAME
-    if path.exists():
-        lines = path.read_bytes().splitlines(keepends=True)
-        rows = (line for line in lines if line.endswith(b"\n"))  # a kill tears the last
-        kept = [row.decode() for row in rows if _parse(path, row).position < position]
-        replace_text(path, "".join(kept))
+    _read(run / NAME)  # first: the bound is on what is listed, so what is no row is not dropped in silence
+    cut_rows(run / NAME, lambda row: row["position"] < position)
 
 
-def _parse(path: Path, line: bytes) -> Substitution:
-    try:
-        return Substitution(**json.loads(line))
-    except (ValueError, TypeError):
-        raise UserError(
-            f"{path} holds a torn line, {line[:200]!r}; remove that line and start the same command again"
-        ) from None
+def _read(path: Path) -> list[Substitution]:
+    rows = []
+    for line in read_lines(path):
+        try:
+            rows.append(Substitution(**json.loads(line)))
+        except (ValueError, TypeError):
+            raise UserError(
+                f"{path} holds a torn line, {line[:200]!r}; remove that line and start the same command again"
+            ) from None
+    return rows
 
 
 class Ledger:
@@ -53,8 +52,8 @@ class Ledger:
         self.allowed = bad_limit(max_bad_fraction, clips)
         self.world = world
         self._bad: dict[tuple[str, str], str] = {}  # (shard, key) -> reason; the main rank's
-        if world.is_main and self.path.exists():
-            self._count(_parse(self.path, line) for line in self.path.read_bytes().splitlines())
+        if world.is_main:
+            self._count(_read(self.path))
 
     @property
     def bad(self) -> int:

@@ -5,6 +5,7 @@ Test: pytest tests/run/test_memory.py
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from toolkit.config import RunConfig
 from toolkit.diffusion.layout import make_layout
+from toolkit.engine.world import World
 from toolkit.errors import UserError
 from toolkit.model.base import PRECISIONS
+from toolkit.model.encoders import encode_frames
 from toolkit.model.prepare import Blocks, Plan, Trainable, prepare_unet
 from toolkit.model.quiet import quiet_libraries
 from toolkit.model.tuning import choose_trainable
@@ -49,19 +52,30 @@ def find_shape(config: RunConfig, latent_px: int) -> Shape:
     return Shape(config.engine.micro_batch, frames, height, width, tokens)
 
 
-def choose_plan(config: RunConfig, unet: dict[str, Any], latent_px: int, device: torch.device) -> Plan:
-    """The recipe's plan; where it says auto, the fastest that fits into what the device has free, else the smallest.
+def choose_plan(
+    config: RunConfig, unet: Mapping[str, Any], latent_px: int, world: World, vae: Mapping[str, Any] | None = None
+) -> Plan:
+    """The recipe's plan; where it says auto, the fastest that fits into what each rank has free, else the smallest.
 
     unet  its configuration; its weights are on the device already
+    vae   its own likewise, where it encodes the next clips while the network computes
     """
     if config.model.memory != "auto":
         return config.model.memory
-    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     *plans, smallest = PLANS
-    if config.diffusion.control:  # what a ControlNet takes is not counted here
+    # What a ControlNet takes is not counted here. int8 keeps copies for the backward pass: with every activation kept it
+    # would take more than what it saves.
+    if config.diffusion.control or config.model.quantize is not None:
         return smallest
-    fitting = (p for p in plans if predict_bytes(config, unet, latent_px, p) <= USABLE * free_bytes)
-    return next(fitting, smallest)
+    device = world.device
+    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    room_bytes = USABLE * free_bytes - (0 if vae is None else predict_encoding_bytes(config, vae))
+    for plan in plans:
+        fits = torch.tensor([float(predict_bytes(config, unet, latent_px, plan) <= room_bytes)], device=device)
+        # one plan for all: where weights are sharded, ranks that compute again gather them again, and the others must too
+        if world.all_reduce_sum(fits) == [world.size]:
+            return plan
+    return smallest
 
 
 def choose_blocks(config: RunConfig) -> Blocks:
@@ -71,27 +85,42 @@ def choose_blocks(config: RunConfig) -> Blocks:
 
     raises  UserError where those that diffusers and PEFT have shall be compiled
     """
+    reason = _why_stock(config)
+    if reason is not None and config.model.compile:
+        raise UserError(
+            f"model.compile is on, but {reason} takes diffusers' and PEFT's own blocks, which do not compile whole; give "
+            "up one of the two"
+        )
+    return "lean" if reason is None else "stock"
+
+
+def _why_stock(config: RunConfig) -> str | None:
     reasons = {
         "model.blocks stock": config.model.blocks == "stock", "lora.dora": config.lora.dora,
         "lora.dropout": config.lora.dropout, "engine.kind zero3": config.engine.kind == "zero3",
         "model.quantize": config.model.quantize, "tuning full": config.tuning == "full",
     }  # fmt: skip
-    given = [name for name, applies in reasons.items() if applies]
-    if given and config.model.compile:
-        raise UserError(
-            f"model.compile is on, but {given[0]} takes diffusers' and PEFT's own blocks, which do not compile whole; give "
-            "up one of the two"
-        )
-    return "stock" if given else "lean"
+    return next((name for name, applies in reasons.items() if applies), None)
+
+
+def why_launched(config: RunConfig) -> str | None:
+    """What in a recipe keeps a training pass from being replayed as CUDA graphs, so that each kernel is launched by itself.
+
+    Something that steers the pass from outside, or is read outside of it: a graph would not see it change. None: nothing.
+    """
+    reasons = {
+        "model.cuda_graphs false": not config.model.cuda_graphs, "diffusion.control": config.diffusion.control,
+        "lora.extra_trainable mask_token": "mask_token" in config.lora.extra_trainable,
+    }  # fmt: skip
+    return next((name for name, applies in reasons.items() if applies), _why_stock(config))
 
 
 def choose_replay(config: RunConfig, device: torch.device) -> bool:
-    """Whether a training pass is replayed as CUDA graphs: where nothing steers it from outside, or is read outside of it."""
-    steered = config.diffusion.control or "mask_token" in config.lora.extra_trainable
-    return config.model.cuda_graphs and device.type == "cuda" and choose_blocks(config) == "lean" and not steered
+    """Whether a training pass is replayed as CUDA graphs."""
+    return device.type == "cuda" and why_launched(config) is None
 
 
-def predict_bytes(config: RunConfig, unet: dict[str, Any], latent_px: int, plan: Plan) -> int:
+def predict_bytes(config: RunConfig, unet: Mapping[str, Any], latent_px: int, plan: Plan) -> int:
     """Peak bytes of a step beside the frozen weights: activations, gradients, and the state of what trains."""
     shape, blocks = find_shape(config, latent_px), choose_blocks(config)
     question = {
@@ -104,7 +133,44 @@ def predict_bytes(config: RunConfig, unet: dict[str, Any], latent_px: int, plan:
     return recall(question, lambda: _count_bytes(config, unet, shape, plan, blocks))
 
 
-def _count_bytes(config: RunConfig, unet: dict[str, Any], shape: Shape, plan: Plan, blocks: Blocks) -> int:
+def count_encoder_bytes(config: RunConfig, vae: Mapping[str, Any], clip: Mapping[str, Any]) -> int:
+    """Bytes of the weights of VAE and image encoder, by their configurations."""
+    from diffusers import AutoencoderKLTemporalDecoder
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    with quiet_libraries(), torch.device("meta"):
+        encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**clip))
+        parts = ((build_on_meta(AutoencoderKLTemporalDecoder, vae), _vae_dtype(config, vae)),
+                 (encoder, PRECISIONS[config.engine.precision]))  # fmt: skip
+    return sum(dtype.itemsize * sum(p.numel() for p in part.parameters()) for part, dtype in parts)
+
+
+def _vae_dtype(config: RunConfig, vae: Mapping[str, Any]) -> torch.dtype:
+    return torch.float32 if vae["force_upcast"] else PRECISIONS[config.engine.precision]
+
+
+def predict_encoding_bytes(config: RunConfig, vae: Mapping[str, Any]) -> int:
+    """Peak bytes of encoding a frame beside the weights of a VAE, by its configuration."""
+    dtype = _vae_dtype(config, vae)
+    size = (config.data.height, config.data.width)
+    known = {name: value for name, value in vae.items() if not name.startswith("_")}
+    return recall(
+        {"encoding_peak_bytes": known, "size": size, "dtype": str(dtype)}, lambda: _count_encoding(vae, size, dtype)
+    )
+
+
+def _count_encoding(vae: Mapping[str, Any], size: tuple[int, int], dtype: torch.dtype) -> int:
+    from diffusers import AutoencoderKLTemporalDecoder
+
+    with quiet_libraries():
+        network = build_on_meta(AutoencoderKLTemporalDecoder, vae).to(dtype).requires_grad_(False)
+    frame_11CHW = torch.empty(1, 1, 3, *size, dtype=dtype, device="meta")
+    with Meter([*network.parameters(), *network.buffers(), frame_11CHW]) as meter:
+        encode_frames(network, frame_11CHW)
+    return max(cost.peak_bytes for cost in meter.costs.values())
+
+
+def _count_bytes(config: RunConfig, unet: Mapping[str, Any], shape: Shape, plan: Plan, blocks: Blocks) -> int:
     dtype = PRECISIONS[config.engine.precision]
     with quiet_libraries():
         network = build_on_meta(FramerUNet, unet).to(dtype).requires_grad_(False).eval()

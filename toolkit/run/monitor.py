@@ -23,8 +23,8 @@ from torch import Tensor
 
 from toolkit.engine.world import World
 from toolkit.run.board import FIGURES, Board
-from toolkit.run.checkpoint import replace_text
 from toolkit.run.health import AdapterHealth
+from toolkit.run.rows import cut_rows, read_rows
 from toolkit.run.scores import Scores, join_scores, name_bins, split_by_sigma
 from toolkit.run.timings import PAUSE, Spent, Timings
 from toolkit.run.validate import Losses, name_overfitting
@@ -69,14 +69,15 @@ class Monitor:
         from tqdm import tqdm
 
         for name in (LOG, FIGURES_LOG):
-            cut_log(run / name, start or -1)  # at 0, what a start looked at that was killed before its first save
+            # at 0, what a start looked at that was killed before its first save
+            cut_rows(run / name, lambda row: row["step"] <= (start or -1))
         self.looks = [
-            (row["step"], row["validation_loss"], row["seen_loss"]) for row in read_log(run / LOG)
+            (row["step"], row["validation_loss"], row["seen_loss"]) for row in read_rows(run / LOG)
             if None not in (row.get("validation_loss"), row.get("seen_loss"))
         ]  # fmt: skip
         self.named = name_overfitting(self.looks) is not None  # overfitting, which is said once
         self.log = (run / LOG).open("a")
-        figures = {name for row in read_log(run / FIGURES_LOG) for name in row if name != "step"}
+        figures = {name for row in read_rows(run / FIGURES_LOG) for name in row if name != "step"}
         blocks = health.blocks if health is not None else ()
         self.board = Board(run / "tb", start, name_bins(edges), blocks, sorted(figures))
         self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=None)
@@ -244,20 +245,3 @@ def without_infinities(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: without_infinities(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read a file of rows; what a kill or a power cut left half written is none."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def cut_log(path: Path, step: int) -> None:
-    """Drop the rows beyond a step."""
-    rows = [row for row in read_log(path) if row["step"] <= step]
-    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))

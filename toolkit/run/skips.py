@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from toolkit.data.loader import list_some
 from toolkit.engine.world import World
 from toolkit.errors import UserError
-from toolkit.run.checkpoint import replace_text
+from toolkit.run.rows import cut_rows, read_rows
 
 NAME = "skipped.jsonl"
 
@@ -65,7 +64,7 @@ class Skips:
     def _describe_too_many(self, step: int) -> str:
         if self.in_a_row < self.allowed:
             return ""
-        rows = (row for row in read_skips(self.path) if row["step"] > step - self.in_a_row)
+        rows = (row for row in read_rows(self.path) if row["step"] > step - self.in_a_row)
         keys = sorted({key for row in rows for key in row["clips"]})
         return (
             f"step {step}: {self.in_a_row} steps in a row were skipped, since their losses or gradients were not finite "
@@ -74,15 +73,6 @@ class Skips:
         )
 
 
-def read_skips(path: Path) -> list[dict[str, Any]]:
-    """Read the rows; a half-written last one, left by a kill, is none."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
 def cut_skips(run: Path, step: int) -> None:
     """Drop the rows beyond a step, which a resumed run computes again; for the main rank, before the first step."""
-    path = run / NAME
-    if path.exists():
-        replace_text(path, "".join(json.dumps(row) + "\n" for row in read_skips(path) if row["step"] <= step))
+    cut_rows(run / NAME, lambda row: row["step"] <= step)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from toolkit.engine.world import World, init_world, naming_lost_ranks
 from toolkit.model.dropout import adapter_dropout
 from toolkit.model.flat import NAME as FLAT
 from toolkit.model.lora import adapted_layers
-from toolkit.run.best import Best
+from toolkit.run.best import Best, look_of
 from toolkit.run.debug import draw_batches
 from toolkit.run.folder import FREE_FIELDS, SOURCES
 from toolkit.run.health import AdapterHealth
@@ -33,6 +34,7 @@ from toolkit.run.validate import Losses
 from toolkit.run.watchdog import Watchdog
 
 DEBUG_PICTURE = "samples/batch.png"
+COMPILING_S = 1800  # what a slow host may take for all modules, beside engine.hang_timeout_s
 
 
 def train(config: RunConfig, fresh: bool = False, allow_change: bool = False, requests: Requests | None = None) -> Path:
@@ -46,7 +48,7 @@ def train(config: RunConfig, fresh: bool = False, allow_change: bool = False, re
     """
     # first: a signal that comes while all is loaded is obeyed too
     with nullcontext(requests) if requests is not None else Requests() as requests:
-        world = init_world(hang_timeout_s=config.engine.hang_timeout_s)
+        world = init_world(hang_timeout_s=config.engine.hang_timeout_s + COMPILING_S * config.model.compile)
         with naming_lost_ranks(world):
             job = build_job(config, world, fresh, allow_change)
             if world.is_main:
@@ -81,8 +83,7 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
         if job.resume.step == 0:
             look(config, job, monitor, 0, watchdog)
         for step in range(job.resume.step, job.resume.step if over else job.total):
-            if step > job.resume.step or not config.model.compile:  # which takes minutes, at the first step
-                watchdog.beat()
+            watchdog.beat(COMPILING_S * (config.model.compile and step == job.resume.step))
             own: list[Scores] = []
             keys: list[list[str]] = []
             substitutes: list[Substitution] = []
@@ -140,11 +141,12 @@ def look(
 ) -> tuple[Losses | None, float | None]:
     """Validate what is due after a step, and show pictures; returns the losses and best_by's score, None where not due."""
     losses, figures, every = None, {}, config.validation
+    beat = partial(watchdog.beat, COMPILING_S * config.model.compile)  # without gradients it is compiled anew
     with monitor.paused():
         if job.gallery is not None and is_due(every.figures_every_steps, step, job.total):
-            figures = job.gallery.show(monitor, step, watchdog.beat)
+            figures = job.gallery.show(monitor, step, beat)
         if job.validator is not None and step and is_due(every.every_steps, step, job.total):
-            losses = job.validator.measure(watchdog.beat)
+            losses = job.validator.measure(beat)
     if every.best_by == "loss":
         return losses, losses.held_out if losses is not None else None
     return losses, figures.get(every.best_by)
@@ -202,8 +204,8 @@ def save(
             "computed_by": job.computed_by,
             "updates": job.engine.updates, "skipped_in_a_row": skipped_in_a_row,
             "k_next": job.resume.k_next + (step - job.resume.step) * config.engine.global_batch, "seed": config.seed,
-            "validation_by": config.validation.best_by, "validation_score": score if finite else None,
-            "validation_clips": config.validation.clips, "validation_misses": misses,
+            "validation_look": look_of(config), "validation_score": score if finite else None,
+            "validation_misses": misses,
             "ranks": world.size, "global_batch": config.engine.global_batch, "micro_batch": config.engine.micro_batch,
         }  # fmt: skip
         if job.averages is not None:

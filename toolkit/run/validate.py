@@ -115,7 +115,7 @@ class Validator:
                 raise batch
             counts = batch.positions[0] < clips  # else it is there to keep step with the other ranks
             for level, sigma in enumerate(self.sigmas):
-                scores = self.framer.compute_loss(batch, sigma_B=total.new_full((1,), sigma, dtype=torch.float32))
+                scores = self.framer.compute_loss(batch, sigma_B=torch.full((1,), sigma))
                 total[:, level] += torch.cat([scores.loss_B, scores.zero_B]) * counts
         return total
 

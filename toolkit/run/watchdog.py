@@ -32,7 +32,7 @@ _BACKSTOP_S = 9.0
 
 
 class Watchdog:
-    """Watches one rank's steps from its first beat on; `with` ends the watch.
+    """Watches one rank's steps; `with` ends the watch.
 
     run        the run folder, the same for all ranks
     timeout_s  without a beat for so long, the process writes its report and exits with code HANG
@@ -51,10 +51,10 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def beat(self) -> None:
-        """Tell that the run goes on."""
-        self._beat_s = time.monotonic()
-        faulthandler.dump_traceback_later(self.timeout_s + _BACKSTOP_S, file=self._file)
+    def beat(self, extra_s: float = 0) -> None:
+        """Tell that the run goes on; extra_s: how much longer than usual the next beat may take."""
+        self._beat_s = time.monotonic() + extra_s
+        faulthandler.dump_traceback_later(self.timeout_s + extra_s + _BACKSTOP_S, file=self._file)
 
     def __enter__(self) -> Watchdog:
         return self
