@@ -41,8 +41,8 @@ def interpolate(
     seed          one for all gaps, or one per gap with commas between; default the recipe's
     trajectories  a JSON of points, or auto to match features of the stills; needs a ControlNet
     control_scale of the ControlNet; default 1 for drawn trajectories, 0.5 for found ones
-    chunk_frames  frames decoded at once, by default three of 576x576: fewer need less memory and give the same frames
-                  (default: all of a window)
+    chunk_frames  frames decoded at once: fewer need less memory of the GPU, take longer and give the same frames; default as
+                  many as it has room for
     batch         pairs of stills that the network is asked about at once: faster, and takes more memory; default 1
     compile       compile the network first: minutes once, then less time a step; for many stills, one pair at a time
     config        a recipe, for an adapter that holds none

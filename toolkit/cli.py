@@ -122,14 +122,15 @@ def refuse_unknown_flags(function: Callable[..., Any], arguments: list[str]) -> 
     """Refuse a flag that the function does not take; Fire itself would say so only after the work is done."""
     parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
     flags, fields = [p.name for p in parameters], _overrides(function, field_names)
+    parts = {part for name in fields for part in name.split(".")}
     taken = {*flags, *fields, "help", *(f"no{p.name}" for p in parameters if p.annotation is bool)}
     for argument in arguments:
         name = re.match(r"--([\w.-]+)", argument)
         flag = name[1].replace("-", "_") if name else ""
         if name and flag not in taken:
             near = difflib.get_close_matches(flag, flags, 1)
-            if fields and (not near or flag in {name.split(".")[-1] for name in fields}):
-                continue  # load_config says which field may be meant
+            if fields and (not near or "." in flag or flag in parts):
+                continue  # load_config takes whole sections, and says which field may be meant
             known = f"did you mean --{near[0]}?" if near else f"flags are {', '.join('--' + flag for flag in flags)}"
             raise UserError(f"unknown flag --{flag}; {known}")
 

@@ -230,7 +230,7 @@ class FramerPipeline(DiffusionPipeline):
         min_, max_guidance_scale  classifier-free guidance rises over the window from one to the other; max 1: none
         fps                  of the result, told as fps - 1
         noise_aug_strength   std of the noise on the stills' pixels; the config's is noise_augmentation
-        decode_chunk_size    frames the VAE decodes at once, see decode_latents: fewer give the same frames in less memory
+        decode_chunk_size    frames the VAE decodes at once: fewer take longer, give the same; default as many as fit
         trajectories         (P, K, 2): (x, y) in pixels of P points at K times from the first still to the last
         generator            one for all clips, or a list with one per clip
         latents              N(0, 1) to start from, (B, T, 4, H / 8, W / 8)

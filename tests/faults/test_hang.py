@@ -119,7 +119,7 @@ import ctypes, os, sys, time
 from pathlib import Path
 from toolkit.run import watchdog
 watchdog._BACKSTOP_S = 0.5
-with watchdog.Watchdog(Path({str(folder)!r}), 0, 1, timeout_s=1.5):
+with watchdog.Watchdog(Path({str(folder)!r}), 0, 1, timeout_s=1.5) as watch:
     print("watched", flush=True)
     {lines}
 """
@@ -146,12 +146,19 @@ def test_stacks_where_python_cannot_run(tmp_path: Path) -> None:
     process.kill()
 
 
+def test_what_is_allowed_is_told(tmp_path: Path) -> None:
+    """One beat that may take longer is given that time, and what is said is how long the process was silent for."""
+    process = watch_alone(tmp_path, "watch.beat(2); time.sleep(2.5); print('alive', flush=True); time.sleep(60)")
+    out, said = process.communicate(timeout=30)
+    assert process.returncode == HANG and out == "alive\n" and "no step for 3.5 s" in said
+
+
 def test_a_lone_rank_may_pause(tmp_path: Path) -> None:
-    """Stopped within a step for longer than all its grace, and continued: the process goes on to its end."""
-    process = watch_alone(tmp_path, "sys.stdin.read()")
+    """Stopped within a step for longer than all its grace, and continued: the process goes on to its end, in its own time."""
+    process = watch_alone(tmp_path, "watch.beat(2); sys.stdin.read()")
     process.send_signal(signal.SIGSTOP)
-    time.sleep(2.5)
+    time.sleep(4)
     process.send_signal(signal.SIGCONT)
-    time.sleep(0.5)  # in which it would be taken for one that hangs
+    time.sleep(2.5)  # in which it would be taken for one that hangs
     process.communicate(timeout=30)
     assert process.returncode == 0

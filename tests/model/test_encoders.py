@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from toolkit.model import encoders
-from toolkit.model.encoders import decode_latents, embed_stills, encode_frames
+from toolkit.model.encoders import VAE_CONFIG, count_decoding_bytes, decode_latents, embed_stills, encode_frames
+from toolkit.model.weights import build_on_meta
+from toolkit.run.meter import Meter
 
 
 @pytest.fixture(scope="module")
@@ -122,22 +123,20 @@ def test_chunks_change_nothing(noisy_vae: AutoencoderKLTemporalDecoder) -> None:
         assert torch.allclose(made, whole, atol=1e-5) and made.dtype == torch.float32 and not made.requires_grad
 
 
-def test_memory_stays_that_of_few_frames(
+def test_frames_are_encoded_one_by_one(
     monkeypatch: pytest.MonkeyPatch, noisy_vae: AutoencoderKLTemporalDecoder
 ) -> None:
-    """Frames are encoded one by one, of however many clips, and decoded as many at once as have so many pixels."""
-    encoded, chunks = [], []
-    encode, in_chunks = noisy_vae.encode, encoders.decode_in_chunks
+    """Of however many clips, so that memory stays that of one."""
+    encoded, encode = [], noisy_vae.encode
     monkeypatch.setattr(noisy_vae, "encode", lambda frames: (encoded.append(len(frames)), encode(frames))[1])
     encode_frames(noisy_vae, torch.zeros(2, 3, 3, 8, 8))
     assert encoded == [1] * 6
-    monkeypatch.setattr(encoders, "decode_in_chunks", lambda *given: (chunks.append(given[2]), in_chunks(*given))[1])
-    latents = torch.zeros(1, 5, 4, 8, 8)
-    frame_px = decode_latents(noisy_vae, latents).shape[-1] ** 2
-    assert chunks == []
-    for most_px, chunk in ((3 * frame_px, 3), (3 * frame_px - 1, 2), (1, 1)):
-        monkeypatch.setattr(encoders, "DECODED_PX", most_px)
-        decode_latents(noisy_vae, latents)
-        assert chunks.pop() == chunk
-    decode_latents(noisy_vae, latents, 4)  # what is asked for goes before
-    assert chunks.pop() == 4
+
+
+def test_room_to_decode_is_that_of_the_published_decoder() -> None:
+    """What is reckoned for a frame is what a clip at once takes, and not much more."""
+    vae = build_on_meta(AutoencoderKLTemporalDecoder, VAE_CONFIG).requires_grad_(False)
+    latents = torch.empty(1, 4, 4, 40, 64, device="meta")
+    with Meter([latents, *vae.parameters()]) as meter:
+        decode_latents(vae, latents)
+    assert 0.95 < meter.costs["forward"].peak_bytes / (4 * count_decoding_bytes(vae, latents)) <= 1.01

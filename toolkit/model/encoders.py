@@ -16,7 +16,7 @@ from toolkit.model.quiet import quiet_libraries
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_SIZE_PX = 224
-DECODED_PX = 2**20  # at once: 3 GiB in the published decoder, which a look must find beside what training holds
+DECODED_NUMBERS = 1024  # a pixel: what the published decoder holds at its peak
 # stabilityai/stable-video-diffusion-img2vid-xt, vae/config.json and image_encoder/config.json
 VAE_CONFIG = {"block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
               "layers_per_block": 2, "latent_channels": 4, "scaling_factor": 0.18215, "force_upcast": True}  # fmt: skip
@@ -43,18 +43,35 @@ def encode_frames(vae: Any, frames_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
 def decode_latents(vae: Any, latents_BTCHW: Tensor, chunk_frames: int | None = None) -> Tensor:
     """Decode unscaled latents, clip by clip: frames of two clips must not be mixed in time.
 
-    chunk_frames  frames on the device at once, which give the same frames; default as many as have DECODED_PX pixels
+    chunk_frames  frames on the device at once: fewer take longer and give the same; default as many as a GPU has room for
     returns       frames_BTCHW fp32, clamped to [-1, 1]
     source        diffusers, StableVideoDiffusionPipeline.decode_latents
     """
-    T, H, W = (latents_BTCHW.shape[axis] for axis in (1, 3, 4))
-    frame_px = H * W * 4 ** (len(vae.config.block_out_channels) - 1)
-    chunk = min(chunk_frames or max(1, DECODED_PX // frame_px), T)
+    T = latents_BTCHW.shape[1]
+    chunk = min(chunk_frames or find_room(vae, latents_BTCHW), T)
     clips = [
         vae.decode(clip_TCHW, num_frames=T).sample if chunk == T else decode_in_chunks(vae, clip_TCHW, chunk)
         for clip_TCHW in latents_BTCHW.to(vae.dtype)
     ]
     return torch.stack(clips).float().clamp(-1, 1)
+
+
+def find_room(vae: Any, latents_BTCHW: Tensor) -> int:
+    """Frames of a clip that a GPU has room to decode at once, one at least; on a CPU all.
+
+    A training run may hold much of it, which a window of many frames would not fit beside.
+    """
+    device = latents_BTCHW.device
+    if device.type != "cuda":
+        return latents_BTCHW.shape[1]
+    torch.cuda.empty_cache()  # else what the allocator keeps for later would be taken
+    return max(1, torch.cuda.mem_get_info(device)[0] // count_decoding_bytes(vae, latents_BTCHW))
+
+
+def count_decoding_bytes(vae: Any, latents_BTCHW: Tensor) -> int:
+    """Peak bytes of decoding, for each frame of a clip."""
+    H, W = latents_BTCHW.shape[-2:]
+    return DECODED_NUMBERS * vae.dtype.itemsize * H * W * 4 ** (len(vae.config.block_out_channels) - 1)
 
 
 @torch.no_grad()

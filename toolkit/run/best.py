@@ -15,7 +15,8 @@ from toolkit.run.judge import own_gaps
 
 Look = dict[str, Any]  # what a score depends on beside the weights, as state.json keeps it
 # fields that bear on it; those other than validation.* change in the middle of a run with --allow_change alone
-_BEAR_ON_BOTH = ("validation.clips", "seed", "data.frames", "data.height", "data.width", "diffusion.layout",
+_BEAR_ON_BOTH = ("validation.clips", "model.base", "model.unet", "engine.precision", "seed",
+                 "data.frames", "data.height", "data.width", "diffusion.layout",
                  "diffusion.clip_tokens", "diffusion.scale_conditioning", "diffusion.noise_augmentation",
                  "diffusion.control")  # fmt: skip
 _BEAR_ON_LOSS = ("data.stride", "diffusion.noise_sampler", "diffusion.lognormal_mean", "diffusion.lognormal_std",

@@ -40,7 +40,7 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
              global_batch, micro_batch, ranks, accumulation, possible_ranks, clips, optimizer_steps, weights_gb, step_gb,
              encoders_gb, notes}; clips and optimizer_steps are None where the shards are not on this machine; weights_gb are
              the frozen UNet's, step_gb what a step takes beside them under each plan of model.memory, encoders_gb what VAE
-             and image encoder take beside both while they encode clips, 0 where the shards hold latents; in 1e9 bytes
+             and image encoder take beside both with what encoding takes, 0 where a run needs neither; in 1e9 bytes
     raises   UserError for what a run of so many ranks would refuse about its engine, batch, data, objective, and weights
              where they are on this machine
     """
@@ -94,8 +94,11 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
         report["clips"], cached = len(index), index.cached
         report["optimizer_steps"] = total_steps(config, len(index))
     else:
-        report["notes"].append(f"{', '.join(absent)} is not on this machine, so clips and steps are not counted")
-    if not cached:
+        report["notes"].append(
+            f"{', '.join(absent)} is not on this machine, so clips and steps are not counted, and encoders_gb is for videos"
+        )
+    draws = config.data.debug or config.validation.figures_every_steps is not None
+    if not cached or draws:
         encoder_bytes = count_encoder_bytes(config, vae, clip) + predict_encoding_bytes(config, vae)
         report["encoders_gb"] = round(encoder_bytes / 1e9, 2)
     if away:

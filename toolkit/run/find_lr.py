@@ -146,7 +146,7 @@ def read(batches: MicroBatches, ordinal: int) -> Batch:
 def score(framer: Framer, batches: list[Batch]) -> float:
     """The mean loss of clips at as many noise levels, the middles of equally likely ranges; noise by their positions."""
     clips = sum(len(batch.positions) for batch in batches)
-    sigma_N = framer.sigma_quantiles((torch.arange(clips) + 0.5) / clips).to(framer.device)
+    sigma_N = framer.sigma_quantiles((torch.arange(clips) + 0.5) / clips)
     sizes = [len(batch.positions) for batch in batches]
     losses = [
         framer.compute_loss(batch, sigma_B=sigma_B).loss_B

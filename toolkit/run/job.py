@@ -125,9 +125,7 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     plan = choose_plan(config, base.unet.config, base.latent_px, world, None if index.cached else base.vae_config)
     framer, adapter = make_framer(config, base, attention, plan, start)
     compiled = ", compiled at the first step" if config.model.compile else ""
-    computed_by = (
-        f"attention {attention}, blocks {blocks}{compiled}, memory {plan}{tell_launches(config, world.device)}"
-    )
+    computed_by = f"attention {attention}, blocks {blocks}{compiled}, memory {plan}"
     trainable = adapter.flat.numel()
     identity = identify(config, base, index)
     check_space(config.folder, base.unet, adapter.shapes, checkpoints=2, ema=config.checkpoint.ema)
@@ -157,7 +155,9 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     gallery = Gallery(config, framer, world) if generates else None
     writer = CheckpointWriter(config.folder, config.checkpoint) if world.is_main else None
     if world.is_main:
-        announce(config, index, computed_by, trainable, resume.step, total, world.size)
+        announce(
+            config, index, computed_by + tell_launches(config, world.device), trainable, resume.step, total, world.size
+        )
     about = describe_adapter(config, base, index)
     return Job(
         framer=framer,

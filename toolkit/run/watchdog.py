@@ -53,8 +53,8 @@ class Watchdog:
 
     def beat(self, extra_s: float = 0) -> None:
         """Tell that the run goes on; extra_s: how much longer than usual the next beat may take."""
-        self._beat_s = time.monotonic() + extra_s
-        faulthandler.dump_traceback_later(self.timeout_s + extra_s + _BACKSTOP_S, file=self._file)
+        self._allowed_s, self._beat_s = self.timeout_s + extra_s, time.monotonic()
+        faulthandler.dump_traceback_later(self._allowed_s + _BACKSTOP_S, file=self._file)
 
     def __enter__(self) -> Watchdog:
         return self
@@ -73,8 +73,9 @@ class Watchdog:
             now_s = time.monotonic()  # once, since a pause may come between any two calls
             slept_s, woken_s = now_s - woken_s, now_s
             if slept_s > self.timeout_s / 2 and not self._others():
-                self.beat()  # the whole process was stopped, as by Ctrl-Z: no hang, unless another rank gave up meanwhile
-            elif woken_s - self._beat_s > self.timeout_s:
+                # the whole process was stopped, as by Ctrl-Z: no hang, unless another rank gave up meanwhile
+                self.beat(self._allowed_s - self.timeout_s)
+            elif woken_s - self._beat_s > self._allowed_s:
                 self._give_up(woken_s - self._beat_s)
 
     def _give_up(self, silent_s: float) -> None:
@@ -107,7 +108,7 @@ class Watchdog:
         places = {self.rank: place, **self._others()}
         if self.rank == min(places):
             silent = sorted(set(range(self.size)) - set(places))
-            print(summarize(places, silent, self.timeout_s, self.folder), file=sys.stderr, flush=True)
+            print(summarize(places, silent, self._allowed_s, self.folder), file=sys.stderr, flush=True)
 
     def _wait_for_others(self) -> None:
         until_s = time.monotonic() + _PATIENCE_S
