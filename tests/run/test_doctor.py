@@ -126,7 +126,7 @@ def test_doctor_says_what_keeps_steps_from_being_replayed() -> None:
     """Which a recipe may ask for on a machine without a GPU."""
     for changes, reason in (({}, None), ({"lora.dora": True}, "lora.dora"), ({"model.cuda_graphs": False}, None),
                             ({"lora.extra_trainable": ["mask_token"]}, "lora.extra_trainable mask_token")):  # fmt: skip
-        notes = examine(load_config(SPEC, {"diffusion.layout": "framer_clip"} | changes), ranks=1)["notes"]
+        notes = examine(load_config(RECIPE, changes), ranks=1)["notes"]
         assert [note.split(" keeps")[0] for note in notes if "CUDA graphs" in note] == [reason] * (reason is not None)
 
 
