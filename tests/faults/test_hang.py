@@ -154,7 +154,7 @@ def test_what_is_allowed_is_told(tmp_path: Path) -> None:
 
 
 def test_a_lone_rank_may_pause(tmp_path: Path) -> None:
-    """Stopped within a step for longer than all its grace, and continued: the process goes on to its end, in its own time."""
+    """Stopped within a step for longer than all its grace, and continued: the process goes on, in its own time."""
     process = watch_alone(tmp_path, "watch.beat(2); sys.stdin.read()")
     process.send_signal(signal.SIGSTOP)
     time.sleep(4)
