@@ -65,7 +65,8 @@ def find_room(vae: Any, latents_BTCHW: Tensor) -> int:
     if device.type != "cuda":
         return latents_BTCHW.shape[1]
     torch.cuda.empty_cache()  # else what the allocator keeps for later would be taken
-    return max(1, torch.cuda.mem_get_info(device)[0] // count_decoding_bytes(vae, latents_BTCHW))
+    usable_bytes = 0.85 * torch.cuda.mem_get_info(device)[0]  # an allocator rounds, and libraries take workspace
+    return max(1, int(usable_bytes // count_decoding_bytes(vae, latents_BTCHW)))
 
 
 def count_decoding_bytes(vae: Any, latents_BTCHW: Tensor) -> int:

@@ -170,9 +170,8 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
         about=about,
         computed_by=computed_by,
         accumulation=per_rank,
-        resume=replace(
-            resume, tensors=None
-        ),  # views of a file, which would take its room on the disk to the end of the run
+        # without views of a file, which would take its room on the disk to the end of the run
+        resume=replace(resume, tensors=None),
         total=total,
         averages=averages,
         writer=writer,
