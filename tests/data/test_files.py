@@ -84,6 +84,28 @@ def test_a_file_is_shared_where_the_disk_can(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "link").symlink_to("source")
     link_or_copy(tmp_path / "link", target)
     assert target.samefile(source) and not target.is_symlink()
+    link_or_copy(source, target)  # again
     monkeypatch.setattr(os, "link", _refuse_link)
     link_or_copy(source, target)
     assert target.read_bytes() == b"new" and not target.samefile(source)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "target", "other", "link"}
+
+
+@pytest.mark.parametrize("linking", [True, False])
+def test_two_may_share_a_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, linking: bool) -> None:
+    """Another one that shares it, begun and done in the middle of this, is no error; the file is never gone or half."""
+    source, target, link = tmp_path / "source", tmp_path / "target", os.link
+    source.write_bytes(b"new")
+    target.write_bytes(b"old")
+    others = [b"the other"]
+
+    def link_late(one: Path, two: Path) -> None:
+        assert target.read_bytes() in (b"old", b"new")
+        if others.pop() if others else None:
+            link_or_copy(source, target)
+        link(one, two) if linking else _refuse_link()
+
+    monkeypatch.setattr(os, "link", link_late)
+    link_or_copy(source, target)
+    assert target.read_bytes() == b"new" and target.samefile(source) is linking and not others
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "target"}

@@ -227,7 +227,12 @@ def test_a_sharded_adapter_is_said_to_have_no_norms(
 ) -> None:
     """Once, and the rest is shown."""
     run = train_here(watched | {"runs_dir": str(tmp_path), "schedule.steps": 2, "engine.kind": "fsdp2"})
-    assert capsys.readouterr().out.count("engine fsdp2 shards the adapter, so its norms are not shown") == 1
+    said = capsys.readouterr().out
+    assert said.count("engine fsdp2 shards the adapter, so its norms are not shown") == 1
+    assert (
+        re.search(r"^loaded in \d+\.\d s\n(.*\n)*first step in \d+\.\d s$", said, re.M)
+        and said.count("first step") == 1
+    )
     row = read_rows(run / "log.jsonl")[-1]
     assert "adapter_norm" not in row and "loss_by_sigma" in row
     assert not any("adapter" in title for title in read_charts(read_board(run)))
@@ -244,7 +249,7 @@ def monitors(tmp_path: Path) -> Iterator[Any]:
     def make(start: int, world: World = MAIN) -> Monitor:
         if opened:
             opened[-1].close()
-        opened.append(Monitor(tmp_path, start, 0, 10, 1, 1, [0.5, 123.0], None, {}, world))
+        opened.append(Monitor(tmp_path, start, 0, 10, 1, 1, [0.5, 123.0], None, {}, {}, world))
         return opened[-1]
 
     yield make

@@ -56,6 +56,6 @@ def test_a_run_goes_on_after_a_power_cut(tmp_path: Path) -> None:
     for name in (LOG, FIGURES_LOG, NAME):
         (tmp_path / name).write_bytes(WHOLE[0] + HARM["zeros in place of a row"] + WHOLE[1] + WHOLE[2])
     cut_skips(tmp_path, 2)
-    Monitor(tmp_path, 2, 0, 10, 1, 1, [0.5, 123.0], None, {}, World(0, 1, torch.device("cpu"))).close()
+    Monitor(tmp_path, 2, 0, 10, 1, 1, [0.5, 123.0], None, {}, {}, World(0, 1, torch.device("cpu"))).close()
     for name in (LOG, FIGURES_LOG, NAME):
         assert (tmp_path / name).read_bytes() == WHOLE[0] + WHOLE[2], name

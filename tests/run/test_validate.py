@@ -181,6 +181,26 @@ def test_a_score_belongs_to_what_was_looked_at(
     assert are_alike(json.loads(json.dumps(look)), other) is not counts
 
 
+@pytest.mark.parametrize("looks", [LOSS, PSNR])
+def test_a_score_belongs_to_its_clips(
+    plain: dict[str, Any], tiny_shards: Path, tmp_path: Path, looks: dict[str, Any]
+) -> None:
+    """The same held-out clips elsewhere are the same look; others there are another one, more to train on are not."""
+    shards = Path(shutil.copytree(tiny_shards, tmp_path / "shards"))
+
+    def read_look() -> dict[str, Any]:
+        return look_of(load_config(RECIPE, plain | looks | {"name": "look", "data.shards": str(shards)}))
+
+    look = look_of(load_config(RECIPE, plain | looks | {"name": "look"}))
+    assert read_look() == look
+    for path in tiny_shards.glob("val-000000.*"):
+        shutil.copy(path, shards / path.name.replace("val-000000", "train-000009"))
+    assert are_alike(read_look(), look)
+    for path in tiny_shards.glob("train-000000.*"):
+        shutil.copy(path, shards / path.name.replace("train-000000", "val-000009"))
+    assert not are_alike(read_look(), look)
+
+
 def test_a_gap_that_is_the_only_one_is_the_first(plain: dict[str, Any]) -> None:
     """Where a recipe names none it is judged at the gap that it trains on."""
     overrides = plain | PSNR | {"name": "look", "data.frames": 3, "data.stride": "[4,8]"}
@@ -352,6 +372,19 @@ def test_overfitting_has_its_name() -> None:
     broken = (50, float("nan"), float("nan"))  # is no look
     assert name_overfitting([*falls, broken]) is None and name_overfitting([broken, *falls]) is None
     assert name_overfitting([broken, *falls, (60, 0.45, 0.2)]) == said
+
+
+def test_losses_of_other_clips_are_not_compared(plain: dict[str, Any], tmp_path: Path) -> None:
+    """With more clips to look at, a run looks for overfitting from there on; with the same ones, from the start."""
+    overrides = plain | EVERY | {"name": "more", "runs_dir": str(tmp_path), "checkpoint.every_steps": 2}
+    for looks, steps in (({}, 4), ({"validation.clips": 3}, 6)):
+        given: list[list[int]] = []
+        with mock.patch(
+            "toolkit.run.monitor.name_overfitting", lambda looks, to=given: to.append([s for s, *_ in looks])
+        ):
+            for total in (steps - 2, steps):
+                train_here(overrides | looks | {"schedule.steps": total}, allow_change=True)
+        assert given[-1] == ([1, 2, 3, 4] if not looks else [5, 6])
 
 
 def test_overfitting_is_said_once(plain: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

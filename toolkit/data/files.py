@@ -27,7 +27,7 @@ def written_aside(path: Path, first_stays: bool = False) -> Iterator[BinaryIO]:
 
     first_stays  where the file has appeared meanwhile, it is not replaced
     """
-    aside = path.with_name(f"{path.name}.{os.urandom(8).hex()}.tmp")
+    aside = _aside(path)
     try:
         with open(aside, "xb") as file:  # never through a link that somebody put there
             yield file
@@ -39,6 +39,11 @@ def written_aside(path: Path, first_stays: bool = False) -> Iterator[BinaryIO]:
             os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> Path:
+    """A name that nobody else writes to."""
+    return path.with_name(f"{path.name}.{os.urandom(8).hex()}.tmp")
 
 
 def _link_first(aside: Path, path: Path) -> None:
@@ -58,9 +63,15 @@ def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Let another folder have a file too, without taking its space twice where the disk allows that."""
-    target.unlink(missing_ok=True)
+    """Let another folder have a file too, whole whoever else does so, without its space twice where the disk allows that."""
+    aside = _aside(target)
     try:
-        os.link(source.resolve(), target)  # of a link itself, as the hub's folders are full of, nothing would be kept
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(source, target)
+        try:
+            os.link(
+                source.resolve(), aside
+            )  # of a link itself, as the hub's folders are full of, nothing would be kept
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(source, aside)
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)  # it stays where both names are of one file already

@@ -5,12 +5,15 @@ Test: pytest tests/run/test_validate.py. A look is a loss on them (validate.py),
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from toolkit.config import RunConfig, ValidationConfig, flatten_config
+from toolkit.data.index import open_sources
 from toolkit.run.judge import own_gaps
 
 Look = dict[str, Any]  # what a score depends on beside the weights, as state.json keeps it
@@ -53,26 +56,39 @@ class Best:
 
 
 def look_of(config: RunConfig) -> Look:
-    """All of a recipe that the score of a look depends on and that may change from the start of a run to its end."""
+    """All that the score of a look depends on and that may change from the start of a run to its end."""
     by = config.validation.best_by
-    return {"by": by} | (_pick(config, _BEAR_ON_LOSS) if by == "loss" else frames_of(config))
+    return {"by": by} | (losses_of(config) if by == "loss" else frames_of(config))
+
+
+def losses_of(config: RunConfig) -> Look:
+    """All that the losses of a look depend on."""
+    return _pick(config, _BEAR_ON_LOSS)
 
 
 def frames_of(config: RunConfig) -> Look:
-    """All of a recipe that the frames which a look generates depend on, those of its first gap, and their figures."""
+    """All that the frames which a look generates depend on, those of its first gap, and their figures."""
     gaps = own_gaps(config)  # the longest chooses which clips are long enough
     return _pick(config, _BEAR_ON_FRAMES) | {"gap": gaps[0], "longest_gap": max(gaps)}
 
 
 def _pick(config: RunConfig, names: Sequence[str]) -> Look:
     fields = flatten_config(config)
-    return {name: fields[name] for name in (*_BEAR_ON_BOTH, *names)}
+    look = {name: fields[name] for name in (*_BEAR_ON_BOTH, *names)}
+    if config.validation.every_steps is not None or config.validation.figures_every_steps is not None:
+        look["held_out"] = open_sources(config.data, "val").fingerprint
+    return look
 
 
 def read_look(state: Mapping[str, Any]) -> Look:
     """What a checkpoint's state.json says of its look; older ones say the kind of score and how many clips."""
     older = {"by": state.get("validation_by"), "validation.clips": state.get("validation_clips")}
     return state.get("validation_look", older)
+
+
+def digest(look: Look) -> str:
+    """A short name of a look, the same for what is alike in all."""
+    return hashlib.sha256(json.dumps(look, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def are_alike(look: Look, other: Look) -> bool:

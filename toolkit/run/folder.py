@@ -29,7 +29,7 @@ from toolkit.engine.world import World
 from toolkit.errors import UserError
 from toolkit.model.formats import find_file
 from toolkit.model.tuning import ABOUT_FILE
-from toolkit.run.best import count_misses, look_of
+from toolkit.run.best import Look, count_misses
 from toolkit.run.checkpoint import (
     checkpoint_folder,
     checkpoint_step,
@@ -139,6 +139,7 @@ def find_resume(
     config: RunConfig,
     identity: dict[str, Any],
     shapes: Mapping[str, torch.Size],
+    look: Look,
     world: World,
     allow_change: bool = False,
 ) -> Resume:
@@ -148,6 +149,7 @@ def find_resume(
 
     identity      what must not have changed: the data set's, the base's and the code's fingerprints
     shapes        of what trains, by name
+    look          of today's recipe at held-out clips
     allow_change  go on all the same, where the adapter is still the same
     raises        UserError naming what changed
     """
@@ -156,13 +158,13 @@ def find_resume(
     step = world.broadcast_int(checkpoint_step(newest) if newest else 0)
     resume = Resume()
     if step:
-        resume = _load(config, step, identity, shapes, world, allow_change)
+        resume = _load(config, step, identity, shapes, look, world, allow_change)
     best, best_step = 0.0, 0.0  # of ranks that leave it to the main one
     if world.is_main:
         cut_ledger(folder, resume.k_next)
         cut_skips(folder, resume.step)
         cut_snapshots(folder, resume.step)
-        known = find_best(folder, look_of(config))
+        known = find_best(folder, look)
         best, best_step = (known.score, known.step) if known is not None else (math.nan, 0.0)
     # the same on every rank
     best, best_step = world.all_reduce_sum(torch.tensor([best, best_step], dtype=torch.float64, device=world.device))
@@ -174,6 +176,7 @@ def _load(
     step: int,
     identity: dict[str, Any],
     shapes: Mapping[str, torch.Size],
+    look: Look,
     world: World,
     allow_change: bool,
 ) -> Resume:
@@ -192,7 +195,7 @@ def _load(
             print(f"going on with something else than {folder} was made with: {'; '.join(changed)}")
         _warn_of_versions(folder)
     numbers = state["step"], tensors, state["updates"], state["skipped_in_a_row"], state["k_next"]
-    return Resume(*numbers, computed_by=state.get("computed_by", ""), misses=count_misses(state, look_of(config)))
+    return Resume(*numbers, computed_by=state.get("computed_by", ""), misses=count_misses(state, look))
 
 
 def _warn_of_versions(folder: Path) -> None:

@@ -38,7 +38,7 @@ from toolkit.model.sources import find_weights, fingerprint_files
 from toolkit.model.tuning import check_tuning, choose_trainable
 from toolkit.rng import RNG_VERSION
 from toolkit.run.attention import choose_kernel
-from toolkit.run.best import Best, count_misses, look_of
+from toolkit.run.best import Best, Look, count_misses, look_of
 from toolkit.run.cache import check_cache
 from toolkit.run.checkpoint import check_space, list_checkpoints
 from toolkit.run.ema import Averages
@@ -82,6 +82,7 @@ class Job:
     validator: Validator | None
     gallery: Gallery | None
     identity: dict[str, Any]  # fingerprints that a checkpoint must share
+    look: Look  # at held-out clips
     about: dict[str, Any]  # what the adapter's file tells of itself
     computed_by: str  # kernel, blocks and memory plan
     accumulation: int
@@ -127,10 +128,10 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     compiled = ", compiled at the first step" if config.model.compile else ""
     computed_by = f"attention {attention}, blocks {blocks}{compiled}, memory {plan}"
     trainable = adapter.flat.numel()
-    identity = identify(config, base, index)
+    identity, look = identify(config, base, index), look_of(config)
     check_space(config.folder, base.unet, adapter.shapes, checkpoints=2, ema=config.checkpoint.ema)
     lock = prepare_folder(config, fresh) if world.is_main else None  # last: nothing is moved aside for a faulty recipe
-    resume = find_resume(config, identity, adapter.shapes, world, allow_change)
+    resume = find_resume(config, identity, adapter.shapes, look, world, allow_change)
     if world.is_main:
         if fresh:
             print("begun anew; give the command without --fresh from now on, or it begins anew once more")
@@ -167,6 +168,7 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
         validator=validator,
         gallery=gallery,
         identity=identity,
+        look=look,
         about=about,
         computed_by=computed_by,
         accumulation=per_rank,

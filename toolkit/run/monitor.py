@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from toolkit.engine.world import World
+from toolkit.run.best import Look, digest
 from toolkit.run.board import FIGURES, Board
 from toolkit.run.health import AdapterHealth
 from toolkit.run.rows import cut_rows, read_rows
@@ -41,6 +42,7 @@ class Monitor:
     edges   of the bins of sigma
     health  of the adapter, where it lies whole on the main rank
     recipe  settings that bear on the result, by their dotted names
+    look    what losses on held-out clips depend on beside the weights
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Monitor:
         edges: Sequence[float],
         health: AdapterHealth | None,
         recipe: Mapping[str, Any],
+        look: Look,
         world: World,
     ) -> None:
         self.run, self.every, self.clips_per_step, self.total = run, every, clips_per_step, total
@@ -62,6 +65,7 @@ class Monitor:
         self.scores: list[Scores] = []  # since the last line
         self.spent, self.all_spent = Spent(), Spent()  # since the last line, and before it
         self.warm = False  # a first step has been timed
+        self.look = digest(look)
         self.bound: str | None = None  # what bounded the steps of the line before
         self.is_main = world.is_main
         if not self.is_main:
@@ -74,6 +78,7 @@ class Monitor:
         self.looks = [
             (row["step"], row["validation_loss"], row["seen_loss"]) for row in read_rows(run / LOG)
             if None not in (row.get("validation_loss"), row.get("seen_loss"))
+            and row.get("validation_look", self.look) == self.look  # older rows did not say
         ]  # fmt: skip
         self.named = name_overfitting(self.looks) is not None  # overfitting, which is said once
         self.log = (run / LOG).open("a")
@@ -123,6 +128,8 @@ class Monitor:
         self.step = step
         own, known = self.timings.end_step()
         self._book(known)
+        if step == self.start + 1:  # it starts loader workers, captures and compiles, which later ones do not
+            self._say(f"first step in {own.total_s:.1f} s")
         self.scores.append(scores)
         row: dict[str, Any] = {
             "step": step, "clips": self.position + (step - self.start) * self.clips_per_step,
@@ -133,7 +140,7 @@ class Monitor:
         }  # fmt: skip
         if validation is not None:
             row |= {
-                "validation_loss": validation.held_out, "seen_loss": validation.seen,
+                "validation_look": self.look, "validation_loss": validation.held_out, "seen_loss": validation.seen,
                 "validation_by_sigma": validation.by_sigma, "validation_zero_by_sigma": validation.zero_by_sigma,
             }  # fmt: skip
             self.looks.append((step, validation.held_out, validation.seen))
@@ -150,7 +157,7 @@ class Monitor:
         if is_due:
             self._print(row)
         if validation is not None and (said := name_overfitting(self.looks)) and not self.named:
-            self.bar.write(said, file=sys.stdout)
+            self._say(said)
             self.named = True
 
     def report_figures(self, step: int, figures: Mapping[str, Mapping[str, float]]) -> None:
@@ -214,7 +221,7 @@ class Monitor:
 
     def _print(self, row: Mapping[str, Any]) -> None:
         numbers = {key: math.nan if row[key] is None else row[key] for key in ("loss", "zero_baseline", "grad_norm")}
-        self.bar.write(
+        self._say(
             f"step {row['step']:>6,}  clips {row['clips']:>8,}  loss {numbers['loss']:.4f} (zero "
             f"{numbers['zero_baseline']:.4f})  gnorm {numbers['grad_norm']:.3f}  lr {row['lr']:.2e}  "
             f"{row['clips_per_s']:.2f} clips/s  wait {row['data_wait_share']:.0%}"
@@ -224,9 +231,12 @@ class Monitor:
                 f"  held-out {row['validation_loss']:.4f} (trained on {row['seen_loss']:.4f})"
                 if None not in (row.get("validation_loss"), row.get("seen_loss"))
                 else ""
-            ),
-            file=sys.stdout,
+            )
         )
+
+    def _say(self, line: str) -> None:
+        """Print above the bar, at once."""
+        self.bar.write(line, file=sys.stdout)
         sys.stdout.flush()
 
     def _left_s(self) -> float:

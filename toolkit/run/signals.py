@@ -59,6 +59,11 @@ class Requests:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @property
+    def age_s(self) -> float:
+        """Seconds since the program started, or called for training."""
+        return time.time() - self._began_s
+
     def drop_old(self, run: Path) -> None:
         """Remove what was asked of an earlier start of a run; a wish of today, made while all is loaded, stays."""
         for name in (REQUEUE_FILE, SAVE_FILE, STOP_FILE):

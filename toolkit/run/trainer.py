@@ -20,7 +20,7 @@ from toolkit.engine.world import World, init_world, naming_lost_ranks
 from toolkit.model.dropout import adapter_dropout
 from toolkit.model.flat import NAME as FLAT
 from toolkit.model.lora import adapted_layers
-from toolkit.run.best import Best, look_of
+from toolkit.run.best import Best, losses_of
 from toolkit.run.debug import draw_batches
 from toolkit.run.folder import FREE_FIELDS, SOURCES
 from toolkit.run.health import AdapterHealth
@@ -53,6 +53,7 @@ def train(config: RunConfig, fresh: bool = False, allow_change: bool = False, re
             job = build_job(config, world, fresh, allow_change)
             if world.is_main:
                 requests.drop_old(config.folder)
+                print(f"loaded in {requests.age_s:.1f} s", flush=True)
             with Watchdog(config.folder, world.rank, world.size, config.engine.hang_timeout_s) as watchdog:
                 if config.data.debug and world.is_main:
                     picture = draw_batches(config.folder / DEBUG_PICTURE, job.framer, make_batches(config, job, world))
@@ -162,7 +163,8 @@ def make_monitor(config: RunConfig, job: Job, world: World) -> Monitor:
         if name in SOURCES or not name.startswith(("name", *FREE_FIELDS))
     }
     health = make_health(config, job) if world.is_main else None
-    return Monitor(config.folder, at.step, at.k_next, job.total, every, clips, edges, health, recipe, world)
+    looks = losses_of(config)
+    return Monitor(config.folder, at.step, at.k_next, job.total, every, clips, edges, health, recipe, looks, world)
 
 
 def make_health(config: RunConfig, job: Job) -> AdapterHealth | None:
@@ -204,7 +206,7 @@ def save(
             "computed_by": job.computed_by,
             "updates": job.engine.updates, "skipped_in_a_row": skipped_in_a_row,
             "k_next": job.resume.k_next + (step - job.resume.step) * config.engine.global_batch, "seed": config.seed,
-            "validation_look": look_of(config), "validation_score": score if finite else None,
+            "validation_look": job.look, "validation_score": score if finite else None,
             "validation_misses": misses,
             "ranks": world.size, "global_batch": config.engine.global_batch, "micro_batch": config.engine.micro_batch,
         }  # fmt: skip
