@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.model.fused import Gated, GroupNorm
+from toolkit.model.fused import AddNorm, Gated, GroupNorm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # clips, rows, channels, rows of the shift: a tile in part, one full and one over, channels that no tile divides
 NORMS = ((1, 40, 64, None), (2, 258, 96, 4), (3, 7, 320, 3))
+# what is normed, and what is added before: nothing; a row each for the positions of a frame; as much
+ADDS = (((3, 5, 64), None), ((2, 3, 7, 96), (3, 1, 96)), ((2, 3, 7, 1280), (2, 3, 7, 1280)))
 GATES = ((3, 5, 64), (2, 4, 2600))  # the last: two tiles a row, one of them in part
 
 
@@ -34,6 +36,24 @@ def compare_norm(clips: int, rows: int, channels: int, shifts: int | None, dtype
             compare(lambda x, silu=silu: GroupNorm.apply(x, shift, weight, bias, 32, 1e-5, silu), norm, 2 * x + 1)
         )
     return max(errors)
+
+
+def compare_add(size: tuple[int, ...], added: tuple[int, ...] | None, dtype: torch.dtype, device: str) -> float:
+    """The largest error of sum, norm and gradient; where what is added gets one it is of x as well."""
+    weight, bias = (draw(i, size[-1], dtype, device) for i in range(2))
+    fixed = None if added in (None, size) else draw(3, added, dtype, device)
+
+    def beside(x: Tensor) -> Tensor | None:
+        return x.flip(-1) if added == size else fixed
+
+    def formula(x: Tensor) -> Tensor:
+        total = x if added is None else x + beside(x)
+        return torch.stack([total, F.layer_norm(total, size[-1:], weight.double(), bias.double(), 1e-5)])
+
+    def kernels(x: Tensor) -> Tensor:
+        return torch.stack(AddNorm.apply(x, beside(x), weight, bias, 1e-5))
+
+    return compare(kernels, formula, 2 * draw(4, size, dtype, device) + 1)
 
 
 def compare_gate(size: tuple[int, ...], dtype: torch.dtype, device: str) -> float:

@@ -9,7 +9,7 @@ import torch
 
 from tests.model.adapters import settings
 from tests.model.conftest import make_inputs, make_unet, wake
-from tests.model.fused_reference import DTYPES, GATES, NORMS, compare_gate, compare_norm
+from tests.model.fused_reference import ADDS, DTYPES, GATES, NORMS, compare_add, compare_gate, compare_norm
 from tests.model.interpreted import report
 from toolkit.model import blocks
 from toolkit.model.lora import inject_lora
@@ -20,13 +20,15 @@ def run_kernels() -> None:
     for name, dtype in DTYPES.items():
         for norm in NORMS:
             report(f"norm {norm}, {name}", compare_norm(*norm, dtype, "cpu"))
+        for add in ADDS:
+            report(f"add {add}, {name}", compare_add(*add, dtype, "cpu"))
         for gate in GATES:
             report(f"gate {gate}, {name}", compare_gate(gate, dtype, "cpu"))
 
 
 def run_blocks() -> None:
     """A residual block and a transformer in fp32, laid out as on a GPU, beside what a CPU does."""
-    for targets in ("all", ["to_q", "time_emb_proj"]):
+    for targets in ("all", ["to_q", "time_emb_proj", "time_pos_embed.linear_1"]):
         report(f"blocks, {targets}", compare_blocks(targets))
 
 

@@ -35,14 +35,17 @@ def interpret(part: str) -> dict[str, float]:
 @pytest.mark.gpu
 @needs_triton
 def test_they_are_the_formulas() -> None:
-    """Output and gradient of norm and gate, whatever part of a tile is filled, with a shift and SiLU or without."""
+    """Output and gradient of norms and gate, whatever part of a tile is filled, with a shift and SiLU or without."""
     if torch.cuda.is_available():
-        from tests.model.fused_reference import DTYPES, GATES, NORMS, compare_gate, compare_norm
+        from tests.model.fused_reference import ADDS, DTYPES, GATES, NORMS, compare_add, compare_gate, compare_norm
 
         errors = {
             f"norm {norm}, {name}": compare_norm(*norm, dtype, "cuda")
             for norm in NORMS
             for name, dtype in DTYPES.items()
+        }
+        errors |= {
+            f"add {add}, {name}": compare_add(*add, dtype, "cuda") for add in ADDS for name, dtype in DTYPES.items()
         }
         errors |= {
             f"gate {gate}, {name}": compare_gate(gate, dtype, "cuda")
@@ -51,7 +54,7 @@ def test_they_are_the_formulas() -> None:
         }
     else:
         errors = interpret("kernels")
-    assert len(errors) == 10
+    assert len(errors) == 16
     for case, error in errors.items():
         assert error < TOLERANCES[case[-4:]], (case, error)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention import TemporalBasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
 from diffusers.models.resnet import AlphaBlender, SpatioTemporalResBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from torch import Tensor, nn
@@ -80,6 +80,21 @@ def norm(layer: nn.GroupNorm, x: Tensor, fused: bool, silu: bool, shift_FC: Tens
     return y_NMC.view(x_last.shape).movedim(-1, 1)
 
 
+def add_and_norm(layer: nn.LayerNorm, x: Tensor, added: Tensor | None, fused: bool) -> tuple[Tensor, Tensor]:
+    """x + added, if there is something to add, and its layer norm.
+
+    added  of x's size; or (T, 1, C) for x (B, T, N, C), where the kernel gives it no gradient
+    """
+    trained = added is not None and added.shape != x.shape and added.requires_grad
+    if not fused or trained or torch.compiler.is_compiling():  # a compiler fuses these by itself
+        x = x if added is None else x + added
+        return x, layer(x)
+    from toolkit.model.fused import AddNorm
+
+    total, y = AddNorm.apply(x, added, layer.weight, layer.bias, layer.eps)
+    return total, y
+
+
 def fuses(weight: Tensor) -> bool:
     """Whether fused.py's kernels run where a network's weights are; without a C compiler Triton makes none."""
     if not weight.is_cuda or weight.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
@@ -89,7 +104,9 @@ def fuses(weight: Tensor) -> bool:
 
         with torch.enable_grad():
             x_NMC, ones_C = weight.new_ones(1, 2, 64).requires_grad_(), weight.new_ones(64)
-            fused.Gated.apply(fused.GroupNorm.apply(x_NMC, None, ones_C, ones_C, 32, 1e-5, True)).sum().backward()
+            y_NMC = fused.GroupNorm.apply(x_NMC, None, ones_C, ones_C, 32, 1e-5, True)
+            for y in fused.AddNorm.apply(x_NMC, y_NMC, ones_C, ones_C, 1e-5):
+                fused.Gated.apply(y).sum().backward(retain_graph=True)
     except Exception as error:  # each compiler's own
         print(f"slower without Triton's kernels, which do not run here: {in_one_line(error)}", file=sys.stderr)
         return False
@@ -119,23 +136,37 @@ class Transformer(TransformerSpatioTemporalModel):
             norm(self.norm, hidden_states, self.fused, silu=False).flatten(2).transpose(1, 2).contiguous()
         )
         for space, time in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
-            x_FNC = space(x_FNC, encoder_hidden_states=encoder_hidden_states)
-            x_BTNC = x_FNC.unflatten(0, (clips, frames))
+            x_BTNC = space(x_FNC).unflatten(0, (clips, frames))
             place_TNC = self.place_TNC if self.place_TNC is not None else find_place(self, frames)
-            y_BTNC = time(x_BTNC + place_TNC[:frames])
+            y_BTNC = time(x_BTNC, place_TNC[:frames])
             x_FNC = mix(self, y_BTNC, x_BTNC).flatten(0, 1)
         y = self.proj_out(x_FNC).transpose(1, 2).unflatten(2, (height, width))
         return (hidden_states + y,)  # in this order, for the sum is laid out in memory as its first part
 
 
+class SpatialBlock(BasicTransformerBlock):
+    """A transformer block within each frame."""
+
+    fused: bool
+
+    def forward(self, x_FNC: Tensor) -> Tensor:
+        x, y = add_and_norm(self.norm1, x_FNC, None, self.fused)
+        x, y = add_and_norm(self.norm2, x, self.attn1(y), self.fused)
+        x, y = add_and_norm(self.norm3, x, self.attn2(y), self.fused)
+        return x + self.ff(y)
+
+
 class TemporalBlock(TemporalBasicTransformerBlock):
     """A transformer block along the frames, on frames that stay where they are."""
 
-    def forward(self, x_BTNC: Tensor) -> Tensor:
-        x = x_BTNC + self.ff_in(self.norm_in(x_BTNC))
-        x = x + self.attn1.processor.along_frames(self.norm1(x))
-        x = x + self.attn2(self.norm2(x))
-        return x + self.ff(self.norm3(x))
+    fused: bool
+
+    def forward(self, x_BTNC: Tensor, place_TNC: Tensor) -> Tensor:
+        x, y = add_and_norm(self.norm_in, x_BTNC, place_TNC, self.fused)
+        x, y = add_and_norm(self.norm1, x, self.ff_in(y), self.fused)
+        x, y = add_and_norm(self.norm2, x, self.attn1.processor.along_frames(y), self.fused)
+        x, y = add_and_norm(self.norm3, x, self.attn2(y), self.fused)
+        return x + self.ff(y)
 
 
 class Gated(torch.autograd.Function):
@@ -228,9 +259,14 @@ def install_blocks(unet: Any) -> None:
             adapted = any(hasattr(layer, "lora_A") for layer in module.time_pos_embed.modules())
             place_TNC = None if adapted else find_place(module, PLACES).detach()
             module.__dict__ |= read_mix(module.time_mixer) | {"place_TNC": place_TNC, "fused": fused}
+        elif type(module) is BasicTransformerBlock:
+            assert module.norm_type == "layer_norm"
+            module.__class__ = SpatialBlock
+            module.fused = fused
         elif type(module) is TemporalBasicTransformerBlock:
             assert module.is_res
             module.__class__ = TemporalBlock
+            module.fused = fused
         elif type(module) is GEGLU:
             module.__class__ = Gate
             module.fused = fused

@@ -1,8 +1,9 @@
-"""What the blocks compute number by number, in Triton kernels: group norm with SiLU, the gate of a feed-forward.
+"""What the blocks compute number by number, in Triton kernels: norms with what is beside them, the gate of a feed-forward.
 
 Test: pytest tests/model/test_fused.py (torch's own, in float64). torch's group norm gives a GPU 32 things to do at once for
-a clip, and wants channels first where convolutions want them last; its gate is three passes over parts of a tensor. Layers
-are frozen, so no gradient is made of their weights. Imported where it runs only: Triton is there with CUDA only.
+a clip, and wants channels first where convolutions want them last; its gate is three passes over parts of a tensor; what is
+added before a layer norm, and beside its gradient, is a pass of its own. Layers are frozen, so no gradient is made of their
+weights. Imported where it runs only: Triton is there with CUDA only.
 """
 
 from __future__ import annotations
@@ -206,6 +207,79 @@ def _grids(x_NMC: Tensor, groups: int) -> tuple[tuple[int, int, int], tuple[int,
     by_chunk = clips, triton.cdiv(rows, CHUNK.value), blocks
     by_row = triton.cdiv(rows, ROWS.value), clips, blocks  # the first dimension alone goes beyond 65,535
     return by_chunk, by_row, (triton.next_power_of_2(channels // groups), triton.cdiv(by_chunk[1], ROWS.value))
+
+
+@triton.jit
+def norm_rows(  # type: ignore[no-untyped-def]
+    x, added, to_total, to_normed, weight, bias, total, out, rows, channels, per_added, shifts, eps,
+    BACKWARD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """x + added and its layer norm, a row of them at once; or of x the gradient, from those of both."""
+    row, channel = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
+    exists = channel < channels
+    there = (row < rows)[:, None] & exists[None, :]
+    at = row[:, None] * channels + channel[None, :]
+    value = tl.load(x + at, there, 0.0).to(tl.float32)
+    if added is not None:
+        beside = added + (row // per_added % shifts)[:, None] * channels + channel[None, :]
+        rounded = (value + tl.load(beside, there, 0.0).to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + at, rounded, there)
+        value = rounded.to(tl.float32)  # what the backward pass reads
+    value = tl.where(there, value - (tl.sum(value, 1) / channels)[:, None], 0.0)
+    spread = 1 / tl.sqrt(tl.sum(value * value, 1) / channels + eps)[:, None]
+    value *= spread
+    w = tl.load(weight + channel, exists, 0.0).to(tl.float32)[None, :]
+    if BACKWARD:
+        g = tl.load(to_normed + at, there, 0.0).to(tl.float32) * w
+        y = g - (tl.sum(g, 1) / channels)[:, None] - value * (tl.sum(g * value, 1) / channels)[:, None]
+        y = y * spread + tl.load(to_total + at, there, 0.0).to(tl.float32)
+    else:
+        y = value * w + tl.load(bias + channel, exists, 0.0).to(tl.float32)[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), there)
+
+
+class AddNorm(torch.autograd.Function):
+    """x + added and its layer norm, both (..., C); the sum alone is kept for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, added: Tensor | None, weight_C: Tensor, bias_C: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """
+        added  of x's size; or (T, 1, C) for x (B, T, N, C), which gets no gradient; or None: x is the sum
+        """
+        assert not any(ctx.needs_input_grad[2:4])
+        x = x.contiguous()
+        total, out = x if added is None else torch.empty_like(x), torch.empty_like(x)
+        ctx.alike = added is not None and added.shape == x.shape
+        assert ctx.alike or not ctx.needs_input_grad[1]
+        _norm(x, None if added is None else added.contiguous(), None, None, weight_C, bias_C, total, out, eps)
+        ctx.save_for_backward(total, weight_C, bias_C)
+        ctx.eps = eps
+        return total, out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        total, weight_C, bias_C = ctx.saved_tensors
+        out = torch.empty_like(total)
+        to_total, to_normed = (gradient.contiguous() for gradient in gradients)
+        _norm(total, None, to_total, to_normed, weight_C, bias_C, out, out, ctx.eps)
+        return out, out if ctx.alike else None, None, None, None
+
+
+def _norm(
+    x: Tensor, added: Tensor | None, to_total: Tensor | None, to_normed: Tensor | None, weight_C: Tensor, bias_C: Tensor,
+    total: Tensor, out: Tensor, eps: float,
+) -> None:  # fmt: skip
+    channels = x.shape[-1]
+    rows, width = x.numel() // channels, triton.next_power_of_2(channels)
+    per_added = 1 if added is None or added.shape == x.shape else x.shape[-2]
+    shifts = 1 if added is None else added.numel() // channels
+    height = max(1, 2 * TILE // width)
+    norm_rows[(triton.cdiv(rows, height),)](
+        x, added, to_total, to_normed, weight_C, bias_C, total, out, rows, channels, per_added, shifts, eps,
+        to_normed is not None, height, width,
+    )  # fmt: skip
 
 
 @triton.jit

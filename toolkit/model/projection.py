@@ -42,9 +42,10 @@ class LoraLinear(torch.autograd.Function):
         g_NMO = _by_layer(g_MO, n)
         # beta 0: what is given to be added is not read
         b_grad = torch.baddbmm(b_NOR, g_NMO.transpose(1, 2), _by_layer(low_MR, n), beta=0, alpha=scale)
-        low_grad = torch.baddbmm(b_NOR[:, :1], g_NMO, b_NOR, beta=0, alpha=scale).transpose(0, 1).flatten(1)
-        a_grad = (low_grad.t() @ x_MI).view(n, -1, x_MI.shape[1])
-        x_grad = (g_MO @ weight_OI).addmm_(low_grad, a_RI) if ctx.needs_input_grad[0] else None
+        low_MR_grad = torch.empty_like(low_MR)
+        _by_layer(low_MR_grad, n).baddbmm_(g_NMO, b_NOR, beta=0, alpha=scale)
+        a_grad = (low_MR_grad.t() @ x_MI).view(n, -1, x_MI.shape[1])
+        x_grad = (g_MO @ weight_OI).addmm_(low_MR_grad, a_RI) if ctx.needs_input_grad[0] else None
         return x_grad, None, None, a_grad, b_grad, None
 
 

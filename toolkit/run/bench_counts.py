@@ -21,6 +21,7 @@ from toolkit.run.meter import Cost, Meter
 LORA = LoraConfig(rank=64, alpha=64, targets="all")
 CASES = {  # by layout, frames that enter the network, and pixels
     "spec_1_576": Shape(1, 1, 72, 72, 1),
+    "spec_1_512x320": Shape(1, 1, 40, 64, 1),
     "framer_5_576": Shape(1, 5, 72, 72, 2),
     "framer_5_512x320": Shape(1, 5, 40, 64, 2),
     "framer_14_576": Shape(1, 14, 72, 72, 2),
