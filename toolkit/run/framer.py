@@ -38,7 +38,7 @@ from toolkit.diffusion.objective import (
     time_input,
     to_denoised,
 )
-from toolkit.diffusion.sampler import Pair, bisect, sample_euler, sample_lcm
+from toolkit.diffusion.sampler import OnStep, Pair, bisect, sample_euler, sample_lcm
 from toolkit.diffusion.schedule import (
     LCM_LEVELS,
     karras_sigmas,
@@ -56,7 +56,6 @@ from toolkit.rng import normal_like, rng
 from toolkit.run.beside import Beside
 from toolkit.run.scores import Scores
 
-OnStep = Callable[[int, Tensor], Tensor]
 FOUND_SCALE = 0.5  # of the ControlNet's residuals where trajectories were found, not drawn: Framer's autopilot
 
 
