@@ -187,10 +187,6 @@ def count_step(unet: Any, shape: Shape, trainable: Trainable | None = None) -> d
     target = torch.empty(shape.clips, shape.frames, 4, shape.height, shape.width, device="meta")
     trained = trainable.adapter.parameters() if trainable else ()
     given = [*unet.parameters(), *unet.buffers(), *inputs, target, *trained]
-    if trainable is not None:
-        with torch.no_grad():
-            trainable.begin(inputs[2])
-            unet(*inputs, return_dict=False)  # what is computed once is not a step's
     with Meter(given) as meter:
         if trainable is not None:
             trainable.begin(inputs[2])
