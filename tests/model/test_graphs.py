@@ -80,7 +80,7 @@ def test_captured_passes_are_the_networks_own(plan: Any) -> None:
 @pytest.mark.parametrize("plan", get_args(Plan))
 def test_a_gpu_computes_what_a_cpu_does(plan: Any) -> None:
     """Fused kernels, channels last, graphs: in fp32 the same outputs and gradients."""
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         on_gpu = learn(plan, "cuda", torch.cuda.make_graphed_callables)
     assert agree([x.cpu() for x in on_gpu], learn(plan, "cpu", None))
 

@@ -16,6 +16,7 @@ from toolkit.model.base import describe_encoders
 from toolkit.model.tiny import build_unet, build_vae
 from toolkit.model.unet import SVD_CONFIG
 from toolkit.run import memory
+from toolkit.run.bench_counts import CASES, count_sampling
 from toolkit.run.memory import (
     USABLE,
     choose_plan,
@@ -23,6 +24,7 @@ from toolkit.run.memory import (
     count_encoder_bytes,
     predict_bytes,
     predict_encoding_bytes,
+    predict_look_bytes,
 )
 from toolkit.run.meter import Cost
 
@@ -32,13 +34,14 @@ def make(**changes: Any) -> RunConfig:
 
 
 def test_more_is_more() -> None:
-    """More frames, pixels, clips, rank, digits or averages need more; computing again needs less."""
+    """More frames, pixels, clips, rank, digits, averages, or DeepSpeed's copies need more; computing again needs less."""
     unet = build_unet().config
     base = predict_bytes(make(), unet, 2, "fast")
     for changes in ({"data__frames": 5, "diffusion__layout": "framer_clip"}, {"data__height": 64},
                     {"engine__micro_batch": 2}, {"lora__rank": 64}, {"engine__precision": "fp32"},
                     {"model__quantize": "int8"}, {"checkpoint__ema": True}):  # fmt: skip
         assert predict_bytes(make(**changes), unet, 2, "fast") > base, changes
+    assert predict_bytes(make(engine__kind="plain"), unet, 2, "fast") < base
     assert predict_bytes(make(), unet, 2, "small") < predict_bytes(make(), unet, 2, "balanced") < base
     stock = predict_bytes(make(model__blocks="stock"), unet, 2, "fast")
     assert stock != base and predict_bytes(make(model__quantize="int8"), unet, 2, "fast") > stock
@@ -77,6 +80,25 @@ def test_auto_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> No
     assert choose(1e15, model__quantize="int8") == "small"  # kept activations would take more than int8 saves
     encoding = predict_encoding_bytes(make(), build_vae().config) / USABLE
     assert choose(fast + 1, build_vae().config) != "fast" and choose(fast + encoding + 1, build_vae().config) == "fast"
+    looks = {"validation__figures_every_steps": 5, "validation__max_guidance": 2}
+    assert choose(fast + 1, **looks) == "fast"  # a look takes what the step before it has left
+    monkeypatch.setattr(memory, "choose_replay", lambda config, device: True)  # and graphs leave nothing
+    looking = predict_look_bytes(make(**looks), unet, 2) / USABLE
+    assert choose(fast + looking - 1, **looks) != "fast" and choose(fast + looking + 1, **looks) == "fast"
+
+
+def test_what_a_look_takes() -> None:
+    """Nothing where there is none; a pass as it is counted elsewhere, two at once with guidance, or decoding a frame."""
+    unet = {**SVD_CONFIG, "in_channels": 9}
+    size = {"diffusion.layout": "framer_clip", "data.frames": 5, "data.height": 576, "data.width": 576}
+    looks: list[dict[str, Any]] = [{}, {"validation.every_steps": 9}, {"validation.figures_every_steps": 9}]
+    looks.append(looks[-1] | {"validation.max_guidance": 3, "data.frames": 14})
+    none, scored, drawn, guided = (
+        predict_look_bytes(load_config("launch/recipes/sign_framer.yaml", size | look), unet, 8) for look in looks
+    )
+    assert none == 0 and scored == count_sampling(CASES["framer_5_576"], "ours")["forward"].peak_bytes
+    assert drawn == 1024 * 4 * 576 * 576  # numbers a pixel, bytes of fp32
+    assert guided / scored == pytest.approx(2 * 14 / 5, rel=0.05)
 
 
 RANKS = """

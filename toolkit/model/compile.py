@@ -20,7 +20,8 @@ def compile_blocks(network: nn.Module) -> None:
 
     raises  UserError where there is no C++ compiler, which a GPU needs too
     """
-    from torch._inductor.cpp_builder import get_cpp_compiler  # takes a second
+    import torch._dynamo  # takes a second
+    from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
@@ -29,6 +30,7 @@ def compile_blocks(network: nn.Module) -> None:
         raise UserError(
             "compile is on, but there is no C++ compiler; install g++, name another in CXX, or leave it off"
         ) from None
+    torch._dynamo.config.recompile_limit = max(SIZES, torch._dynamo.config.recompile_limit)
     for module in network.modules():
         if isinstance(module, ResBlock | Transformer):
-            module.compile(fullgraph=True, dynamic=False, recompile_limit=SIZES)
+            module.compile(fullgraph=True, dynamic=False)

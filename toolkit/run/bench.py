@@ -6,6 +6,7 @@ Test: pytest tests/run/test_bench.py (on a small network). Figures go to docs/LE
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 import time
 from collections.abc import Callable
@@ -40,7 +41,8 @@ def bench_full(config: RunConfig) -> dict[str, Any]:
 
     returns  {device, threads, base_params, lora_params, frames, height, width, precision, memory, kernels: {kernel: {
              forward_backward_s, optimizer_s, sample_s, loss, sample_mean_abs, peak_gib}}}; on a GPU of the second of two
-             runs, since the first one compiles and warms up; on a CPU the peak is the process's
+             runs, since the first one compiles and warms up, but the peak is of both, of what PyTorch reserves; on a CPU
+             it is the process's
     """
     if config.diffusion.control:
         raise UserError(
@@ -65,19 +67,25 @@ def bench_full(config: RunConfig) -> dict[str, Any]:
         "kernels": {},
     }
     runs = 2 if world.device.type == "cuda" else 1
+    if len(kernels) > 1:
+        base.unet.cpu()  # what each kernel's network is a copy of takes none of their room
     for kernel in kernels:
         # a network of its own, and every kernel starts from the same adapter
-        own = base if len(kernels) == 1 else replace(base, unet=copy.deepcopy(base.unet))
+        own = base if len(kernels) == 1 else replace(base, unet=copy.deepcopy(base.unet).to(world.device))
         framer, adapter = make_framer(config, own, kernel, plan)
         report["lora_params"] = adapter.flat.numel()
         start = adapter.flat.detach().clone()
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         for _ in range(runs):
             adapter.flat.data.copy_(start)
-            if world.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             engine = PlainEngine({"flat": adapter.flat}, adam_settings(config), 1)
             row = measure_steps(framer, engine, batch, config.optimizer.lr, world.device)
         report["kernels"][kernel] = row | {"peak_gib": round(peak_memory_gib(), 2)}
+        del own, framer, adapter, engine
+        gc.collect()  # a network refers to itself
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
     return report
 
 

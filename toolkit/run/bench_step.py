@@ -89,7 +89,8 @@ def bench_step(case: str = "framer_5_576", rounds: PositiveInt = 10) -> dict[str
              long a clip was waited for, ratio a contender's time beside stock's, attention the names of the kernels that
              computed it. On a GPU a contender has {clip_s, mfu, launches, kernels_s, peak_allocated_gb, peak_reserved_gb}
              too: median seconds a clip, model FLOPs utilization, kernels of a micro-step and the seconds in which they
-             ran, and peaks with its weights and state, in 1e9 bytes. One that fails has {error} alone
+             ran, and peaks with its weights and state, in 1e9 bytes. What is allocated is that of steps launched kernel by
+             kernel: what a replayed graph works in does not count as that. One that fails has {error} alone
     """
     if case not in CASES:
         raise UserError(f"case {case} is not known; give --case {', '.join(CASES)}")
@@ -101,6 +102,7 @@ def bench_step(case: str = "framer_5_576", rounds: PositiveInt = 10) -> dict[str
     base = replace(base, vae=None, image_encoder=None)  # cached clips need neither
     base.unet.cpu()  # what contenders are copies of takes none of their room
     makers = list_makers(config, attention, on_card)
+    launched = list_makers(with_model(config, cuda_graphs=False), attention, on_card)
     # A card may have room for one alone, and keeps its speed; a CPU's drifts, so there they take turns
     groups = [{name: make} for name, make in makers.items()] if on_card else [makers]
     rows: dict[str, dict[str, Any]] = {}
@@ -110,6 +112,10 @@ def bench_step(case: str = "framer_5_576", rounds: PositiveInt = 10) -> dict[str
         for group in groups:
             batches = read_clips(config, Path(folder))
             own_rows, own_wait_s = measure(group, config, base, batches, rounds, world.device)
+            for name in group if on_card else ():
+                if "error" not in own_rows[name]:
+                    with leaving_out_failed(name, {}, own_rows):
+                        own_rows[name] |= measure_allocated(launched[name], config, base, Path(folder), world.device)
             rows |= own_rows
             wait_s += own_wait_s
     card = torch.cuda.get_device_name() if on_card else "cpu"
@@ -150,9 +156,14 @@ def list_makers(config: RunConfig, attention: str, on_card: bool) -> dict[str, M
     makers: dict[str, Maker] = {"stock": partial(make_stock, config)}
     makers |= {f"ours_{plan}": partial(make_ours, config, attention, plan) for plan in PLANS}
     if on_card:
-        compiled = config.model_copy(update={"model": config.model.model_copy(update={"compile": True})})
+        compiled = with_model(config, compile=True)
         makers |= {f"ours_{PLANS[0]}_compiled": partial(make_ours, compiled, attention, PLANS[0])}
     return makers
+
+
+def with_model(config: RunConfig, **changes: Any) -> RunConfig:
+    """The recipe with other fields of its model."""
+    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
 def make_contender(config: RunConfig, base: Base, make: Maker, device: torch.device) -> Contender:
@@ -225,6 +236,18 @@ def measure(
                 rows[name]["loss"] = loss.item()
     print(rows, file=sys.stderr)
     return rows, wait_s
+
+
+def measure_allocated(
+    make: Maker, config: RunConfig, base: Base, folder: Path, device: torch.device
+) -> dict[str, float]:
+    """On a GPU, the peak of what is allocated in two steps, in the second of which all of its state is there."""
+    clips = list(itertools.islice(read_clips(config, folder), ACCUMULATION))
+    with measuring_memory(device) as row:
+        contender = make_contender(config, base, make, device)
+        for _ in range(2):
+            contender.take_step(clips)
+    return {"peak_allocated_gb": row["peak_allocated_gb"]}
 
 
 @contextmanager

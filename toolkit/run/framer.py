@@ -135,6 +135,7 @@ class Framer:
             base.scheduler["beta_start"], base.scheduler["beta_end"], base.scheduler["num_train_timesteps"]
         )
         self.device = base.unet.device if device is None else device
+        self.alpha_bar_there = self.alpha_bar.to(self.device)  # else the host would wait for a copy at each prediction
         self.beside = Beside(self.device)
 
     def compute_loss(
@@ -221,7 +222,7 @@ class Framer:
         unet, dtype = self.base.unet, self.base.dtype
         tokens_BND = condition.tokens_BND.to(dtype)
         input_BTCHW = self.join_channels(x_BTCHW, condition).to(dtype)
-        time_B = time_input(sigma_B, self.parameterization, self.alpha_bar)
+        time_B = time_input(sigma_B, self.parameterization, self.alpha_bar_there)
         # a loaded adapter's matrices are fp32 beside a bf16 base; networks made ready are of one type
         mixed = dtype != torch.float32 and self.before is None
         with torch.autocast(self.device.type, dtype, enabled=mixed):

@@ -6,20 +6,20 @@ Test: pytest tests/run/test_memory.py
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import psutil
 import torch
 from torch import Tensor
 
-from toolkit.config import RunConfig
+from toolkit.config import ZERO_STAGES, RunConfig
 from toolkit.diffusion.layout import make_layout
 from toolkit.engine.world import World
 from toolkit.errors import UserError
 from toolkit.model.base import PRECISIONS
-from toolkit.model.encoders import encode_frames
-from toolkit.model.prepare import Blocks, Plan, Trainable, prepare_unet
+from toolkit.model.encoders import DECODED_NUMBERS, encode_frames
+from toolkit.model.prepare import Blocks, Plan, Trainable, prepare_frozen, prepare_unet
 from toolkit.model.quiet import quiet_libraries
 from toolkit.model.tuning import choose_trainable
 from toolkit.model.unet import FramerUNet
@@ -30,6 +30,7 @@ from toolkit.run.recall import recall
 USABLE = 0.85  # of what is free: an allocator rounds and fragments, and libraries take workspace
 PLANS: tuple[Plan, ...] = get_args(Plan)
 STATE_BYTES = 16  # per trainable parameter: master, gradient and two moments, fp32
+ZERO_BYTES = 8  # and DeepSpeed's own copy of the master, and a bucket for gradients
 EMA_BYTES = 8  # two averages, where they are kept
 
 
@@ -70,6 +71,10 @@ def choose_plan(
     device = world.device
     free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     room_bytes = USABLE * free_bytes - (0 if vae is None else predict_encoding_bytes(config, vae))
+    if choose_replay(
+        config, device
+    ):  # graphs keep the memory that they work in, also while held-out clips are looked at
+        room_bytes -= predict_look_bytes(config, unet, latent_px)
     for plan in plans:
         fits = torch.tensor([float(predict_bytes(config, unet, latent_px, plan) <= room_bytes)], device=device)
         # one plan for all: where weights are sharded, ranks that compute again gather them again, and the others must too
@@ -128,9 +133,40 @@ def predict_bytes(config: RunConfig, unet: Mapping[str, Any], latent_px: int, pl
         "tuning": config.tuning, "lora": config.lora.model_dump(mode="json"), "full": config.full.parameters,
         "precision": config.engine.precision,
         "shape": asdict(shape), "plan": plan, "blocks": blocks, "quantize": config.model.quantize,
-        "ema": config.checkpoint.ema,
+        "state": count_state_bytes(config),
     }  # fmt: skip
     return recall(question, lambda: _count_bytes(config, unet, shape, plan, blocks))
+
+
+def count_state_bytes(config: RunConfig) -> int:
+    """Bytes for each number that trains, on one rank."""
+    return STATE_BYTES + ZERO_BYTES * (config.engine.kind in ZERO_STAGES) + EMA_BYTES * config.checkpoint.ema
+
+
+def predict_look_bytes(config: RunConfig, unet: Mapping[str, Any], latent_px: int) -> int:
+    """Peak bytes of a look at held-out clips: a pass without gradients, or decoding a frame; 0 for a run that takes none."""
+    looks, generates = config.validation, config.validation.figures_every_steps is not None
+    if looks.every_steps is None and not generates:
+        return 0
+    guided = generates and max(looks.min_guidance, looks.max_guidance) > 1  # with and without its stills at once
+    shape = replace(find_shape(config, latent_px), clips=1 + guided)
+    dtype = PRECISIONS[config.engine.precision]
+    known = {name: value for name, value in unet.items() if not name.startswith("_")}
+    question = {"look_peak_bytes": known, "shape": asdict(shape), "dtype": str(dtype)}
+    pass_bytes = recall(question, lambda: _count_pass(unet, shape, dtype))
+    frame_bytes = DECODED_NUMBERS * torch.float32.itemsize * config.data.height * config.data.width
+    return max(pass_bytes, frame_bytes * generates)
+
+
+def _count_pass(unet: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> int:
+    with quiet_libraries():
+        network = build_on_meta(FramerUNet, unet).to(dtype).requires_grad_(False).eval()
+    inputs = make_inputs(network, shape)
+    with torch.no_grad():
+        prepare_frozen(network, "sdpa")(inputs[2])
+        with Meter([*network.parameters(), *network.buffers(), *inputs]) as meter:
+            network(*inputs, return_dict=False)
+    return max(cost.peak_bytes for cost in meter.costs.values())
 
 
 def count_encoder_bytes(config: RunConfig, vae: Mapping[str, Any], clip: Mapping[str, Any]) -> int:
@@ -177,8 +213,7 @@ def _count_bytes(config: RunConfig, unet: Mapping[str, Any], shape: Shape, plan:
     parameters = choose_trainable(network, config)
     trainable = prepare_unet(network, parameters, dtype, "sdpa", plan, blocks, config.model.quantize)
     costs = count_step(network, shape, trainable)
-    state_bytes = STATE_BYTES + EMA_BYTES * config.checkpoint.ema
-    return max(cost.peak_bytes for cost in costs.values()) + state_bytes * trainable.adapter.flat.numel()
+    return max(cost.peak_bytes for cost in costs.values()) + count_state_bytes(config) * trainable.adapter.flat.numel()
 
 
 def count_step(unet: Any, shape: Shape, trainable: Trainable | None = None) -> dict[str, Cost]:

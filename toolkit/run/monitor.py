@@ -244,9 +244,12 @@ class Monitor:
 
 
 def peak_memory_gib() -> float:
-    """Peak memory of this process: allocated on the GPU, or resident on a CPU-only machine."""
+    """Peak memory of this process: reserved on the GPU, or resident on a CPU-only machine.
+
+    What is allocated leaves out the activations of passes that are replayed as CUDA graphs, whose memory stays reserved.
+    """
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_reserved() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
