@@ -91,7 +91,7 @@ def test_what_a_look_takes() -> None:
     """Nothing where there is none; a pass as it is counted elsewhere, two at once with guidance, or decoding a frame."""
     unet = {**SVD_CONFIG, "in_channels": 9}
     size = {"diffusion.layout": "framer_clip", "data.frames": 5, "data.height": 576, "data.width": 576}
-    looks: list[dict[str, Any]] = [{}, {"validation.every_steps": 9}, {"validation.figures_every_steps": 9}]
+    looks: list[dict[str, Any]] = [{"validation.every_steps": None}, {}, {"validation.figures_every_steps": 9}]
     looks.append(looks[-1] | {"validation.max_guidance": 3, "data.frames": 14})
     none, scored, drawn, guided = (
         predict_look_bytes(load_config("launch/recipes/sign_framer.yaml", size | look), unet, 8) for look in looks
