@@ -6,7 +6,7 @@ from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 
 from toolkit.cli import importing, main, split
 
-Rate = Annotated[float, Field(gt=0, le=1000)]
+Rate = Annotated[float, Field(ge=0.01, le=1000)]
 Amount = Annotated[float, Field(ge=0, le=1000)]
 Names = str | tuple[str, ...] | None  # Fire makes a tuple of a,b and leaves a/x,b/y as it is
 Guidance = Annotated[float, Field(ge=1, le=30)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import PositiveInt
+from pydantic import BaseModel, PositiveInt, ValidationError
 
 from tests.launching import HEAVY, ROOT, run
 from toolkit.cli import importing, main
@@ -54,6 +54,30 @@ def test_a_switch_needs_no_value(monkeypatch, arguments, call):
     """And a value may begin with a sign, or be called what Fire makes of a flag without one."""
     start(monkeypatch, *arguments)
     assert [call] == CALLS
+
+
+def test_a_flag_of_several_values_is_given_once(monkeypatch, capsys):
+    """Twice, Fire would take the last alone; any other flag may be given again, to replace what a script put before."""
+    start(monkeypatch, "x", "--steps", "3", "--steps", "4")
+    assert CALLS == [("x", 4, False)]
+    with pytest.raises(SystemExit, match="2"):
+        start(monkeypatch, "x", "--gaps", "4", "--gaps=8")
+    assert "--gaps is given 2 times; give it once, with commas between: --gaps a,b" in capsys.readouterr().err
+    assert not CALLS
+
+
+def test_what_fails_inside_is_no_flag(monkeypatch):
+    """A value of another one's making that pydantic refuses, in the middle of the work, is not said of a flag."""
+
+    class Clip(BaseModel):
+        fps: PositiveInt
+
+    def cut(folder: str, fps: PositiveInt = 5) -> None:
+        Clip(fps=0)
+
+    monkeypatch.setattr(sys, "argv", ["job.py", "x"])
+    with pytest.raises(ValidationError):
+        main(cut)
 
 
 @pytest.mark.parametrize("name", ["2024_05", "1.10", "007", "1e3", "None", "[a]", "a,b", "v3"])

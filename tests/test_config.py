@@ -277,10 +277,20 @@ def test_sources_are_one_or_a_mix(recipe: Path) -> None:
     assert mixed.data.sources == {address: 2} and mixed.data.remote == ["https"]
 
 
+def test_one_kind_of_source_takes_the_place_of_the_other(recipe: Path, tmp_path: Path) -> None:
+    """A mix on the command line, of a recipe's shards, and the other way round."""
+    mixed = load_config(recipe, {"data.mix": {"b": 3, "c": 1}})
+    assert mixed.data.sources == {"b": 3, "c": 1} and mixed.data.shards is None
+    saved = tmp_path / "mixed.yaml"
+    saved.write_text(yaml.safe_dump(mixed.model_dump(mode="json")))
+    assert load_config(saved, {"data.shards": "a"}).data.sources == {"a": 1}
+    assert load_config(saved, {"data.mix": {"d": 1}}).data.sources == {"d": 1}
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ({"data.mix": {"b": 1}}, "data.shards and data.mix are both given"),
+        ({"data.mix": {"b": 1}, "data.shards": "a"}, "data.shards and data.mix are both given"),
         ({"data.shards": None}, "data.shards is missing; .*--data.mix"),
         ({"data.shards": None, "data.mix": {}}, "data.mix"),
         ({"data.shards": None, "data.mix": {"b": 0}}, "data.mix.b is 0: .*greater than or equal to 1"),

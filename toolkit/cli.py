@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin
 
 import fire
 from pydantic import ConfigDict, ValidationError, validate_call
@@ -47,9 +47,12 @@ def main(function: Callable[..., Any]) -> None:
     try:
         refuse_unknown_flags(function, sys.argv[1:])
         refuse_bare_flags(function, sys.argv[1:])
+        refuse_repeated_flags(function, sys.argv[1:])
         # else Fire misses a required argument first, where any flag is taken
         fire.Fire(command, ["--", "--help"] if sys.argv[1:] == ["--help"] else None)
     except ValidationError as error:
+        if error.title != function.__name__:  # of something else than the flags
+            raise
         names = list(inspect.signature(function).parameters)  # Fire passes arguments by position
         faults: dict[str, str] = {}
         for e in error.errors():
@@ -143,6 +146,16 @@ def refuse_bare_flags(function: Callable[..., Any], arguments: list[str]) -> Non
         flag = argument.removeprefix("--").replace("-", "_")
         if argument.startswith("--") and flag in valued and re.match("--|-[a-zA-Z]", after):  # as Fire tells a flag
             raise UserError(f"--{flag} is given without a value; write --{flag} VALUE")
+
+
+def refuse_repeated_flags(function: Callable[..., Any], arguments: list[str]) -> None:
+    """Refuse a flag of several values that is given twice: of each flag Fire keeps the last alone."""
+    flags = [name[1].replace("-", "_") for argument in arguments if (name := re.match(r"--([\w-]+)", argument))]
+    for flag, parameter in inspect.signature(function).parameters.items():
+        kinds = (parameter.annotation, *get_args(parameter.annotation))
+        times = flags.count(flag)
+        if times > 1 and any(get_origin(kind) is tuple for kind in kinds):
+            raise UserError(f"--{flag} is given {times} times; give it once, with commas between: --{flag} a,b")
 
 
 def _overrides(function: Callable[..., Any], fields: Callable[[], list[str]]) -> list[str]:

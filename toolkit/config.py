@@ -304,7 +304,7 @@ class RunConfig(Section):
                 "data.shards is missing; set it in the recipe or with --data.shards, or give several sources: --data.mix"
             )
         if self.data.shards is not None and self.data.mix is not None:
-            raise ValueError("data.shards and data.mix are both given; name data.shards among the sources of data.mix")
+            raise ValueError("data.shards and data.mix are both given; name all sources in data.mix alone")
         layout, frames = self.diffusion.layout, self.data.frames
         if frames % 2 == 0 and layout != "framer_clip":
             raise ValueError(
@@ -345,7 +345,12 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
     tree = read_yaml(path, "the recipe", "recipes are in launch/recipes")
     if not isinstance(tree, dict):
         raise UserError(f"{path} is not a recipe: it must hold `section: {{key: value}}`, see launch/recipes")
-    for name, value in (overrides or {}).items():
+    overrides = overrides or {}
+    for given, other in (("mix", "shards"), ("shards", "mix")):  # the one takes the other's place
+        data = tree.get("data")
+        if overrides.get(f"data.{given}") is not None and f"data.{other}" not in overrides and isinstance(data, dict):
+            data.pop(other, None)
+    for name, value in overrides.items():
         _set_dotted(tree, name, value)
     return parse_config(tree, path)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.data.files import add_member, link_or_copy, written_aside
+from toolkit.data.files import add_member, link_or_copy, share, written_aside
 
 
 def test_nothing_is_written_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +89,21 @@ def test_a_file_is_shared_where_the_disk_can(tmp_path: Path, monkeypatch: pytest
     link_or_copy(source, target)
     assert target.read_bytes() == b"new" and not target.samefile(source)
     assert {path.name for path in tmp_path.iterdir()} == {"source", "target", "other", "link"}
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_who_may_read_is_up_to_the_user(tmp_path: Path, umask: int, mode: int) -> None:
+    """Files that a library made for their owner alone, in folders below too, are as the umask would have made them."""
+    for name in ("a.safetensors", "unet/b.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch(0o600)
+    before = os.umask(umask)
+    try:
+        share(tmp_path)
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 2 and {path.stat().st_mode & 0o777 for path in files} == {mode}
 
 
 @pytest.mark.parametrize("linking", [True, False])

@@ -28,6 +28,7 @@ from toolkit.model.lora import load_adapter
 from toolkit.model.tiny import make_tiny_base
 from toolkit.model.unet import FramerUNet
 from toolkit.run import export
+from toolkit.run.checkpoint import list_checkpoints
 from toolkit.run.export import export_run
 from toolkit.run.inference import load_framer, read_source
 from toolkit.run.manifest import write_manifest
@@ -244,6 +245,14 @@ def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=says):
             export_run(of, "peft", str(tmp_path / "out"), checkpoint)
     assert not (tmp_path / "out").exists()
+
+
+def test_others_may_read_it(run: Path, tmp_path: Path) -> None:
+    """As far as the user lets them: exported weights, and a checkpoint's."""
+    folders = [export_run(str(run), to, str(tmp_path / to)) for to in ("peft", "merged")] + list_checkpoints(run)
+    (tmp_path / "new").touch()
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 6 and {path.stat().st_mode for path in files} == {(tmp_path / "new").stat().st_mode}
 
 
 def test_nothing_is_overwritten(run: Path, tmp_path: Path) -> None:

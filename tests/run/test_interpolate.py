@@ -1,5 +1,6 @@
 """What launch/interpolate.py makes of runs, exports and stills. Run: pytest tests/run/test_interpolate.py"""
 
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from toolkit.config import ModelConfig
 from toolkit.errors import UserError
 from toolkit.model.base import load_base
 from toolkit.model.unet import FramerUNet
+from toolkit.run.checkpoint import list_checkpoints
 from toolkit.run.folder import newest_adapter
 
 SIZE_PX = 32
@@ -56,6 +58,7 @@ def adapter(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if ".lora_B." in name:
             tensors[name].normal_(0, 0.05, generator=torch.Generator().manual_seed(i))
     save_file(tensors, file, metadata=header)
+    (folder / "manifest.json").unlink()  # which would call it damaged
     return folder
 
 
@@ -321,6 +324,63 @@ def test_frames_are_not_mixed_with_what_is_there(trained: Path, stills: list[str
     (tmp_path / "full/007.png").write_bytes(b"")
     with pytest.raises(UserError, match="full is there already; give --out a folder that is new or empty"):
         interpolate(str(tmp_path / "full"), run=str(trained), first=stills[0], last=stills[1])
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".gif"])
+def test_a_film_is_there_whole_or_not_at_all(
+    trained: Path, stills: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """What is there stays; a place that takes no file is found before the work; a write that fails leaves nothing."""
+    ends = {"run": str(trained), "first": stills[0], "last": stills[1], "frames": 3, "steps": 1, "fps": 10}
+    (tmp_path / f"old{ending}").write_bytes(b"mine")
+    with pytest.raises(UserError, match="is there already; give another --out"):
+        interpolate(str(tmp_path / f"old{ending}"), **ends)
+    assert (tmp_path / f"old{ending}").read_bytes() == b"mine"
+    with monkeypatch.context() as patch:
+        patch.setattr("toolkit.run.interpolate.load_framer", lambda *given: 1 / 0)
+        with pytest.raises(UserError, match="cannot write .*; choose another --out"):
+            interpolate(f"/proc/new{ending}", **ends)
+    with monkeypatch.context() as patch:
+        patch.setattr("toolkit.run.interpolate.write_frames", _fill_the_disk)
+        with pytest.raises(OSError, match="No space"):
+            interpolate(str(tmp_path / f"new{ending}"), **ends)
+    assert [path.name for path in tmp_path.iterdir()] == [f"old{ending}"]
+    interpolate(str(tmp_path / f"new{ending}"), **ends)
+    assert {path.name for path in tmp_path.iterdir()} == {f"old{ending}", f"new{ending}"}
+
+
+def _fill_the_disk(place: Path, *given: Any) -> None:
+    place.write_bytes(b"half")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_gif_is_not_asked_for_what_it_cannot_hold(trained: Path, stills: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a GIF shows 50 frames a second at most, not 60; give --fps 50, or an .mp4"):
+        interpolate(str(tmp_path / "a.gif"), run=str(trained), first=stills[0], last=stills[1], fps=60)
+
+
+def test_home_is_the_users_own(
+    adapter: Path, stills: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a shell leaves ~ as it is, no folder of that name is made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for i in range(2):
+        shutil.copy(stills[i], tmp_path)
+    interpolate("~/made.mp4", adapter=str(adapter), first="~/0.png", last="~/1.png", frames=3, steps=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"0.png", "1.png", "made.mp4"}
+
+
+def test_a_damaged_checkpoint_is_not_used(trained: Path, tmp_path: Path, frames_of: Frames) -> None:
+    """Named by its path it is verified as a run's own is."""
+    folder = Path(shutil.copytree(list_checkpoints(trained)[-1], tmp_path / "copy"))
+    frames_of(adapter=str(folder))
+    file = folder / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="copy is damaged: adapter_model.safetensors differs"):
+        frames_of(adapter=str(folder))
 
 
 def test_numbers_that_explode_are_no_picture(adapter: Path, frames_of: Frames) -> None:

@@ -4,6 +4,7 @@ Test: pytest tests/data/test_stills.py
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -23,7 +24,7 @@ def read_stills(paths: Sequence[str]) -> np.ndarray:
 def read_still(path: str) -> np.ndarray:
     """Read a picture as uint8 (H, W, 3)."""
     try:
-        with Image.open(path) as image:
+        with Image.open(Path(path).expanduser()) as image:
             return to_rgb(image)
     # Pillow's readers of damaged files raise what they like
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from toolkit.config import CheckpointConfig
-from toolkit.data.files import link_or_copy, written_aside
+from toolkit.data.files import link_or_copy, share, written_aside
 from toolkit.engine.plain import STATE_KEYS, State
 from toolkit.errors import UserError
 from toolkit.model.tuning import save_tuned, weights_beside
@@ -91,6 +91,7 @@ def _publish(folder: Path, tensors: State, unet: nn.Module, state: dict[str, Any
         if _has_averages(tensors):
             write_snapshot(aside / SNAPSHOT, tensors, state["updates"])
         (aside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        share(aside)
         write_manifest(aside, folder.parents[1].name, state["step"])
         for path in [*aside.iterdir(), aside]:
             _sync(path)
@@ -152,7 +153,8 @@ def newest_good(run: Path, set_aside: bool) -> Path | None:
             print(f"set aside as {folder.name}.bad", file=sys.stderr)
     bad = found or list((run / "checkpoints").glob("step_*.bad"))  # set aside by an earlier attempt
     if bad:
-        raise UserError(f"none of the {len(bad)} checkpoints in {run}/checkpoints verifies; --fresh starts anew")
+        remedy = "--fresh starts anew" if set_aside else "take another run, or a copy of this one"
+        raise UserError(f"none of the {len(bad)} checkpoints in {run}/checkpoints verifies; {remedy}")
     return None
 
 

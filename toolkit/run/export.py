@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor
 
 from toolkit.config import RunConfig, parse_config
+from toolkit.data.files import share
 from toolkit.errors import UserError
 from toolkit.model.base import PRECISIONS, build_unet_on_meta, describe_unet, find_unet, load_unet, name_base, sign_unet
 from toolkit.model.formats import AdapterFile, read_metadata, read_peft, write_diffusers, write_kohya, write_peft
@@ -82,7 +83,7 @@ def export_run(
     """
     if precision is not None and to != "merged":
         raise UserError(f"--precision is for --to merged; an adapter in the form {to} is always fp32, so leave it out")
-    folder = Path(out).absolute()
+    folder = Path(out).expanduser().resolve()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{out} is there already; give --out a folder that is new or empty")
     source, config = find_checkpoint(Path(run) if run is not None else None, checkpoint)
@@ -108,6 +109,7 @@ def export_run(
         else:
             _write_kohya(aside / f"{config.name}.safetensors", adapter, source, config)
         (aside / "README.md").write_text(make_card(adapter, about, config, to))
+        share(aside)
         os.replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

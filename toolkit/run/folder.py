@@ -41,7 +41,7 @@ from toolkit.run.checkpoint import (
 )
 from toolkit.run.ema import cut_snapshots
 from toolkit.run.ledger import cut_ledger
-from toolkit.run.manifest import MANIFEST
+from toolkit.run.manifest import MANIFEST, find_fault
 from toolkit.run.skips import cut_skips
 
 # Fields that may change between the start of a run and its resumption: they do not change what is computed.
@@ -234,7 +234,12 @@ def find_adapter(source: Path) -> Path:
         raise UserError(
             f"{source} holds a whole UNet, such as a merged export, and no adapter; give it as the UNet: --unet"
         )
-    place = newest_adapter(source) if (source / "config.yaml").exists() else source
+    if (source / "config.yaml").exists():
+        place = newest_adapter(source)
+    elif (source / MANIFEST).is_file() and (fault := find_fault(source)):
+        raise UserError(f"{source} is damaged: {fault}; give another checkpoint")
+    else:
+        place = source
     if (place / ABOUT_FILE).is_file():
         raise UserError(
             f"{place} holds a whole UNet, of tuning full, and no adapter; give it as the UNet (model.unet of a recipe, "

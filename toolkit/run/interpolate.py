@@ -5,7 +5,10 @@ Test: pytest tests/run/test_interpolate.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,8 @@ from toolkit.data.video import write_gif, write_video
 from toolkit.errors import UserError
 from toolkit.run.framer import FOUND_SCALE, Framer, Sampling, Steering, to_signed, to_uint8
 from toolkit.run.inference import Source, load_framer
+
+GIF_FPS = 50  # browsers show what is to pass faster at a tenth of a second a frame
 
 
 def interpolate_stills(
@@ -56,11 +61,13 @@ def interpolate_stills(
     if trajectories is None and config.diffusion.control:
         trajectories = "auto"
         print("the run was trained with trajectories found between the stills, so they are found here too")
-    stills = read_stills(paths)
+    stills, place = read_stills(paths), Path(out).expanduser().resolve()
     if frames is None:
         frames = 5 if config.diffusion.layout == "spec_middle" else config.data.frames
     refuse_frames(frames, config)
-    refuse_ending(Path(out))
+    fps = fps if fps is not None else source.about.get("fps", 7.0)
+    motion = motion if motion is not None else source.about.get("motion", 127.0)
+    refuse_ending(place, fps)
     refuse_steering(config, trajectories, control_scale, controlnet, gaps)
     if len(seeds) not in (0, 1, gaps):
         raise UserError(f"{len(seeds)} seeds for {gaps} gaps; give one --seed for all, or one per gap")
@@ -73,16 +80,16 @@ def interpolate_stills(
         )
     cut = resize_cover(stills, *size_px)
     points = find_points(trajectories, cut, (height_px, width_px), config.diffusion.control)
-    framer = load_framer(source, any(p is not None for p in points), compiled)
-    note_unguided(sampling, config)
-    fps = fps if fps is not None else source.about.get("fps", 7.0)
-    motion = motion if motion is not None else source.about.get("motion", 127.0)
-    if control_scale is None:
-        control_scale = FOUND_SCALE if trajectories == "auto" else 1.0
-    steering = [None if p is None else Steering(p, control_scale) for p in points]
-    seeds = [*seeds] * gaps if len(seeds) == 1 else seeds or [framer.seed] * gaps
-    video_TCHW = fill_gaps(framer, cut, frames, fps, motion, sampling, seeds, steering, batch)
-    return write_frames(Path(out), to_uint8(video_TCHW), fps)
+    with appearing(place) as aside:
+        framer = load_framer(source, any(p is not None for p in points), compiled)
+        note_unguided(sampling, config)
+        if control_scale is None:
+            control_scale = FOUND_SCALE if trajectories == "auto" else 1.0
+        steering = [None if p is None else Steering(p, control_scale) for p in points]
+        seeds = [*seeds] * gaps if len(seeds) == 1 else seeds or [framer.seed] * gaps
+        video_TCHW = fill_gaps(framer, cut, frames, fps, motion, sampling, seeds, steering, batch)
+        write_frames(aside, to_uint8(video_TCHW), fps)
+    return place
 
 
 def fill_gaps(
@@ -116,7 +123,7 @@ def find_points(
         return [None] * len(pairs)
     if trajectories != "auto":
         height_px, width_px = stills_NHWC.shape[1:3]
-        points = read_trajectories(Path(trajectories), source_size, (height_px, width_px))
+        points = read_trajectories(Path(trajectories).expanduser(), source_size, (height_px, width_px))
         if not ((points >= 0) & (points < (width_px, height_px))).all(-1).any():
             raise UserError(
                 f"{trajectories} has no place inside the {width_px}x{height_px} picture that the network sees"
@@ -158,18 +165,37 @@ def refuse_frames(frames: int, config: RunConfig) -> None:
         raise UserError(f"frames is {frames}: halving gives 3, 5, 9, 17, ...{own}; take one of these")
 
 
-def refuse_ending(out: Path) -> None:
-    """Refuse a place that could not be written at the end of the work, or whose content would be mixed with the frames."""
+def refuse_ending(out: Path, fps: float) -> None:
+    """Refuse a form that cannot be written, and a place where something is already."""
     if out.suffix not in (".mp4", ".gif", ""):
         raise UserError(f"cannot write {out}: the ending must be .mp4 or .gif, or none for a folder of PNG")
-    if out.suffix and out.is_dir():
-        raise UserError(f"{out} is there already, as a folder; choose another --out")
-    if not out.suffix and (out.is_file() or (out.is_dir() and any(out.iterdir()))):
-        raise UserError(f"{out} is there already; give --out a folder that is new or empty")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".gif" and fps > GIF_FPS:
+        raise UserError(f"a GIF shows {GIF_FPS} frames a second at most, not {fps:g}; give --fps {GIF_FPS}, or an .mp4")
+    if out.exists() and (out.suffix or out.is_file() or any(out.iterdir())):
+        new = "another --out" if out.suffix else "--out a folder that is new or empty"
+        raise UserError(f"{out} is there already; give {new}")
 
 
-def write_frames(out: Path, frames_THWC: Tensor, fps: float) -> Path:
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """Give a place beside out, of its kind, which is out once all is done; what fails leaves nothing.
+
+    raises  UserError where nothing can be written there
+    """
+    aside = out.with_name(f".{os.urandom(4).hex()}.{out.name}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside.touch() if out.suffix else aside.mkdir()
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
+    try:
+        yield aside
+        os.replace(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
+
+
+def write_frames(out: Path, frames_THWC: Tensor, fps: float) -> None:
     """Write uint8 frames as a video, an animation, or numbered pictures, by the ending of out."""
     pictures = frames_THWC.numpy()
     if out.suffix == ".mp4":
@@ -177,7 +203,5 @@ def write_frames(out: Path, frames_THWC: Tensor, fps: float) -> Path:
     elif out.suffix == ".gif":
         write_gif(out, pictures, fps)
     else:
-        out.mkdir(exist_ok=True)
         for i, picture in enumerate(pictures):
             Image.fromarray(picture).save(out / f"{i:03d}.png")
-    return out

@@ -55,7 +55,7 @@ def train(config: RunConfig, fresh: bool = False, allow_change: bool = False, re
                 requests.drop_old(config.folder)
                 print(f"loaded in {requests.age_s:.1f} s", flush=True)
             with Watchdog(config.folder, world.rank, world.size, config.engine.hang_timeout_s) as watchdog:
-                if config.data.debug and world.is_main:
+                if config.data.debug and world.is_main and job.resume.step < job.total:
                     picture = draw_batches(config.folder / DEBUG_PICTURE, job.framer, make_batches(config, job, world))
                     print(f"the first clips as the network is fed them: {picture}")
                 yields = run_steps(config, job, world, requests, watchdog)
