@@ -1,9 +1,11 @@
 """FramerPipeline behaves as diffusers' pipelines do, and samples as the toolkit does. Run: pytest tests/test_pipeline.py"""
 
 import inspect
+import json
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,20 @@ from diffusers import (
     EulerDiscreteScheduler,
     LCMScheduler,
     StableVideoDiffusionPipeline,
+    UNetSpatioTemporalConditionModel,
 )
 from PIL import Image
 from torch import Tensor
 
-from tests.launching import train_here
+from tests.launching import RECIPE, train_here
 from tests.model.control import make_controlnet
 from toolkit import FramerPipeline, FramerUNet
-from toolkit.config import LoraConfig
+from toolkit.config import LoraConfig, load_config
 from toolkit.diffusion.schedule import lcm_sigmas
 from toolkit.model.controlnet import FramerControlNet
 from toolkit.model.formats import read_metadata
 from toolkit.model.lora import inject_lora, save_adapter
+from toolkit.model.tuning import ABOUT_FILE
 from toolkit.run.folder import newest_adapter
 from toolkit.run.framer import Framer, Sampling, to_signed
 
@@ -49,7 +53,7 @@ def load(base: Path, **settings: Any) -> FramerPipeline:
 
 @pytest.fixture(scope="module")
 def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two adapters of different kinds, moved as training would; the second one also has a conv_in of its own."""
+    """Two adapters of different kinds, moved as training would; the second one has dropout too, and a conv_in of its own."""
     folders = []
     for i, settings in enumerate(
         (LoraConfig(rank=2, alpha=4), LoraConfig(rank=3, targets="all", extra_trainable=["conv_in"]))
@@ -59,7 +63,8 @@ def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
         for k, parameter in enumerate(parameters.values()):
             parameter.data += 0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(k))
         folders.append(tmp_path_factory.mktemp("adapter"))
-        recipe = {"diffusion": {"layout": ("framer_clip", "spec_middle")[i], "clip_tokens": "first_last"}}
+        diffusion = {"layout": ("framer_clip", "spec_middle")[i], "clip_tokens": "first_last"}
+        recipe = {"diffusion": diffusion | {"conditioning_dropout": (0.0, 0.1)[i]}}
         save_adapter(folders[-1], dict(parameters), unet, {"recipe": recipe})
     return folders
 
@@ -198,6 +203,7 @@ def test_callback_sees_and_changes_latents(pipe: FramerPipeline) -> None:
         ({"image": "a.png"}, "`image` has to be of type .* but is <class 'str'>"),
         ({"last_image": torch.zeros(1, 4, 32, 32)}, r"`last_image` is a tensor of shape \(1, 4, 32, 32\)"),
         ({"image": torch.full((1, 3, 32, 32), -1.0)}, r"in \[0, 1\]"),
+        ({"image": torch.full((1, 3, 32, 32), math.nan)}, r"in \[0, 1\]"),
         ({"height": 30}, "divisible by 8 but are 30 and 32"),
         ({"image": [picture(1)] * 2}, "2 first and 1 last images"),
         ({"generator": [seeded(), seeded()]}, "2 generators for 1 clips"),
@@ -206,10 +212,16 @@ def test_callback_sees_and_changes_latents(pipe: FramerPipeline) -> None:
         ({"num_frames": 0}, "window of 0 frames"),
         ({"num_inference_steps": 0}, "0 sampler steps: sampler euler takes 1 to 1000"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "has noise; allowed is latents"),
+        ({"output_type": "latents"}, "output_type is latents; it must be pil, np, pt or latent"),
+        ({"decode_chunk_size": -1}, "decode_chunk_size is -1; give 1 or more"),
     ],
 )
-def test_bad_input_is_refused(pipe: FramerPipeline, changes: dict[str, Any], message: str) -> None:
-    """A ValueError that says what was given and what is allowed, as diffusers does."""
+def test_bad_input_is_refused(
+    pipe: FramerPipeline, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ValueError that says what was given and what is allowed, as diffusers does, and before anything is encoded."""
+    if "latents" not in changes:  # whose shape is known from the stills' latents
+        monkeypatch.setattr(Framer, "condition", lambda *_: 1 / 0)
     with pytest.raises(ValueError, match=message):
         make(pipe, **changes)
 
@@ -261,6 +273,43 @@ def test_saving_and_loading(tiny_base: Path, tmp_path: Path) -> None:
         assert type(again.scheduler) is type(scheduler) and torch.equal(make(again), wanted)
 
 
+def test_from_pipe_shares_the_parts(tiny_base: Path, adapters: list[Path]) -> None:
+    """The new pipeline has the parts and settings of the old one, but for those given anew; adapters it cannot share."""
+    pipe = load(tiny_base, scale_conditioning=True)
+    pipe.register_modules(controlnet=make_controlnet(pipe.unet))
+    again = FramerPipeline.from_pipe(pipe, num_inference_steps=3)
+    again.set_progress_bar_config(disable=True)
+    assert again.components == pipe.components
+    assert (again.config.scale_conditioning, again.config.num_inference_steps) == (True, 3)
+    assert torch.equal(make(again), make(pipe))
+    pipe.load_lora_weights(adapters[0])
+    with pytest.raises(ValueError, match="adapters stand beside the weights; call fuse_lora or unload_lora_weights"):
+        FramerPipeline.from_pipe(pipe)
+
+
+def test_another_unet_is_refused(pipe: FramerPipeline) -> None:
+    """SVD's own of eight channels, and one of nine that has no mask_token."""
+    for channels in (8, 9):
+        stock = UNetSpatioTemporalConditionModel.from_config({**pipe.unet.config, "in_channels": channels})
+        with pytest.raises(
+            ValueError, match=f"UNetSpatioTemporalConditionModel of {channels} channels; give a FramerUNet"
+        ):
+            FramerPipeline(pipe.vae, pipe.image_encoder, stock, pipe.scheduler)
+
+
+def test_parts_of_their_own_places(tiny_base: Path, tmp_path: Path) -> None:
+    """UNet and ControlNet are found by paths, as the base is; a merged export that does not tell its clips has SVD's."""
+    pipe = load(tiny_base)
+    pipe.register_modules(controlnet=make_controlnet(pipe.unet))
+    torch.nn.init.normal_(pipe.unet.mask_token)
+    pipe.save_pretrained(tmp_path)
+    recipe = load_config(RECIPE, {"data.shards": "shards", "diffusion.clip_tokens": "mean"}).model_dump(mode="json")
+    (tmp_path / ABOUT_FILE).write_text(json.dumps({"recipe": recipe}))
+    again = FramerPipeline.from_pretrained(tiny_base, unet=tmp_path, controlnet=tmp_path / "controlnet")
+    assert torch.equal(again.unet.mask_token, pipe.unet.mask_token) and again.controlnet is not None
+    assert (again.config.clip_tokens, again.config.fps, again.config.motion_bucket_id) == ("mean", 7, 127)
+
+
 def test_wrong_settings_are_refused_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """An argument that does not exist, and a dtype that cannot be; nothing is looked for on the disk or the hub."""
     monkeypatch.setattr("toolkit.pipeline.load_base", lambda *_: 1 / 0)
@@ -293,6 +342,29 @@ def test_trajectories_reach_the_controlnet(tiny_base: Path) -> None:
     for shape in ((1, 1, 2), (1, 3, 1), (1, 2, 3), (2, 2)):
         with pytest.raises(ValueError, match=r"trajectories have the shape .*; give \(P, K, 2\) with K of 2 or more"):
             make(pipe, trajectories=np.zeros(shape))
+    nothing_matched = np.zeros((0, 2, 2))  # which training with diffusion.control sees too
+    assert not torch.allclose(make(pipe, trajectories=nothing_matched), free, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ([[[8, 8], [math.nan, 8]]], "hold a number that is not finite"),
+        ([[[8, 8], [8, math.inf]]], "hold a number that is not finite"),
+        ([[[40, 8], [8, 32]], [[-1, 8], [8, -1]]], "no place inside the 40x32 picture; give .* in its pixels"),
+    ],
+)
+def test_trajectories_that_steer_nothing_are_refused(
+    tiny_base: Path, points: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers that are no places, and points that never are in the picture, before anything is encoded."""
+    pipe = load(tiny_base)
+    pipe.register_modules(controlnet=make_controlnet(pipe.unet))
+    monkeypatch.setattr(Framer, "condition", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match=message):
+        make(pipe, trajectories=points, height=32, width=40)
+    with pytest.raises(ZeroDivisionError):  # one place inside is enough
+        make(pipe, trajectories=[[[40, 8], [39, 31]]], height=32, width=40)
 
 
 def test_lora_verbs(tiny_base: Path, adapters: list[Path]) -> None:
@@ -325,6 +397,28 @@ def test_lora_verbs(tiny_base: Path, adapters: list[Path]) -> None:
             call()
 
 
+@pytest.mark.filterwarnings("ignore:.*was trained with ")
+def test_guidance_that_no_training_saw_is_told(tiny_base: Path, adapters: list[Path]) -> None:
+    """With guidance, of an active adapter whose recipe has no conditioning_dropout; not of one that is off, nor without."""
+    pipe = load(tiny_base)
+    for name, adapter in zip("ab", adapters, strict=True):
+        pipe.load_lora_weights(adapter, name)
+
+    def told(max_guidance: float) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            make(pipe, num_inference_steps=1, max_guidance_scale=max_guidance)
+        return [str(w.message) for w in caught if w.filename == __file__]
+
+    file = pipe._adapters["a"][0]
+    message = f"guidance above 1, but {file} was trained without diffusion.conditioning_dropout"
+    assert told(3.0) == [message] and told(1.0) == []
+    pipe.disable_lora()
+    assert told(3.0) == []
+    pipe.set_adapters("b")
+    assert told(3.0) == []
+
+
 @pytest.mark.filterwarnings("ignore:.*was trained with")
 def test_verbs_follow_the_network_s_precision(tiny_base: Path, adapters: list[Path]) -> None:
     """.to() after loading: what was trained whole goes back, or is folded in, as the rest of the network is by then."""
@@ -337,9 +431,9 @@ def test_verbs_follow_the_network_s_precision(tiny_base: Path, adapters: list[Pa
         assert make(pipe).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["v1.0", "train", "to"])
+@pytest.mark.parametrize("name", ["v1.0", "train", "to", "training", "_modules"])
 def test_names_that_torch_could_not_hold_are_refused(tiny_base: Path, adapters: list[Path], name: str) -> None:
-    """A dot, and the names of torch's own methods; nothing is left behind."""
+    """A dot, and the names of torch's own methods and values; nothing is left behind."""
     pipe = load(tiny_base)
     before = list(pipe.unet.state_dict())
     with pytest.raises(ValueError, match=f"an adapter cannot be named '{name}'"):

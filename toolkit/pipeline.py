@@ -24,11 +24,18 @@ import diffusers
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import (
+    AutoencoderKLTemporalDecoder,
+    CMStochasticIterativeScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+)
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
+from transformers import BaseImageProcessor, CLIPVisionModelWithProjection
 
 from toolkit.config import DiffusionConfig, ModelConfig, RunConfig, parse_config
 from toolkit.data.clips import resize_cover
@@ -36,6 +43,7 @@ from toolkit.data.stills import to_rgb
 from toolkit.diffusion.objective import time_input
 from toolkit.model.attention import set_attention
 from toolkit.model.base import PRECISIONS, Base, load_base, sign_unet
+from toolkit.model.controlnet import FramerControlNet
 from toolkit.model.formats import AdapterFile, linear_layers, read_adapter
 from toolkit.model.lora import (
     adapted_layers,
@@ -47,6 +55,7 @@ from toolkit.model.lora import (
     set_adapters,
 )
 from toolkit.model.quiet import quiet_libraries
+from toolkit.model.unet import FramerUNet
 from toolkit.run.folder import find_adapter
 from toolkit.run.framer import Framer, Sampling, Steering, to_signed
 from toolkit.run.inference import FED_BY, list_differences, load_control, read_merged, read_source, recipe_sampling
@@ -78,12 +87,12 @@ class FramerPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: Any,
-        image_encoder: Any,
-        unet: Any,
-        scheduler: Any,
-        feature_extractor: Any = None,
-        controlnet: Any = None,
+        vae: AutoencoderKLTemporalDecoder,  # from_pipe reads the classes
+        image_encoder: CLIPVisionModelWithProjection,
+        unet: FramerUNet,
+        scheduler: EulerDiscreteScheduler | LCMScheduler | CMStochasticIterativeScheduler,
+        feature_extractor: BaseImageProcessor | None = None,
+        controlnet: FramerControlNet | None = None,
         layout: str = "framer_clip",
         num_frames: int = 14,
         clip_tokens: str = "first_last",
@@ -96,6 +105,15 @@ class FramerPipeline(DiffusionPipeline):
         motion_bucket_id: float = 127,
     ) -> None:
         super().__init__()
+        if not hasattr(unet, "mask_token") or unet.config.in_channels != 9:
+            raise ValueError(
+                f"unet is a {type(unet).__name__} of {unet.config.in_channels} channels; give a FramerUNet of 9, which "
+                "FramerPipeline.from_pretrained makes of any SVD UNet"
+            )
+        if getattr(unet, "peft_config", {}):
+            raise ValueError(
+                "adapters stand beside the weights; call fuse_lora or unload_lora_weights before from_pipe"
+            )
         self.register_modules(
             vae=vae,
             image_encoder=image_encoder,
@@ -128,13 +146,13 @@ class FramerPipeline(DiffusionPipeline):
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
-        unet: str | None = None,
+        unet: str | Path | None = None,
         *,
         torch_dtype: torch.dtype = torch.float32,
         revision: str | None = None,
         unet_revision: str | None = None,
         variant: str | None = None,
-        controlnet: str | None = None,
+        controlnet: str | Path | None = None,
         controlnet_revision: str | None = None,
         **settings: Any,
     ) -> FramerPipeline:
@@ -149,6 +167,7 @@ class FramerPipeline(DiffusionPipeline):
         known = cls._get_signature_keys(cls)[1]
         if unknown := settings.keys() - known:
             raise TypeError(f"from_pretrained knows no {min(unknown)}; settings are {', '.join(sorted(known))}")
+        unet, controlnet = (None if place is None else str(place) for place in (unet, controlnet))
         folder, saved, sampler = Path(pretrained_model_name_or_path).expanduser(), {}, "EulerDiscreteScheduler"
         if (folder / "model_index.json").is_file():
             index = json.loads((folder / "model_index.json").read_text())
@@ -231,7 +250,8 @@ class FramerPipeline(DiffusionPipeline):
         fps                  of the result, told as fps - 1
         noise_aug_strength   std of the noise on the stills' pixels; the config's is noise_augmentation
         decode_chunk_size    frames the VAE decodes at once: fewer take longer, give the same; default as many as fit
-        trajectories         (P, K, 2): (x, y) in pixels of P points at K times from the first still to the last
+        trajectories         (P, K, 2): (x, y) of P points at K times from the first still to the last, in pixels of
+                             height x width
         generator            one for all clips, or a list with one per clip
         latents              N(0, 1) to start from, (B, T, 4, H / 8, W / 8)
         output_type          "pil", "np", "pt" or "latent" (scaled latents as the network left them)
@@ -258,9 +278,21 @@ class FramerPipeline(DiffusionPipeline):
             raise ValueError(f"callback_on_step_end_tensor_inputs has {min(unknown)}; allowed is latents")
         if trajectories is not None and self.controlnet is None:
             raise ValueError("trajectories are given, but the pipeline has no controlnet that follows them")
-        given = (1, 2, 2) if trajectories is None else np.shape(trajectories)
-        if len(given) != 3 or given[1] < 2 or given[2] != 2:
-            raise ValueError(f"trajectories have the shape {given}; give (P, K, 2) with K of 2 or more")
+        points_PK2 = np.zeros((0, 2, 2)) if trajectories is None else np.asarray(trajectories, float)
+        if points_PK2.ndim != 3 or points_PK2.shape[1] < 2 or points_PK2.shape[2] != 2:
+            raise ValueError(f"trajectories have the shape {points_PK2.shape}; give (P, K, 2) with K of 2 or more")
+        if not np.isfinite(points_PK2).all():
+            raise ValueError("trajectories hold a number that is not finite; give (x, y) in pixels")
+        height_px, width_px = stills_B2CHW.shape[-2:]
+        if len(points_PK2) and not ((points_PK2 >= 0) & (points_PK2 < (width_px, height_px))).all(-1).any():
+            raise ValueError(
+                f"trajectories have no place inside the {width_px}x{height_px} picture; give (x, y) in its pixels"
+            )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type is {output_type}; it must be pil, np, pt or latent")
+        if decode_chunk_size is not None and decode_chunk_size < 1:
+            raise ValueError(f"decode_chunk_size is {decode_chunk_size}; give 1 or more, or None for as many as fit")
+        self._note_unguided(sampling)
 
         def draw(shape: Sequence[int]) -> Tensor:
             return randn_tensor(tuple(shape), generator=generator, device=device, dtype=torch.float32)
@@ -271,7 +303,7 @@ class FramerPipeline(DiffusionPipeline):
         fps_B, motion_B = (torch.full((B,), float(value)) for value in told)
         condition = framer.condition(stills_B2CHW, fps_B, motion_B, augmentation)
         if trajectories is not None:
-            steering = [Steering(np.asarray(trajectories, float), controlnet_conditioning_scale)] * B
+            steering = [Steering(points_PK2, controlnet_conditioning_scale)] * B
             condition = framer.steer(condition, steering, stills_B2CHW.shape[-2:])
         shape = (B, framer.layout.frames, 4, *condition.ends_B2CHW.shape[-2:])
         if latents is not None and latents.shape != shape:
@@ -414,6 +446,18 @@ class FramerPipeline(DiffusionPipeline):
         if self._unfused:
             raise ValueError("adapters are fused into the weights; call unfuse_lora first")
 
+    def _note_unguided(self, sampling: Sampling) -> None:
+        """Say so where guidance leans on a branch that the tuning never saw."""
+        off = any(layer.disable_adapters for layer in adapted_layers(self.unet).values())
+        if off or max(sampling.min_guidance, sampling.max_guidance) <= 1:
+            return
+        for name, (source, adapter) in self._adapters.items():
+            trained = adapter.metadata.get("recipe", {}).get("diffusion", {})
+            if name in self.get_active_adapters() and trained.get("conditioning_dropout") == 0:
+                warnings.warn(
+                    f"guidance above 1, but {source} was trained without diffusion.conditioning_dropout", stacklevel=4
+                )
+
     # ---- from diffusers' world to ours
 
     def _read_stills(self, first: Images, last: Images, height: int | None, width: int | None) -> Tensor:
@@ -431,7 +475,7 @@ class FramerPipeline(DiffusionPipeline):
     @staticmethod
     def _read_images(name: str, images: Images) -> list[np.ndarray]:
         if isinstance(images, Tensor):
-            if images.ndim not in (3, 4) or images.shape[-3] != 3 or images.min() < 0 or images.max() > 1:
+            if images.ndim not in (3, 4) or images.shape[-3] != 3 or not (images.min() >= 0 and images.max() <= 1):
                 raise ValueError(f"`{name}` is a tensor of shape {tuple(images.shape)}; give (B, 3, H, W) in [0, 1]")
             pixels = (images.reshape(-1, *images.shape[-3:]).float() * 255).round().to(torch.uint8)
             return list(pixels.movedim(1, -1).cpu().numpy())
@@ -488,6 +532,6 @@ def _follow(config: RunConfig, about: dict[str, Any]) -> dict[str, Any]:
         "num_inference_steps": sampling.steps,
         "min_guidance_scale": sampling.min_guidance,
         "max_guidance_scale": sampling.max_guidance,
-        "fps": about["fps"],
-        "motion_bucket_id": about["motion"],
+        "fps": about.get("fps", 7.0),
+        "motion_bucket_id": about.get("motion", 127.0),
     }

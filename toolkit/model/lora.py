@@ -183,7 +183,7 @@ def add_adapter(
     """
     refuse_other_base(adapter.metadata, signature, source)
     refuse_misfit(adapter, unet, source)
-    if not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict, name):  # PEFT keeps adapters in ModuleDicts
+    if not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict(), name):  # PEFT keeps adapters in ModuleDicts
         raise UserError(
             f"an adapter cannot be named {name!r}; letters, digits, _ and - are allowed, and no word of torch's"
         )
