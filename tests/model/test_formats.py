@@ -483,6 +483,34 @@ def test_an_adapter_that_lost_its_mask_token_is_refused(
         load_adapter(unet, torn, SIGNATURE)
 
 
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"fps": 0}, "fps is 0; it should be greater than or equal to 0.01"),
+        ({"fps": None}, "fps is None"),
+        ({"fps": float("nan")}, "fps is nan"),
+        ({"motion": "x"}, "motion is 'x'"),
+        ({"precision": "fp8"}, "precision is 'fp8'"),
+        ({"base_signature": 5}, "base_signature is 5"),
+        ({"base_signature": ["a"]}, "base_signature.0 is 'a'"),
+        ({"extras": 5}, "extras is 5"),
+        ({"recipe": []}, r"recipe is \[\]"),
+    ],
+)
+def test_what_is_told_is_checked(tmp_path: Path, told: dict[str, Any], said: str) -> None:
+    """A header comes from somebody else: a value of another kind is one sentence, before anything is computed with it."""
+    save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors", {"framer_toolkit": json.dumps(told)})
+    with pytest.raises(UserError, match=f"{tmp_path} tells of itself is damaged: {said}"):
+        read_metadata(tmp_path)
+
+
+def test_what_is_told_may_be_more(tmp_path: Path) -> None:
+    """Fields that are not known here are passed on; what is no JSON, or nested beyond reading, is nothing."""
+    for text, told in (('{"fps": 30.0, "mine": {"a": 1}}', {"fps": 30.0, "mine": {"a": 1}}), ("[" * 100_000, {})):
+        save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors", {"framer_toolkit": text})
+        assert read_metadata(tmp_path) == told
+
+
 def test_names_in_the_files(files: dict[str, Any]) -> None:
     """One tensor of each kind under the name that each format gives it."""
     names = {

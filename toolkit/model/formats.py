@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, in_words, printable
 
 METADATA_KEY = "framer_toolkit"  # of the safetensors header: base, base_signature, step, recipe and more, as JSON
 EXTRA_TENSORS = {"conv_in": ("conv_in.weight", "conv_in.bias"), "mask_token": ("mask_token",)}  # trained whole
@@ -102,6 +103,34 @@ def untuned(unet: nn.Module, name: str) -> Tensor:
     return getattr(unet, "untuned", {}).get(name, unet.get_parameter(name).detach())
 
 
+class _Told(BaseModel):
+    """What the toolkit writes of a tuned network beside its weights, as far as it is read again."""
+
+    model_config = ConfigDict(extra="allow")
+    fps: float = Field(1.0, ge=0.01, le=1000)
+    motion: float = Field(0.0, ge=0, allow_inf_nan=False)
+    precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    base: str = ""
+    base_signature: list[float] = []
+    modules: int = 0
+    extras: list[str] = []
+    recipe: dict[str, Any] = {}
+
+
+def check_told(told: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Pass on what a tuned network tells of itself. Raises UserError where a value is none that the toolkit writes."""
+    try:
+        _Told.model_validate(told)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = ".".join(map(str, fault["loc"])) or "it"
+        raise UserError(
+            f"what {source} tells of itself is damaged: {name} is {printable(repr(fault['input'])[:80])}; "
+            f"{in_words(fault['msg'])}; fetch or export it again"
+        ) from None
+    return told
+
+
 def read_adapter(source: Path, unet: nn.Module) -> AdapterFile:
     """Read an adapter of any format: fp32 tensors on the CPU.
 
@@ -114,7 +143,7 @@ def read_adapter(source: Path, unet: nn.Module) -> AdapterFile:
         return read_peft(source)
     tensors, header = _read_tensors(file), _read_header(file)
     if any(".lora_down." in name for name in tensors):
-        return _read_kohya(tensors, header, unet)
+        return _read_kohya(source, tensors, header, unet)
     if any(name.endswith((".lora.down.weight", "_lora.down.weight")) for name in tensors):
         # what diffusers' own training scripts write: names from before PEFT
         from diffusers.utils import convert_unet_state_dict_to_peft
@@ -130,14 +159,14 @@ def read_peft(folder: Path) -> AdapterFile:
     tensors, header = _read_tensors(folder / PEFT_FILES[0]), _read_header(folder / PEFT_FILES[0])
     try:
         config = json.loads((folder / PEFT_FILES[1]).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"no readable adapter in {folder}: {PEFT_FILES[1]}: {error}; {_WHAT_IS_READ}") from None
-    return _from_config(folder, config, _inside(tensors, _PEFT_PREFIX), _find_metadata(header))
+    return _from_config(folder, config, _inside(tensors, _PEFT_PREFIX), _find_metadata(header, folder))
 
 
 def read_metadata(source: Path) -> dict[str, Any]:
     """Read only what the toolkit wrote about an adapter of any format; empty for adapters of other programs."""
-    return _find_metadata(_read_header(find_file(source)))
+    return _find_metadata(_read_header(find_file(source)), source)
 
 
 def write_peft(folder: Path, adapter: AdapterFile) -> None:
@@ -294,11 +323,11 @@ def _read_diffusers(source: Path, tensors: dict[str, Tensor], header: dict[str, 
     named = _inside(tensors, "unet.")
     if isinstance(about, dict):  # a file of PeftAdapterMixin.save_lora_adapter has no prefix
         config = {key.removeprefix("unet."): value for key, value in about.items() if key != METADATA_KEY}
-        return _from_config(source, config, named, _find_metadata(header))
-    return _from_tensors(named, {}, _find_metadata(header))
+        return _from_config(source, config, named, _find_metadata(header, source))
+    return _from_tensors(named, {}, _find_metadata(header, source))
 
 
-def _read_kohya(tensors: dict[str, Tensor], header: dict[str, Any], unet: Any) -> AdapterFile:
+def _read_kohya(source: Path, tensors: dict[str, Tensor], header: dict[str, Any], unet: Any) -> AdapterFile:
     layers = linear_layers(unet)
     # diffusers' names for temporal layers too
     modules = {_KOHYA_PREFIX + name.replace(".", "_"): name for name in layers}
@@ -318,7 +347,7 @@ def _read_kohya(tensors: dict[str, Tensor], header: dict[str, Any], unet: Any) -
             named[f"{module}.{_KOHYA_PARTS[part]}"] = tensor[:, 0]
         else:
             named[f"{module}.{_KOHYA_PARTS.get(part, part)}"] = tensor
-    return _from_tensors(named, alphas, _find_metadata(header))
+    return _from_tensors(named, alphas, _find_metadata(header, source))
 
 
 def _from_config(source: Path, config: Any, named: dict[str, Tensor], metadata: dict[str, Any]) -> AdapterFile:
@@ -446,14 +475,14 @@ def _dump(metadata: dict[str, Any]) -> str:
 def _load(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:  # other programs write plain text there
+    except (ValueError, RecursionError):  # other programs write plain text there
         return text
 
 
-def _find_metadata(header: dict[str, Any]) -> dict[str, Any]:
+def _find_metadata(header: dict[str, Any], source: Path) -> dict[str, Any]:
     outer = header if METADATA_KEY in header else header.get(_DIFFUSERS_KEY)
     metadata = outer.get(METADATA_KEY) if isinstance(outer, dict) else None
-    return metadata if isinstance(metadata, dict) else {}
+    return check_told(metadata, source) if isinstance(metadata, dict) else {}
 
 
 def _example(tensors: dict[str, Tensor]) -> str:

@@ -21,7 +21,7 @@ from toolkit.model.attention import set_attention
 from toolkit.model.base import Base, load_base
 from toolkit.model.compile import compile_blocks
 from toolkit.model.controlnet import FramerControlNet, find_controlnet, load_controlnet
-from toolkit.model.formats import read_metadata
+from toolkit.model.formats import check_told, read_metadata
 from toolkit.model.lora import load_adapter, merge_adapters
 from toolkit.model.prepare import prepare_frozen
 from toolkit.model.quiet import quiet_libraries
@@ -202,9 +202,10 @@ def read_merged(folder: Path) -> dict[str, Any]:
     """What a merged export tells of itself; empty for a UNet of other programs."""
     file = folder.expanduser() / ABOUT_FILE
     try:
-        return json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
+        told = json.loads(file.read_text()) if file.is_file() else {}
+    except (ValueError, RecursionError) as error:
         raise UserError(f"cannot read {file}: {error}; export the run again") from None
+    return check_told(told, folder)
 
 
 def recipe_sampling(config: RunConfig) -> Sampling:
