@@ -23,7 +23,7 @@ from tests.launching import ROOT, train_here
 from toolkit.config import ModelConfig, RunConfig, dump_config, load_config
 from toolkit.errors import UserError
 from toolkit.model.base import Base, load_base
-from toolkit.model.formats import read_metadata
+from toolkit.model.formats import AdapterFile, LoraKind, read_metadata
 from toolkit.model.lora import load_adapter
 from toolkit.model.tiny import make_tiny_base
 from toolkit.model.unet import FramerUNet
@@ -245,6 +245,20 @@ def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=says):
             export_run(of, "peft", str(tmp_path / "out"), checkpoint)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_card_says_what_comfyui_leaves_out() -> None:
+    """Layers of residual blocks and of the places of frames, for which it has no names; of attention alone, nothing."""
+    known = ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "time_embedding.linear_1"]
+    others = [
+        "down_blocks.0.attentions.0.time_pos_embed.linear_1",
+        "mid_block.resnets.0.temporal_res_block.time_emb_proj",
+    ]
+    for names, said in ((known, 0), (known + others, 1)):
+        kind = LoraKind(dict.fromkeys(names, 4), dict.fromkeys(names, 4.0))
+        notes = export._list_notes(AdapterFile(kind, {}), "kohya")
+        assert sum("2 of 4 layers are of kinds that ComfyUI has no names for" in note for note in notes) == said
+        assert not export._list_notes(AdapterFile(kind, {}), "peft")
 
 
 def test_others_may_read_it(run: Path, tmp_path: Path) -> None:
