@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -255,13 +254,12 @@ def _list_notes(adapter: AdapterFile, to: str) -> list[str]:
         )
     if adapter.kind.dora and to == "kohya":
         notes.append("ComfyUI divides by the norm of the base's rows, PEFT and this toolkit by that of W + s B A.")
-    # of blocks as it knows them, which have Stability's names (comfy/utils.py unet_to_diffusers)
-    if to == "kohya" and (
-        lost := [name for name in adapter.kind.ranks if re.search("_res_block|time_pos_embed", name)]
-    ):
+    # comfy/utils.py unet_to_diffusers names attention, and of residual blocks those of images
+    unnamed = [name for name in adapter.kind.ranks if "_res_block." in name or ".time_pos_embed." in name]
+    if to == "kohya" and unnamed:
         notes.append(
-            f"{len(lost)} of {len(adapter.kind.ranks)} layers are of kinds that ComfyUI has no names for and leaves out, such "
-            f"as {lost[0]}: an export --to merged has them all."
+            f"{len(unnamed)} of {len(adapter.kind.ranks)} layers are of kinds that ComfyUI has no names for and leaves out, "
+            f"such as {unnamed[0]}: an export --to merged has them all."
         )
     if to == "kohya":
         notes.append(
