@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -217,6 +218,27 @@ def test_overwrite_replaces_only_when_done(videos: Path, packed: Path, tmp_path:
     assert pack(videos, out, short_side=24).summary() == said and load_record(out) == report.record
     (out / "report.html").unlink()
     assert "report.html" not in pack(videos, out, short_side=24).summary()
+
+
+@pytest.mark.parametrize("name", ["backup.tar", "train-0.tar", "my-train-000000.tar", "notes.index.json"])
+def test_overwrite_removes_only_shards_of_a_packing(videos: Path, packed: Path, tmp_path: Path, name: str) -> None:
+    """Another tar or index is a file like any other: refused where it lies, and left alone where it comes later."""
+    out = Path(shutil.copytree(packed, tmp_path / "out"))
+    (out / name).write_text("mine")
+    before = content(out)
+    with pytest.raises(UserError, match=re.escape(f"not shards of a packing ({name})")):
+        pack(videos, out, short_side=24, overwrite=True)
+    assert content(out) == before
+    (out / name).unlink()
+
+    def publish_late(staging: Path, out: Path) -> None:
+        (out / name).write_text("mine")
+        publish(staging, out)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("toolkit.data.pack.publish", publish_late)
+        pack(videos, out, short_side=24, overwrite=True)
+    assert (out / name).read_text() == "mine" and open_shards(out, "val").rows[0].clip.height == 24
 
 
 def test_a_finished_packing_is_looked_at_before_it_is_believed(videos: Path, packed: Path, tmp_path: Path) -> None:
@@ -445,7 +467,7 @@ def test_errors_are_one_sentence_and_exit_2(tmp_path: Path, packed: Path) -> Non
         ".mp4 .mkv": (tmp_path / "empty", tmp_path / "out"),
         "none of the 1 videos": (tmp_path / "bad", tmp_path / "out"),
         "already holds shards": (tmp_path / "bad", packed),
-        "not shards (a.mp4)": (tmp_path / "bad", tmp_path / "bad"),
+        "not shards of a packing (a.mp4)": (tmp_path / "bad", tmp_path / "bad"),
     }
     for message, arguments in cases.items():
         with pytest.raises(UserError) as refused:

@@ -8,6 +8,7 @@ Test: pytest tests/data/test_pack.py
 
 import errno
 import os
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from toolkit.errors import UserError
 PACK_VERSION = 2  # bump when the same videos and settings would give other clips
 STAGING, RECORD, REPORT = ".packing", "pack.json", "report.html"
 _PUBLISHING, _JOB = ".publishing", "job.json"
+_SHARD = re.compile(r"(train|val)-\d{6,}\.(tar|index\.json)")  # what a packing names its shards and their indexes
 
 
 class Job(BaseModel):
@@ -162,7 +164,7 @@ def finish_publishing(out: Path) -> bool:
     if record is not None:
         tars = [out / shard for shard in record.shards]
         fresh = {*tars, *map(index_path, tars)}
-        for old in {*out.glob("*.tar"), *out.glob("*.index.json")} - fresh:
+        for old in {path for path in out.iterdir() if _SHARD.fullmatch(path.name)} - fresh:
             old.unlink(missing_ok=True)
         for path in (*(path for tar in tars for path in (index_path(tar), tar)), out / REPORT, out / RECORD):
             with suppress(FileNotFoundError):
@@ -188,9 +190,11 @@ def _load_job(path: Path) -> Job | None:
 
 def _refuse_foreign(out: Path, overwrite: bool) -> None:
     present = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    shards = [name for name in present if name.endswith((".tar", ".index.json"))]
+    shards = [name for name in present if _SHARD.fullmatch(name)]
     foreign = [name for name in present if name not in (*shards, STAGING, RECORD, REPORT)]
     if foreign:
-        raise UserError(f"{out} holds files that are not shards ({foreign[0]}); give a new or empty folder")
+        raise UserError(
+            f"{out} holds files that are not shards of a packing ({foreign[0]}); give a new or empty folder"
+        )
     if shards and not overwrite:
         raise UserError(f"{out} already holds shards; give another folder, or --overwrite to replace them")
