@@ -102,7 +102,26 @@ def test_an_index_that_lies_is_found(folder: Path) -> None:
     assert "is not a shard index" in only(check(folder)).fault
     path.write_text(text)
     (folder / "val-0.tar").unlink()
-    assert only(check(folder)).fault == "an index without its tar"
+    assert only(check(folder)).fault == "it is gone, but its index is there"
+
+
+def test_a_shard_that_is_gone_is_named(packed: Path, tmp_path: Path) -> None:
+    """By its index, or by the record of the packing; a repair lists each of its clips, or the shard, and is not whole."""
+    folder = Path(shutil.copytree(packed, tmp_path / "shards"))
+    assert repair(folder, tmp_path / "all").is_whole
+    first, second = sorted(folder.glob("train-*.tar"))[:2]
+    places = [(row.key, row.members["mp4"].offset) for row in load_index(first).samples]
+    for tar in (first, second, index_path(second)):
+        tar.unlink()
+    faults = check(folder).faults
+    assert [(fault.shard, fault.fault.split(", but ")[1]) for fault in faults] == [
+        (first.name, "its index is there"), (second.name, "pack.json lists it"),
+    ]  # fmt: skip
+    report = repair(folder, tmp_path / "out")
+    assert [(fault.shard, fault.key, fault.offset) for fault in report.lost] == [
+        *((first.name, *place) for place in places), (second.name, None, None),
+    ]  # fmt: skip
+    assert report.faults == [] and not report.is_whole and places
 
 
 def test_faults_between_shards(folder: Path, parts: dict[str, list[tuple[str, bytes]]]) -> None:
@@ -185,14 +204,15 @@ def test_repair_of_whole_shards_is_a_link(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_or_broken_index_is_made_anew(folder: Path, tmp_path: Path) -> None:
-    """The tars are kept as they are, the originals are not indexed, and a stray index is left out."""
+    """The tars are kept as they are, the originals are not indexed, and a stray index is left out, and named."""
     whole = contents(folder)
     index_path(folder / "train-0.tar").unlink()
     index_path(folder / "val-0.tar").write_text("{")
     (folder / "gone.index.json").write_text("{}")
     before = contents(folder)
     report = repair(folder, tmp_path / "out")
-    assert report.lost == report.faults == [] and contents(tmp_path / "out") == whole and contents(folder) == before
+    assert [fault.shard for fault in report.lost] == ["gone.tar"] and report.faults == []
+    assert contents(tmp_path / "out") == whole and contents(folder) == before
 
 
 def contents(folder: Path) -> dict[str, bytes]:

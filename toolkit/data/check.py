@@ -33,6 +33,7 @@ from toolkit.data.index import UNFINISHED
 from toolkit.data.latents import LatentsError
 from toolkit.data.parallel import Workers, cores
 from toolkit.data.remote import is_remote
+from toolkit.data.staging import RECORD, load_record
 from toolkit.data.tar import TarFault, walk_tar
 from toolkit.data.video import VideoError, iter_frames, probe
 from toolkit.errors import UserError, printable
@@ -148,6 +149,15 @@ def find_tars(folder: str | Path) -> list[Path]:
     if not tars:
         raise UserError(f"no .tar shards in {folder}; pack videos into it: python shards/pack.py VIDEOS {folder}")
     return tars
+
+
+def lost_tars(folder: Path, tars: Sequence[Path]) -> dict[Path, str]:
+    """Name the shards that are not there, with what tells of them: an index, or the record of the packing."""
+    record = load_record(folder)
+    listed = dict.fromkeys(record.shards if record else (), f"it is gone, but {RECORD} lists it")
+    indexes = [path.name.removesuffix(".index.json") for path in folder.glob("*.index.json")]
+    told = listed | {f"{name}.tar": "it is gone, but its index is there" for name in indexes}
+    return {folder / name: told[name] for name in sorted(told.keys() - {tar.name for tar in tars})}
 
 
 def sample_faults(tar: Path, row: SampleRow, deep: bool = False) -> Iterator[Fault]:
@@ -285,13 +295,13 @@ def _faults_between(indexes: dict[Path, ShardIndex]) -> Iterator[Fault]:
 
 
 def _faults_beside(folder: Path, tars: list[Path]) -> Iterator[Fault]:
-    """Yield what lies beside the shards and does not belong there."""
+    """Yield what lies beside the shards and does not belong there, and the shards that do not."""
     for name, program in UNFINISHED.items():
         if (folder / name).exists():
             fault = f"not finished; run the same python {program} command again, which goes on where it was stopped"
             yield Fault(name, None, None, fault, False)
-    for name in sorted({path.name for path in folder.glob("*.index.json")} - {index_path(tar).name for tar in tars}):
-        yield Fault(name, None, None, "an index without its tar")
+    for tar, fault in lost_tars(folder, tars).items():
+        yield Fault(tar.name, None, None, fault)
 
 
 def _is_val(tar: Path) -> bool:

@@ -20,6 +20,7 @@ from toolkit.data.check import (
     Fault,
     check,
     find_tars,
+    lost_tars,
     sample_faults,
     shard_faults,
     without_clip,
@@ -102,6 +103,10 @@ def repair(folder: str | Path, out: str | Path, deep: bool = False) -> RepairRep
             lost.append(Fault(tar.name, None, None, "no sample of it is whole"))
             continue
         write_index(target, index)
+    for tar, fault in lost_tars(folder, tars).items():
+        places = {row.key: min(member.offset for member in row.members.values()) for row in _old_rows(tar)}
+        listed = [Fault(tar.name, key, offset, fault) for key, offset in places.items()]
+        lost += listed or [Fault(tar.name, None, None, fault)]
     if (folder / CACHE_FILE).is_file():
         shutil.copyfile(folder / CACHE_FILE, unfinished / CACHE_FILE)
     checked = check(unfinished, deep) if any(unfinished.glob("*.tar")) else CheckReport()
