@@ -25,6 +25,7 @@ from toolkit.data.index import open_shards
 from toolkit.data.pack import _Packing, pack
 from toolkit.data.parallel import Workers
 from toolkit.data.plan import name_hash
+from toolkit.data.repair import repair
 from toolkit.data.staging import load_record, publish
 from toolkit.data.survey import Survey, survey
 from toolkit.data.video import VideoError, iter_frames, read_frames, write_video
@@ -515,6 +516,18 @@ def test_overlapping_clips_hold_the_frames_of_their_place(videos: Path, tmp_path
             assert frame_numbers(read_frames(index.read(i, "mp4"))) == list(range(start, start + row.clip.frames))
             seen += row.clip.frames == 10
         assert seen >= {5: 20, 25: 6}[stride]
+
+
+def test_a_tilde_is_the_home_of_the_user(
+    videos: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every folder and file that is named to pack, check or repair, quoted from the shell or behind an =."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(videos, tmp_path / videos.name)
+    (tmp_path / "words.csv").write_text("video,caption\n")
+    pack(f"~/{videos.name}", "~/out", captions="~/words.csv", **SETTINGS)
+    assert content(tmp_path / "out") == content(packed)
+    assert check("~/out").shards and repair("~/out", "~/copy").is_whole and (tmp_path / "copy").is_dir()
 
 
 def test_words_aspect_and_gop_reach_the_shard(videos: Path, tmp_path: Path) -> None:

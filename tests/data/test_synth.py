@@ -50,6 +50,13 @@ def test_synth_writes_videos_that_pack(tmp_path: Path) -> None:
         synth(tmp_path / "videos")
 
 
+def test_a_tilde_is_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quoted from the shell, too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    synth("~/videos", clips=1, seconds=0.2, size=32)
+    assert len(list((tmp_path / "videos").iterdir())) == 1
+
+
 def test_names_are_distinct() -> None:
     """64 signs have 64 words, and no two clips share a name."""
     assert len({clip_name(i).split("_")[0] for i in range(64)}) == 64

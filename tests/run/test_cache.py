@@ -164,6 +164,18 @@ def test_killed_and_gone_on_with(tiny_shards: Path, tiny_base: Path, cached: Pat
     assert "is complete" in cache_shards(again, str(tiny_base), str(out), precision="fp32", **SIZE)
 
 
+def test_a_tilde_is_the_home_of_the_user(
+    tiny_shards: Path, tiny_base: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the folder of the shards and in --out."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "videos").symlink_to(tiny_shards)
+    cache_shards("~/videos", str(tiny_base), "~/out", precision="fp32", **SIZE)
+    assert {name: data for name, data in content(tmp_path / "out").items() if name != "cache.json"} == {
+        name: data for name, data in content(cached).items() if name != "cache.json"
+    }
+
+
 def test_stopped_while_joining(tiny_shards: Path, tiny_base: Path, cached: Path, tmp_path: Path) -> None:
     """With all clips encoded and the joining begun, or begun by several at once, the end is the same; nothing is lost."""
     begun = tmp_path / "begun"

@@ -3,6 +3,7 @@
 Test: pytest tests/data/test_check.py
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -111,8 +112,8 @@ def check(folder: str | Path, deep: bool = False, write_indexes: bool = True) ->
     write_indexes  make the index of a shard that has none, as a run does at first sight
     raises         UserError if the folder holds no shards
     """
-    tars = find_tars(folder)
-    folder = Path(folder)
+    folder = os.path.expanduser(folder)
+    tars, folder = find_tars(folder), Path(folder)
     report = CheckReport(shards=len(tars))
     indexes: dict[Path, ShardIndex] = {}
     jobs = cores() if sum(tar.stat().st_size for tar in tars if tar.is_file()) > _POOL_BYTES else 1

@@ -9,6 +9,7 @@ machines on one folder each take their part of a stage first and then whatever i
 import errno
 import hashlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -95,12 +96,12 @@ def pack(
     settings  as in PackSettings; what each option means stands in shards/pack.py
     raises    UserError if there is nothing to pack or `out` holds something else
     """
-    videos, out = Path(str(videos)), Path(str(out))
+    videos, out = _place(videos), _place(out)
     chosen, (number, parts) = read_settings(settings), parse_part(part)
     if jobs is not None and jobs < 1:
         raise UserError(f"jobs is {jobs}; at least 1 process is needed")
     names, links = find_videos(videos)
-    words, absent = read_words(videos, names, Path(str(captions)) if captions is not None else None)
+    words, absent = read_words(videos, names, _place(captions) if captions is not None else None)
     job = Job(
         settings=chosen,
         videos={name: _size_bytes(videos / name) for name in names},
@@ -278,6 +279,10 @@ def _without_pictures(found: Survey) -> Survey:
 
 def _survey_path(staging: Path, name: str) -> Path:
     return staging / "survey" / f"{name_hash(name)}.json"
+
+
+def _place(path: str | Path) -> Path:
+    return Path(os.path.expanduser(str(path)))
 
 
 def _report(out: Path, job: Job) -> PackReport:

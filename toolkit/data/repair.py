@@ -79,8 +79,8 @@ def repair(folder: str | Path, out: str | Path, deep: bool = False) -> RepairRep
     Intact shards are hard-linked, or copied; the same folder gives the same bytes.
     raises  UserError if `out` is there already or lies within the folder, or the folder is not finished
     """
-    tars = find_tars(folder)
-    folder, out = Path(folder), Path(str(out))
+    folder = os.path.expanduser(folder)
+    tars, folder, out = find_tars(folder), Path(folder), Path(os.path.expanduser(str(out)))
     refuse_unfinished(folder)
     unfinished = _begin(folder, out)
     lost = []

@@ -6,6 +6,7 @@ Lengths are shares of the frame's side, x to the right, y down; angles in radian
 """
 
 import math
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -51,7 +52,7 @@ def synth(
 
     raises  UserError if `out` is not empty
     """
-    out, frames = Path(str(out)), round(seconds * fps)
+    out, frames = Path(os.path.expanduser(str(out))), round(seconds * fps)
     if clips < 1 or frames < 3 or size < 32 or size % 2:
         raise UserError(
             f"{clips} clips of {frames} frames at {size} px: at least 1, 3 and 32 are needed, and an even size"

@@ -83,7 +83,7 @@ def cache_shards(
     returns  what was done, for people
     raises   UserError for options that make no sense, or an `out` that holds something else
     """
-    number, parts = parse_part(part)
+    shards, (number, parts) = os.path.expanduser(shards), parse_part(part)
     check_options(height, width, variants, flip, random_crop)
     index = open_shards(shards, "train")
     if index.cached:
@@ -99,7 +99,11 @@ def cache_shards(
         random_crop=random_crop, precision=precision,
     )  # fmt: skip
     place = Path(shards) if Path(shards).name else Path(shards).resolve()
-    folder = Path(out) if out is not None else place.with_name(f"{place.name}-{height}x{width}-{info.key}")
+    folder = (
+        Path(os.path.expanduser(out))
+        if out is not None
+        else place.with_name(f"{place.name}-{height}x{width}-{info.key}")
+    )
     if is_complete(folder, info):
         return f"{folder} is complete; train on it with --data.shards {folder}"
     staging = open_staging(folder, info)
