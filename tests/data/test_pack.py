@@ -371,12 +371,15 @@ def test_parts_that_are_done_begin_the_rest_at_places_of_their_own() -> None:
 def test_links_to_folders_and_rows_about_nothing_are_said(
     videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is passed over, a link to a folder or a row of the table, is a line each."""
+    """What is passed over, a link to a folder, a row of the table or other files, is a line each; what is used is not."""
     mine = Path(shutil.copytree(videos, tmp_path / videos.name))
     (mine / "more").symlink_to(videos)
-    (tmp_path / "words.csv").write_text("video,caption\nv1.mp4,x\nv8.mp4,y\nv9.mp4,z\n")
-    pack(mine, tmp_path / "out", captions=tmp_path / "words.csv")
+    for name in ("a.PNG", "b.png", "c.png.zip", "README", "v9.txt", "v1.txt", os.fsdecode(b"x.\x1b\xff")):
+        (mine / name).touch()
+    (mine / "words.csv").write_text("video,caption\nv1.mp4,x\nv8.mp4,y\nv9.mp4,z\n")
+    pack(mine, tmp_path / "out", captions=mine / "words.csv")
     said = capsys.readouterr().out
+    assert "passed over 6 files: 2 .png, 1 without an ending, 1 .zip, 1 .txt, 1 .\\x1b\\udcff\n" in said
     assert f"not followed: {mine / 'more'}, a link to a folder" in said
     assert "passed over 2 rows" in said and "v8.mp4, v9.mp4" in said
 
@@ -449,7 +452,7 @@ def test_unreadable_videos_are_skipped_and_listed(tmp_path: Path) -> None:
     os.mkfifo(videos / "pipe.mp4")
     result = run(sys.executable, "shards/pack.py", videos, tmp_path / "out")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("packing 4 videos") and "the same command goes on" in result.stdout
+    assert "\npacking 4 videos" in result.stdout and "the same command goes on" in result.stdout
     for name in ("short.mp4: has 2 frames", "text.mkv: Invalid data", "cut.mp4: "):
         assert f"skipped {name}" in result.stdout
     assert "1 clips (1 train, 0 val), 0.5 s, from 1 videos, 0 used in part, 3 skipped" in result.stdout

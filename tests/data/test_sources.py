@@ -13,8 +13,15 @@ RECORDING = "Screen Recording 2024-05-01 at 3.45.12\u202fPM.mov"  # as macOS nam
 
 
 def test_videos_are_found_at_any_depth_under_any_name(tmp_path: Path) -> None:
-    """Ending in capitals or not, links to files and to nowhere too; other files, pipes and folders do not count."""
-    names = ["a.mp4", "deep/er/B.MKV", f"deep/{RECORDING}", "deep/x.mp4/\u65e5\u00a0\u202e.webm"]
+    """In capitals or not, links to files and to nowhere too; pipes and folders do not count; other files are listed."""
+    names = [
+        "a.mp4",
+        "deep/er/B.MKV",
+        "deep/AVCHD/0.M2TS",
+        "VIDEO_TS/VTS_01_1.VOB",
+        f"deep/{RECORDING}",
+        "deep/x.mp4/\u65e5\u00a0\u202e.webm",
+    ]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -22,7 +29,7 @@ def test_videos_are_found_at_any_depth_under_any_name(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.mp4")
     (tmp_path / "gone.mp4").symlink_to("nowhere")
     (tmp_path / "same.mp4").symlink_to("a.mp4")
-    assert find_videos(tmp_path) == (sorted([*names, "gone.mp4", "same.mp4"]), [])
+    assert find_videos(tmp_path) == (sorted([*names, "gone.mp4", "same.mp4"]), [], ["deep/notes.txt"])
 
 
 def test_links_to_folders_are_listed_not_followed(tmp_path: Path) -> None:
@@ -32,7 +39,7 @@ def test_links_to_folders_are_listed_not_followed(tmp_path: Path) -> None:
     (tmp_path / "deep" / "loop").symlink_to(tmp_path)
     (tmp_path / "more").symlink_to(tmp_path / "deep")
     links = [str(tmp_path / "deep" / "loop"), str(tmp_path / "more")]
-    assert find_videos(tmp_path) == (["a.mp4"], links)
+    assert find_videos(tmp_path) == (["a.mp4"], links, [])
     assert find_videos(tmp_path / "more" / "loop")[0] == ["a.mp4"]  # the folder that is given may be a link
 
 

@@ -29,7 +29,7 @@ from toolkit.data.report import Card, write_report
 from toolkit.data.sources import find_videos
 from toolkit.data.staging import RECORD, REPORT, Job, Record, finish_publishing, load_record, open_staging, publish
 from toolkit.data.survey import Survey, survey
-from toolkit.errors import UserError
+from toolkit.errors import UserError, printable
 
 # Why a clip is dropped, and the option that decides it.
 _THRESHOLDS = {
@@ -100,8 +100,9 @@ def pack(
     chosen, (number, parts) = read_settings(settings), parse_part(part)
     if jobs is not None and jobs < 1:
         raise UserError(f"jobs is {jobs}; at least 1 process is needed")
-    names, links = find_videos(videos)
-    words, absent = read_words(videos, names, _place(captions) if captions is not None else None)
+    table = _place(captions) if captions is not None else None
+    names, links, others = find_videos(videos)
+    words, absent = read_words(videos, names, table)
     job = Job(
         settings=chosen,
         videos={name: _size_bytes(videos / name) for name in names},
@@ -112,6 +113,11 @@ def pack(
         return _report(out, job)
     for link in links:
         print(f"not followed: {link}, a link to a folder")
+    used = {Path(name).with_suffix(".txt").as_posix() for name in names}
+    used |= {os.path.relpath(table, videos)} if table else set()
+    if unused := [name for name in others if name not in used]:
+        files = "file" if len(unused) == 1 else "files"
+        print(f"passed over {len(unused)} {files}: {_count_endings(unused)}")
     if absent:
         shown = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
         print(f"passed over {len(absent)} rows of {captions}, about videos that are not there: {shown}")
@@ -279,6 +285,13 @@ def _without_pictures(found: Survey) -> Survey:
 
 def _survey_path(staging: Path, name: str) -> Path:
     return staging / "survey" / f"{name_hash(name)}.json"
+
+
+def _count_endings(names: Sequence[str]) -> str:
+    """Say how many files there are of each ending, the most first: "12 .zip, 3 .png"."""
+    endings = Counter(Path(name).suffix.lower() or "without an ending" for name in names)
+    counts = [f"{count} {ending}" for ending, count in endings.most_common()]
+    return printable(", ".join(counts[:10]) + (", ..." if len(counts) > 10 else ""))
 
 
 def _place(path: str | Path) -> Path:

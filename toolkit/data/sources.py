@@ -12,26 +12,30 @@ from toolkit.errors import UserError
 
 SOURCE_EXTENSIONS = (
     *(".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".wmv", ".flv", ".ogv"),
-    *(".3gp", ".gif"),
+    *(".3gp", ".gif", ".m2ts", ".vob", ".mxf", ".asf", ".m2v", ".ogg", ".3g2"),
 )
 
 
-def find_videos(folder: Path) -> tuple[list[str], list[str]]:
-    """List the videos of a tree by their path within it, and the links to folders, which are not followed; both sorted.
+def find_videos(folder: Path) -> tuple[list[str], list[str], list[str]]:
+    """List the videos of a tree, the links to folders, which are not followed, and the files of other endings; all sorted.
 
-    Links to files count under the names of the links, wherever they lead.
+    Videos and other files are named by their path within the tree; links to files count under the names of the links,
+    wherever they lead.
 
     raises  UserError if there are no videos, or a folder or a name cannot be read
     """
     if not folder.is_dir():
         fault = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
         raise UserError(f"{fault}; give the folder that holds the videos")
-    names, links = [], []
+    names, links, others = [], [], []
     try:
         for parent, folders, files in os.walk(folder, onerror=_stop):
             links += [path for name in folders if (path := Path(parent, name)).is_symlink()]
-            paths = [Path(parent, name) for name in files if Path(name).suffix.lower() in SOURCE_EXTENSIONS]
-            names += [path.relative_to(folder).as_posix() for path in paths if path.is_file() or not path.exists()]
+            for path in (Path(parent, name) for name in files):
+                if path.suffix.lower() not in SOURCE_EXTENSIONS:
+                    others.append(path.relative_to(folder).as_posix())
+                elif path.is_file() or not path.exists():
+                    names.append(path.relative_to(folder).as_posix())
     except OSError as error:
         raise UserError(
             f"{error.filename} cannot be read ({error.strerror}); make it readable, or move it away"
@@ -43,7 +47,7 @@ def find_videos(folder: Path) -> tuple[list[str], list[str]]:
             raise UserError(
                 f"the name {name!r} in {folder} holds signs that cannot be written as text; rename the video"
             )
-    return sorted(names), sorted(str(path) for path in links)
+    return sorted(names), sorted(str(path) for path in links), sorted(others)
 
 
 def _stop(error: OSError) -> NoReturn:
