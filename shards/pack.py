@@ -28,7 +28,7 @@ def pack(
     Stopped at any moment, the same command goes on. OUT/report.html shows what was kept and dropped.
 
     Args:
-        videos: folder that holds the videos, in any depth
+        videos: folder that holds the videos, in any depth; may be a whole drive, whose trash is passed over
         out: folder for the shards
         clip_seconds: longest clip; what lies between two changes of shot is cut into equal parts
         stride_seconds: instead of equal parts, start a clip of full length every so often; less than clip_seconds overlaps

@@ -460,6 +460,30 @@ def test_unreadable_videos_are_skipped_and_listed(tmp_path: Path) -> None:
     assert row.key.startswith("good-clip_") and row.clip.source == "deep/Good Clip!.mp4"
 
 
+def test_videos_of_cameras_and_discs_pack(tmp_path: Path) -> None:
+    """Whatever container their ending stands for."""
+    (tmp_path / "videos").mkdir()
+    codecs = {
+        "m2ts": "h264",
+        "vob": "mpeg2video",
+        "mxf": "mpeg2video",
+        "asf": "wmv2",
+        "m2v": "mpeg2video",
+        "3g2": "mpeg4",
+    }
+    formats = {"m2ts": "mpegts", "m2v": "mpeg2video"}
+    for i, (ending, codec) in enumerate(codecs.items()):
+        path = str(tmp_path / "videos" / f"{ending}.{ending}")
+        with av.open(path, "w", format=formats.get(ending, ending)) as container:
+            stream: Any = container.add_stream(codec, rate=25)
+            stream.width, stream.height, stream.pix_fmt = 640, 480, "yuv420p"
+            for frame_HWC in numbered_frames(range(12), i).repeat(10, 1).repeat(10, 2):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
+            container.mux(stream.encode())
+    report = pack(tmp_path / "videos", tmp_path / "out")
+    assert report.skipped == [] and report.record.sources == 6
+
+
 def test_errors_are_one_sentence_and_exit_2(tmp_path: Path, packed: Path) -> None:
     """No folder, no videos, nothing readable, an output that is taken: one line on stderr, exit code 2."""
     (tmp_path / "empty").mkdir()

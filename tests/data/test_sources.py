@@ -43,6 +43,18 @@ def test_links_to_folders_are_listed_not_followed(tmp_path: Path) -> None:
     assert find_videos(tmp_path / "more" / "loop")[0] == ["a.mp4"]  # the folder that is given may be a link
 
 
+@pytest.mark.parametrize("name", [".Trash", ".Trash-1000", ".Trashes", "$RECYCLE.BIN", "lost+found"])
+def test_of_a_whole_drive_what_was_deleted_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Such a folder is not even opened, wherever it lies; the ._ files of macOS are no videos; all else still is."""
+    for path in (f"{name}/files/deleted.mkv", f"deep/{name}/b.mp4", "deep/a.mp4", "deep/._a.mp4", ".trash.mkv"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    _close(name, monkeypatch)
+    assert find_videos(tmp_path) == ([".trash.mkv", "deep/a.mp4"], [], [])
+
+
 @pytest.mark.parametrize("name", ["line\nbreak.mp4", "bell\x07.mp4", "del\x7f.mp4", "not utf-8 \udcff.mp4"])
 def test_names_that_a_shard_could_not_hold_are_refused(tmp_path: Path, name: str) -> None:
     """Control characters and bytes that are no text, with the name in one line."""
@@ -56,13 +68,17 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path: Path, monkeypatc
     """It is named instead, whether it may not be read or the disk does not answer."""
     (tmp_path / "closed").mkdir()
     (tmp_path / "a.mp4").touch()
+    _close("closed", monkeypatch)
+    with pytest.raises(UserError, match=r"closed cannot be read \(Permission denied\)"):
+        find_videos(tmp_path)
+
+
+def _close(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.scandir
 
     def scandir(path: str) -> Iterator[os.DirEntry[str]]:
-        if str(path).endswith("closed"):  # the tests may run as root, who may read all
+        if str(path).endswith(name):  # the tests may run as root, who may read all
             raise PermissionError(13, "Permission denied", path)
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(UserError, match=r"closed cannot be read \(Permission denied\)"):
-        find_videos(tmp_path)

@@ -20,7 +20,7 @@ def find_videos(folder: Path) -> tuple[list[str], list[str], list[str]]:
     """List the videos of a tree, the links to folders, which are not followed, and the files of other endings; all sorted.
 
     Videos and other files are named by their path within the tree; links to files count under the names of the links,
-    wherever they lead.
+    wherever they lead. The folders of what was deleted, and the ._ files of macOS, are nowhere listed.
 
     raises  UserError if there are no videos, or a folder or a name cannot be read
     """
@@ -30,8 +30,9 @@ def find_videos(folder: Path) -> tuple[list[str], list[str], list[str]]:
     names, links, others = [], [], []
     try:
         for parent, folders, files in os.walk(folder, onerror=_stop):
+            folders[:] = [name for name in folders if not _holds_deleted(name)]
             links += [path for name in folders if (path := Path(parent, name)).is_symlink()]
-            for path in (Path(parent, name) for name in files):
+            for path in (Path(parent, name) for name in files if not name.startswith("._")):
                 if path.suffix.lower() not in SOURCE_EXTENSIONS:
                     others.append(path.relative_to(folder).as_posix())
                 elif path.is_file() or not path.exists():
@@ -48,6 +49,10 @@ def find_videos(folder: Path) -> tuple[list[str], list[str], list[str]]:
                 f"the name {name!r} in {folder} holds signs that cannot be written as text; rename the video"
             )
     return sorted(names), sorted(str(path) for path in links), sorted(others)
+
+
+def _holds_deleted(folder: str) -> bool:
+    return folder.startswith(".Trash") or folder in ("$RECYCLE.BIN", "lost+found")
 
 
 def _stop(error: OSError) -> NoReturn:
