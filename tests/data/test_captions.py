@@ -1,5 +1,6 @@
 """Words reach the video they are about, and a slip in them is a sentence. Run: pytest tests/data/test_captions.py"""
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,30 @@ def test_rows_about_other_videos_are_passed_over_and_named(folder: Path) -> None
     assert read_words(folder, NAMES, table) == read_words(folder, NAMES, None)
 
 
+def test_a_name_may_be_spelled_as_another_system_spells_it(folder: Path) -> None:
+    """An umlaut is one sign or two, in the table or on the disk; of two videos that look alike, a row means its own."""
+    table = folder / "words.csv"
+    one, two = (unicodedata.normalize(form, "Größe ệ.mkv") for form in ("NFC", "NFD"))
+    for name in (one, two):
+        for row in (one, two):
+            table.write_text(f"video,caption\n{row},big\n")
+            assert read_words(folder, [name], table) == ({name: Words("big")}, [])
+        table.write_text(f"video,caption\n{one},big\n{two},large\n")
+        with pytest.raises(UserError, match="line 3: .* comes twice"):
+            read_words(folder, [name], table)
+    assert read_words(folder, [one, two], table) == ({one: Words("big"), two: Words("large")}, [])
+    third = unicodedata.normalize("NFD", one[:3]) + one[3:]
+    table.write_text(f"video,caption\n{one},big\n{third},huge\n")
+    assert third not in (one, two) and read_words(folder, [one, two], table) == ({one: Words("big")}, [third])
+
+
+def test_rows_in_which_nothing_stands_say_nothing(folder: Path) -> None:
+    """As Excel leaves them below a table."""
+    table = folder / "words.csv"
+    table.write_text("video,caption,label\na.mp4,dog,\n,,\n\n,,\n")
+    assert read_words(folder, NAMES, table)[0]["a.mp4"] == Words("dog")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -65,7 +90,9 @@ def test_rows_about_other_videos_are_passed_over_and_named(folder: Path) -> None
         ("video,caption\na.mp4,x\na.mp4,y\n", "line 3: a.mp4 comes twice"),
         ("video,caption\na.mp4,a dog, running\n", "line 2: not 2 fields"),
         ("video,caption,label\na.mp4,x\n", "line 2: not 3 fields"),
-        ('video,caption\na.mp4,"x\n', "save it as CSV"),
+        ("video,caption\n,dog\n", "line 2: names no video"),
+        ('video,caption\na.mp4,"x\n', "line 2: .*save it as CSV"),
+        ('video,caption\nz.mp4,x\na.mp4,"x" y\nc.mp4,z\n', "line 3: .*save it as CSV"),
         (b"video,caption\na.mp4,\xff\n", "not UTF-8"),
         ("video,caption\na.mp4," + "x" * 10_001, "10001 characters"),
     ],

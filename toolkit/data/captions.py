@@ -5,6 +5,7 @@ Test: pytest tests/data/test_captions.py
 
 import csv
 import io
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +38,7 @@ def read_words(folder: Path, names: Sequence[str], table: Path | None) -> tuple[
         if path.is_file():
             words[name] = Words(caption=_clean(_read(path), str(path)))
     if table is not None:
-        rows = _read_table(table)
+        rows = _read_table(table, names)
         absent = sorted(rows.keys() - set(names))
         if absent and len(absent) == len(rows):
             raise UserError(
@@ -47,7 +48,11 @@ def read_words(folder: Path, names: Sequence[str], table: Path | None) -> tuple[
     return {name: said for name, said in words.items() if any(said)}, absent
 
 
-def _read_table(table: Path) -> dict[str, Words]:
+def _read_table(table: Path, names: Sequence[str]) -> dict[str, Words]:
+    """Read the rows by the names they give, or by that of the one video whose name only looks the same (of NFC and NFD)."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(unicodedata.normalize("NFC", name), []).append(name)
     rows = csv.DictReader(io.StringIO(_read(table), newline=""), strict=True)
     words: dict[str, Words] = {}
     try:
@@ -58,14 +63,20 @@ def _read_table(table: Path) -> dict[str, Words]:
                 "video and one of the others"
             )
         for row in rows:
-            where, name = f"{table}, line {rows.line_num}", row["video"]
+            where, name = f"{table}, line {rows.reader.line_num}", row["video"]
+            if not any(row.values()):
+                continue
             if None in row or None in row.values():
                 raise UserError(f"{where}: not {len(header)} fields; put text that holds commas in double quotes")
+            if not name:
+                raise UserError(f"{where}: names no video; give its path within the folder of the videos")
+            fits = alike.get(unicodedata.normalize("NFC", name), [])
+            name = fits[0] if len(fits) == 1 else name
             if name in words:
                 raise UserError(f"{where}: {name} comes twice; give each video once")
             words[name] = Words(*(_clean(row.get(column) or "", where) for column in _COLUMNS[1:]))
     except csv.Error as error:
-        raise UserError(f"{table}, line {rows.line_num}: {error}; save it as CSV with commas") from error
+        raise UserError(f"{table}, line {rows.reader.line_num}: {error}; save it as CSV with commas") from error
     return words
 
 
