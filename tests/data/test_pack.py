@@ -495,6 +495,8 @@ def test_errors_are_one_sentence_and_exit_2(tmp_path: Path, packed: Path) -> Non
         ".mp4 .mkv": (tmp_path / "empty", tmp_path / "out"),
         "none of the 1 videos": (tmp_path / "bad", tmp_path / "out"),
         "already holds shards": (tmp_path / "bad", packed),
+        "a.mp4 is a file, and shards lie in a folder; give": (tmp_path / "bad", tmp_path / "bad" / "a.mp4"),
+        "a.mp4 is a file, and shards": (tmp_path / "bad", tmp_path / "bad" / "a.mp4" / "out"),
         "not shards of a packing (a.mp4)": (tmp_path / "bad", tmp_path / "bad"),
     }
     for message, arguments in cases.items():

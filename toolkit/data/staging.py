@@ -82,6 +82,8 @@ def open_staging(out: Path, job: Job, overwrite: bool, alone: bool) -> Path | No
     raises  UserError if `out` holds something else
     """
     staging, job_file, anew = out / STAGING, out / STAGING / _JOB, overwrite and alone
+    if in_the_way := [path for path in (out, *out.parents) if path.exists() and not path.is_dir()]:
+        raise UserError(f"{in_the_way[0]} is a file, and shards lie in a folder; give a new or empty folder")
     goes_on = finish_publishing(out)
     begun = staging.is_dir() and any(path.suffix != ".tmp" for path in staging.iterdir())
     record = load_record(out)
