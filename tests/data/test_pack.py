@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -438,6 +439,58 @@ def _reads_long(descriptors: Path) -> bool:
         return any(str(path.readlink()).endswith("videos/a.mkv") for path in descriptors.iterdir())
     except OSError:
         return False
+
+
+def test_odd_times_and_sizes_do_not_stop_the_packing(tmp_path: Path) -> None:
+    """Times that go back, too slow a rate and a side longer than x264 takes: packed or skipped, and the rest is packed."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    write_video(videos / "good.mp4", numbered_frames(range(12)), 25)
+    for part, times in enumerate((range(900, 906), range(6))):
+        _write_timed(tmp_path / f"{part}.ts", numbered_frames(range(6), part), times, "mpeg2video", "yuv420p")
+    (videos / "back.ts").write_bytes((tmp_path / "0.ts").read_bytes() + (tmp_path / "1.ts").read_bytes())
+    _write_timed(videos / "slides.mkv", numbered_frames(range(5), 2), [3750 * i for i in range(5)])
+    _write_timed(videos / "wide.mkv", numbered_frames(range(5), 3).repeat(313, 2), range(5))
+    report = pack(videos, tmp_path / "out", min_motion=0, min_sharpness=0, duplicate_distance=0)
+    (skipped,) = report.skipped
+    assert skipped[0] == "slides.mkv" and "at 0.01 to 1000 fps" in skipped[1]
+    assert check(tmp_path / "out", deep=True).faults == []
+    clips: dict[str, list[Any]] = {}
+    for row in sorted(rows(tmp_path / "out"), key=lambda row: row.key):
+        clips.setdefault(row.clip.source, []).append(row.clip)
+    assert set(clips) == {"good.mp4", "back.ts", "wide.mkv"}
+    assert [clip.start_s for clip in clips["back.ts"]] == [35.96, 0]
+    assert [(clip.height, clip.width) for clip in clips["wide.mkv"]] == [(38, 16384)]
+
+
+def _write_timed(
+    path: Path, frames_THWC: np.ndarray, times: Sequence[int], codec: str = "ffv1", pixels: str = "bgr0"
+) -> None:
+    """Write frames at times in units of 1/25 s."""
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = *frames_THWC.shape[1:3], pixels
+        for frame_HWC, time_25ths in zip(frames_THWC, times, strict=True):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24").reformat(format=pixels)
+            frame.pts, frame.time_base = time_25ths, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def test_a_video_that_does_not_encode_is_a_sentence(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What x264 says names the video, and once that is away the rest is packed."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise av.error.ExternalError(-542398533, "Generic error in an external library")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("toolkit.data.encode.VideoWriter.add", refuse)
+        with pytest.raises(
+            UserError, match=r"v\d\.mp4 does not encode: Generic error .*; take it away and start again"
+        ):
+            pack(videos, tmp_path / "out", **SETTINGS)
 
 
 def test_unreadable_videos_are_skipped_and_listed(tmp_path: Path) -> None:

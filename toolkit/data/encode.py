@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
 import numpy as np
 
 from toolkit.data.captions import Words
@@ -91,6 +92,8 @@ def encode_source(work: SourceWork) -> None:
                 add_member(tar, f"{clip.key}.json", _info(clip, work.words).model_dump_json(exclude_none=True).encode())
     except VideoError as error:
         raise UserError(f"{error}; {GOES_ON}" if may_pass(error) else f"{changed}: {error}") from error
+    except av.error.FFmpegError as error:  # of encoding, for those of decoding come as VideoError
+        raise UserError(f"{work.video} does not encode: {error.strerror}; take it away and start again") from error
 
 
 def _read_sha256(video: Path) -> str:

@@ -24,6 +24,7 @@ from toolkit.data.video import MAX_MEMBER_PIXELS
 from toolkit.errors import UserError, in_words
 
 _MIN_SIDE_PX = 16
+_MAX_SIDE_PX = 16384  # x264 takes no longer one
 
 
 class PackSettings(BaseModel):
@@ -126,7 +127,7 @@ def fit(height_px: int, width_px: int, settings: PackSettings) -> tuple[tuple[in
     """Find the box to cut from the middle of a frame, and the size to scale it to: even sides, as 4:2:0 needs, never larger.
 
     Both are height, width in px. Boxes of one aspect and short side all come to one size. What is larger than a shard
-    may hold is scaled down to that.
+    may hold, or longer than H.264 is encoded, is scaled down to that.
     """
     aspect = Fraction(width_px, height_px)
     if settings.aspects is not None:
@@ -136,7 +137,8 @@ def fit(height_px: int, width_px: int, settings: PackSettings) -> tuple[tuple[in
     box_px = _even(box_height_px), _even(box_height_px * aspect)
     shorter_px = min(box_height_px, box_height_px * aspect)
     readable = Fraction(math.sqrt(MAX_MEMBER_PIXELS / (box_height_px**2 * aspect)))
-    scale = min(Fraction(1), Fraction(settings.short_side or shorter_px) / shorter_px, readable)
+    encodable = _MAX_SIDE_PX / max(box_height_px, box_height_px * aspect)
+    scale = min(Fraction(1), Fraction(settings.short_side or shorter_px) / shorter_px, readable, encodable)
     return box_px, (_even(box_height_px * scale), _even(box_height_px * aspect * scale))
 
 

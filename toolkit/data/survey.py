@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
-from toolkit.data.format import file_sha256
+from toolkit.data.format import MIN_FPS, file_sha256
 from toolkit.data.motion import motion_score
 from toolkit.data.screen import SIGNATURE_FRAMES, blocks, sharpness
 from toolkit.data.shots import MIN_FRAMES, cut_span, find_breaks, find_shots, jump_between, rate_of
@@ -118,7 +118,7 @@ def _look(
     if left_out:
         faults.append(
             f"{left_out} of {len(watch.times_s)} frames lie in no clip: fewer than {MIN_FRAMES} in a row are of one shot "
-            "and follow evenly in time"
+            f"and follow evenly in time, at {MIN_FPS:g} to {MAX_FPS:g} fps"
         )
     fault = "; ".join(faults) or (None if clips else "gives no clip")
     return Survey(name=name, sha256=sha256, fault=fault, clips=clips), passing
@@ -187,7 +187,7 @@ class _Watch:
                 for a, b in cut_span(last - first, overall_fps, clip_seconds, stride_seconds):
                     part_s = times_s[first + a : first + b]
                     fps = float(packed_rate(rate_of(part_s, overall_fps, facts.tick_s)))
-                    if b - a >= MIN_FRAMES and 0 < fps <= MAX_FPS:
+                    if b - a >= MIN_FRAMES and MIN_FPS <= fps <= MAX_FPS:
                         spans.append((first + a, first + b, fps))
                     else:
                         left_out += b - a
@@ -200,7 +200,7 @@ class _Watch:
         return ClipFacts(
             first=start,
             frames=stop - start,
-            start_s=round(self.times_s[start] - self.times_s[0], 6),
+            start_s=round(self.times_s[start] - min(self.times_s), 6),
             fps=fps,
             height_px=self.sizes_px[start][0],
             width_px=self.sizes_px[start][1],
