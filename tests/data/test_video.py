@@ -1,15 +1,19 @@
 """Frames come back exactly, upright and by number. Run: pytest tests/data/test_video.py"""
 
 import io
+import struct
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.data.conftest import encode, frame_numbers, numbered_frames
 from toolkit.data import video
+from toolkit.data.small import iter_small
 from toolkit.data.video import VideoError, iter_frames, probe, read_frames, write_video
 
 
@@ -70,6 +74,43 @@ def test_rotation_is_applied(tmp_path: Path) -> None:
     facts, upright_THWC = probe(path), read_frames(path)
     assert (facts.height_px, facts.width_px) == upright_THWC.shape[1:3] == (64, 32)
     assert upright_THWC[0, :30].min() > 200 and upright_THWC[0, 34:].max() < 50  # left became top
+
+
+@pytest.mark.parametrize(
+    ("matrix", "place"),
+    [
+        ((1, 0, 0, 1), lambda a: a),
+        ((0, 1, -1, 0), lambda a: np.rot90(a, -1)),
+        ((-1, 0, 0, -1), lambda a: np.rot90(a, 2)),
+        ((0, -1, 1, 0), np.rot90),
+        ((-1, 0, 0, 1), np.fliplr),
+        ((1, 0, 0, -1), np.flipud),
+        ((0, 1, 1, 0), lambda a: a.swapaxes(0, 1)),
+        ((0, -1, -1, 0), lambda a: np.rot90(a, 2).swapaxes(0, 1)),
+    ],
+)
+def test_every_display_matrix_is_applied(
+    tmp_path: Path, matrix: tuple[int, ...], place: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    """Turned, mirrored or both, a frame is what numpy makes of it, and what is judged is the same picture."""
+    frame_HWC = np.zeros((64, 128, 3), np.uint8)
+    frame_HWC[:32, :64], frame_HWC[:32, 64:], frame_HWC[32:, :64] = (200, 20, 20), (20, 200, 20), (20, 20, 200)
+    data = bytearray(encode(frame_HWC[None].repeat(3, 0)))
+    at = data.find(b"tkhd") + 44
+    assert struct.unpack_from(">9i", data, at) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    a, b, c, d = (value << 16 for value in matrix)
+    struct.pack_into(">9i", data, at, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path = tmp_path / "a.mp4"
+    path.write_bytes(data)
+    wanted_HWC = place(frame_HWC)
+    shown_HWC = read_frames(path)[0]
+    assert shown_HWC.shape == wanted_HWC.shape
+    assert np.abs(shown_HWC.astype(int) - wanted_HWC).mean() < 3
+    small = next(iter_small(path))
+    planes = [small.luma_HW, *(plane_HW.repeat(2, 0).repeat(2, 1) for plane_HW in small.chroma_CHW)]
+    small_image = Image.merge("YCbCr", [Image.fromarray(np.ascontiguousarray(plane_HW)) for plane_HW in planes])
+    judged_HWC = np.asarray(small_image.convert("RGB").resize(wanted_HWC.shape[1::-1]))
+    assert np.abs(judged_HWC.astype(int) - wanted_HWC).mean() < 15
 
 
 def test_streaming_equals_reading_and_avi_reads(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
-from toolkit.data.video import open_video, square_size
+from toolkit.data.video import open_video, square_size, upright
 
 _SMALL_HEIGHT_PX, _DETAIL_HEIGHT_PX, _DETAIL_EVERY = 128, 256, 8
 
@@ -71,5 +71,4 @@ def _planes(
     samples = small.to_ndarray().reshape(-1)
     luma_HW = samples[: height_px * width_px].reshape(height_px, width_px)
     chroma_CHW = samples[height_px * width_px :].reshape(2, height_px // 2, width_px // 2)
-    turns = frame.rotation // 90
-    return np.rot90(luma_HW, turns), np.rot90(chroma_CHW, turns, axes=(1, 2))
+    return upright(luma_HW, frame), upright(chroma_CHW, frame, axes=(1, 2))

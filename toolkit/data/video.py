@@ -3,12 +3,13 @@
 Test: pytest tests/data/test_video.py
 
 T frame, H height and W width in pixels, C the channels red, green, blue; frames are uint8 and upright, that is, the
-rotation a phone writes beside its video has been applied.
+rotation a phone writes beside its video, and the mirroring a selfie camera does, have been applied.
 """
 
 import bisect
 import io
 import math
+import struct
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -319,7 +320,17 @@ def _to_rgb(frame: VideoFrame, reformatter: VideoReformatter, width_px: int, hei
         interpolation=_SWSCALE_CHROMA if (frame.width, frame.height) == (width_px, height_px) else _SWSCALE,
         threads=1,
     )
-    return np.ascontiguousarray(np.rot90(rgb.to_ndarray(), frame.rotation // 90))
+    return np.ascontiguousarray(upright(rgb.to_ndarray(), frame))
+
+
+def upright(planes: np.ndarray, frame: VideoFrame, axes: tuple[int, int] = (0, 1)) -> np.ndarray:
+    """Mirror and turn what was decoded as the matrix beside it says, of which `rotation` is the turn alone."""
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
+        if a * d - b * c < 0:
+            planes = np.flip(planes, axes[0])
+    return np.rot90(planes, frame.rotation // 90, axes)
 
 
 def square_size(frame: VideoFrame, stream: VideoStream) -> tuple[int, int]:
