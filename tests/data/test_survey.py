@@ -24,7 +24,7 @@ from toolkit.data.motion import motion_score
 from toolkit.data.pack import pack
 from toolkit.data.small import iter_small
 from toolkit.data.survey import survey
-from toolkit.data.video import VideoError, read_frames, write_video
+from toolkit.data.video import VideoError, iter_frames, read_frames, write_video
 from toolkit.errors import UserError
 
 COUNT = 30
@@ -47,6 +47,7 @@ def mux(path: Path, frames: Iterable[np.ndarray], codec: str = "libx264", pixels
     """Encode with everything a real file may have: sound, a second picture, its own times in ms, any tag."""
     with av.open(str(path), "w") as container:
         quality = {"crf": "12"} if codec.startswith("lib") else {"qscale": "2"}
+        quality |= more.get("quality", {})
         stream: Any = container.add_stream(codec, rate=25, options=quality | {"x265-params": "log-level=none"})
         sound: Any = container.add_stream("aac", rate=16000) if more.get("sound") else None
         second: Any = container.add_stream("libx264", rate=25) if more.get("second") else None
@@ -244,6 +245,62 @@ def test_a_damaged_video_gives_what_stands_before_the_damage(tmp_path: Path) -> 
     path.write_bytes(data)
     found = survey(path, path.name, 1e6, None)
     assert whole[0][:2] == (0, 28) and found.clips[0].first == 0 and 8 < found.clips[0].frames < 20
+
+
+@pytest.mark.parametrize("name", ["b.mp4", "b.mkv", "b.avi"])
+def test_one_damaged_packet_costs_what_refers_to_it(tmp_path: Path, name: str) -> None:
+    """Decoding goes on at the next keyframe; no clip spans the loss, no frame is wrong, and the loss is counted."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    path = videos / name
+    mux(path, numbered_frames(range(100)), "mpeg4" if name == "b.avi" else "libx264", quality={"g": "20", "bf": "2"})
+    damage(path, 30)
+    pack(videos, tmp_path / "out", clip_seconds=10, min_motion=0, min_sharpness=0, duplicate_distance=0)
+    index = open_shards(tmp_path / "out", "train")
+    parts = [frame_numbers(read_frames(index.read(i, "mp4"))) for i in range(len(index.rows))]
+    assert all(part == list(range(part[0], part[-1] + 1)) for part in parts)
+    lost = sorted(set(range(100)) - set(sum(parts, [])))
+    assert lost == list(range(lost[0], lost[-1] + 1)) and 25 <= lost[0] <= 31 and lost[-1] < 40
+    for part, row in zip(parts, index.rows, strict=True):
+        assert row.clip.start_s == pytest.approx(part[0] / 25, abs=0.001)
+    assert survey(path, "", 10, None).fault == f"{len(lost)} of 100 frames do not decode"
+
+
+def test_a_loss_that_time_does_not_show_or_that_never_ends_is_said(tmp_path: Path) -> None:
+    """A clip ends where one frame is lost, also where times are too coarse to tell; without a keyframe it is the end."""
+    one, rest = tmp_path / "one.avi", tmp_path / "rest.mkv"
+    mux(one, numbered_frames(range(20)), "mjpeg", "yuvj420p")
+    mux(rest, numbered_frames(range(30)), quality={"g": "99", "bf": "0", "sc_threshold": "0"})
+    for path in (one, rest):
+        damage(path, 10)
+    found = survey(one, "", 10, None)
+    assert [(clip.first, clip.frames) for clip in found.clips] == [(0, 10), (10, 9)]
+    assert found.fault == "1 of 20 frames do not decode"
+    found = survey(rest, "", 10, None)
+    assert [(clip.first, clip.frames) for clip in found.clips] == [(0, 10)]
+    assert (
+        found.fault == "stopped after 0.4 of 1.2 s, where it does not decode: Invalid data found when processing input"
+    )
+
+
+def test_a_shard_is_not_read_past_damage(tmp_path: Path) -> None:
+    """Frames that a file without one packet has give an error where a shard's bytes are read."""
+    path = tmp_path / "a.mkv"
+    mux(path, numbered_frames(range(9)), quality={"g": "1"})
+    damage(path, 4)
+    assert frame_numbers(np.stack(list(iter_frames(path)))) == [0, 1, 2, 3, 5, 6, 7, 8]
+    with pytest.raises(VideoError, match="Invalid data"):
+        list(iter_frames(path.read_bytes(), extension="mkv"))
+
+
+def damage(path: Path, number: int) -> None:
+    """Overwrite one packet, counted as they decode."""
+    with av.open(str(path)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][number]
+    data = bytearray(path.read_bytes())
+    at = data.index(bytes(packet), packet.pos)
+    data[at : at + packet.size] = b"\xff" * packet.size
+    path.write_bytes(data)
 
 
 def test_scores_are_their_formulas(tmp_path: Path) -> None:

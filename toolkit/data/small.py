@@ -11,7 +11,7 @@ import numpy as np
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
-from toolkit.data.video import open_video, square_size, upright
+from toolkit.data.video import decode_on, open_video, square_size, upright
 
 _SMALL_HEIGHT_PX, _DETAIL_HEIGHT_PX, _DETAIL_EVERY = 128, 256, 8
 
@@ -20,12 +20,14 @@ _SMALL_HEIGHT_PX, _DETAIL_HEIGHT_PX, _DETAIL_EVERY = 128, 256, 8
 class SmallFrame:
     """A frame scaled down to be judged, uint8 and upright; height_px and width_px are those of the frame itself.
 
+    after_loss  frames just before it do not decode
     luma_HW     128 px high
     chroma_CHW  its two planes, 64 px high
     detail_HW   luma up to 256 px high, of every eighth frame
     """
 
     time_s: float
+    after_loss: bool
     height_px: int
     width_px: int
     luma_HW: np.ndarray
@@ -38,7 +40,7 @@ def iter_small(path: Path) -> Iterator[SmallFrame]:
     with open_video(path, None) as (container, stream):
         small, detail = VideoReformatter(), VideoReformatter()
         rate = stream.average_rate or stream.guessed_rate
-        for number, frame in enumerate(container.decode(stream)):
+        for number, (frame, after_loss) in enumerate(decode_on(container, stream)):
             width_px, height_px = square_size(frame, stream)
             if frame.rotation % 180:
                 width_px, height_px = height_px, width_px
@@ -49,7 +51,7 @@ def iter_small(path: Path) -> Iterator[SmallFrame]:
                 detail_HW, _ = _planes(frame, detail, detail_height_px, width_px / height_px)
             # An AVI has no display times; its frames come evenly.
             time_s = frame.time if frame.time is not None else float(number / rate)
-            yield SmallFrame(time_s, height_px, width_px, luma_HW, chroma_CHW, detail_HW)
+            yield SmallFrame(time_s, after_loss, height_px, width_px, luma_HW, chroma_CHW, detail_HW)
 
 
 def _planes(

@@ -112,7 +112,11 @@ def _look(
             for frame in iter_small(path):
                 watch.add(frame)
         except VideoError as error:
-            faults, passing = [f"stopped where it does not decode: {_reason(error, path)}"], may_pass(error)
+            done_s, whole_s = len(watch.times_s) / facts.fps, facts.frames / facts.fps
+            reason = f"stopped after {done_s:.1f} of {whole_s:.1f} s, where it does not decode: {_reason(error, path)}"
+            faults, passing = [reason], may_pass(error)
+        if watch.losses:
+            faults.append(f"{facts.frames - len(watch.times_s)} of {facts.frames} frames do not decode")
         spans, left_out = watch.spans(facts, clip_seconds, stride_seconds)
         clips = tuple(watch.clip(*span) for span in spans)
     if left_out:
@@ -142,6 +146,7 @@ class _Watch:
     pictures: IO[bytes]
     times_s: list[float] = field(default_factory=list)
     sizes_px: list[tuple[int, int]] = field(default_factory=list)
+    losses: list[int] = field(default_factory=list)
     jumps: list[float] = field(default_factory=list)
     changes: list[float] = field(default_factory=list)
     brightness: list[float] = field(default_factory=list)
@@ -162,6 +167,8 @@ class _Watch:
         self.changes.append(change)
         if frame.detail_HW is not None:
             self.sharpness[len(self.times_s)] = sharpness(frame.detail_HW)
+        if frame.after_loss:
+            self.losses.append(len(self.times_s))
         self.times_s.append(frame.time_s)
         self.sizes_px.append((frame.height_px, frame.width_px))
         self.brightness.append(float(luma_HW.mean()))
@@ -174,11 +181,11 @@ class _Watch:
     ) -> tuple[list[tuple[int, int, float]], int]:
         """List the clips as (start, stop, fps), and count the frames of parts that are too short for one.
 
-        Inside a clip no shot changes, no frame is missing, no size changes.
+        Inside a clip no shot changes, no frame is missing or lost, no size changes.
         """
         times_s, sizes_px, jumps = np.array(self.times_s), self.sizes_px, np.array(self.jumps)
         resized = [i for i in range(1, len(sizes_px)) if sizes_px[i] != sizes_px[i - 1]]
-        breaks = sorted({0, len(sizes_px), *resized, *find_breaks(times_s, facts.tick_s)})
+        breaks = sorted({0, len(sizes_px), *resized, *self.losses, *find_breaks(times_s, facts.tick_s)})
         spans, left_out = [], 0
         for start, stop in zip(breaks, breaks[1:], strict=False):
             cuts = [start, *(start + cut for cut in find_shots(jumps[start:stop])), stop]

@@ -94,11 +94,12 @@ def iter_frames(
     """Decode from the first frame to the last, yielding frame_HWC in square pixels. Raises VideoError, also in mid-file.
 
     numbers    yield only these, counted from 0 as they decode; None: all
-    extension  as in read_frames
+    extension  as in read_frames; None: where a packet is damaged, go on as decode_on does
     """
     with open_video(source, extension) as (container, stream):
         reformatter = VideoReformatter()
-        for number, frame in enumerate(container.decode(stream)):
+        frames = container.decode(stream) if extension else (frame for frame, _ in decode_on(container, stream))
+        for number, frame in enumerate(frames):
             if numbers is None or number in numbers:
                 yield _to_rgb(frame, reformatter, *square_size(frame, stream))
 
@@ -307,6 +308,35 @@ def _decode(
                 yield frame.pts, _to_rgb(frame, reformatter, frame.width, frame.height)
             if last is not None and frame.pts is not None and frame.pts >= last:
                 return
+
+
+def decode_on(container: InputContainer, stream: VideoStream) -> Iterator[tuple[VideoFrame, bool]]:
+    """Yield every frame that decodes, and whether frames just before it are lost; raises FFmpegError at the end if those
+    to the end are.
+
+    What follows a damaged packet refers to it, so decoding goes on at the next keyframe.
+    """
+    damage: av.error.FFmpegError | None = None
+    after_loss, resumed = False, None
+    for packet in container.demux(stream):
+        if damage is not None:
+            if not packet.size or not packet.is_keyframe:
+                continue
+            damage, resumed = None, packet.pts
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError as error:
+            damage, after_loss = error, True
+            stream.codec_context.flush_buffers()
+            continue
+        for frame in frames:
+            if resumed is not None and frame.pts is not None and frame.pts < resumed:
+                after_loss = True  # shown before that keyframe, it may refer to what is lost
+                continue
+            yield frame, after_loss
+            after_loss = False
+    if damage is not None:
+        raise damage
 
 
 def _to_rgb(frame: VideoFrame, reformatter: VideoReformatter, width_px: int, height_px: int) -> np.ndarray:
