@@ -49,7 +49,7 @@ def iter_small(path: Path) -> Iterator[SmallFrame]:
             if number % _DETAIL_EVERY == 0:
                 detail_height_px = min(_DETAIL_HEIGHT_PX, max(2, height_px & ~1))
                 detail_HW, _ = _planes(frame, detail, detail_height_px, width_px / height_px)
-            # An AVI has no display times; its frames come evenly.
+            # Where there are no times, frames come evenly.
             time_s = frame.time if frame.time is not None else float(number / rate)
             yield SmallFrame(time_s, after_loss, height_px, width_px, luma_HW, chroma_CHW, detail_HW)
 

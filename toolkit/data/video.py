@@ -10,6 +10,7 @@ import bisect
 import io
 import math
 import struct
+from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -314,8 +315,10 @@ def decode_on(container: InputContainer, stream: VideoStream) -> Iterator[tuple[
     """Yield every frame that decodes, and whether frames just before it are lost; raises FFmpegError at the end if those
     to the end are.
 
-    What follows a damaged packet refers to it, so decoding goes on at the next keyframe.
+    What follows a damaged packet refers to it, so decoding goes on at the next keyframe. An AVI has no display times, and
+    FFmpeg guesses wrong ones where there are B-frames, so its frames get the times of its packets in order.
     """
+    times: deque[int | None] = deque()
     damage: av.error.FFmpegError | None = None
     after_loss, resumed = False, None
     for packet in container.demux(stream):
@@ -323,16 +326,21 @@ def decode_on(container: InputContainer, stream: VideoStream) -> Iterator[tuple[
             if not packet.size or not packet.is_keyframe:
                 continue
             damage, resumed = None, packet.pts
+        times.append(packet.dts)
         try:
             frames = packet.decode()
         except av.error.InvalidDataError as error:
             damage, after_loss = error, True
             stream.codec_context.flush_buffers()
+            times.clear()
             continue
         for frame in frames:
+            time = times.popleft() if times else None
             if resumed is not None and frame.pts is not None and frame.pts < resumed:
                 after_loss = True  # shown before that keyframe, it may refer to what is lost
                 continue
+            if container.format.name == "avi":
+                frame.pts = time
             yield frame, after_loss
             after_loss = False
     if damage is not None:
