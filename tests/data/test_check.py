@@ -102,7 +102,7 @@ def test_an_index_that_lies_is_found(folder: Path) -> None:
     assert "is not a shard index" in only(check(folder)).fault
     path.write_text(text)
     (folder / "val-0.tar").unlink()
-    assert only(check(folder)).fault == "it is gone, but its index is there"
+    assert only(check(folder)).fault == "the tar is gone, but its index is there"
 
 
 def test_a_shard_that_is_gone_is_named(packed: Path, tmp_path: Path) -> None:

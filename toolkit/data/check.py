@@ -155,9 +155,9 @@ def find_tars(folder: str | Path) -> list[Path]:
 def lost_tars(folder: Path, tars: Sequence[Path]) -> dict[Path, str]:
     """Name the shards that are not there, with what tells of them: an index, or the record of the packing."""
     record = load_record(folder)
-    listed = dict.fromkeys(record.shards if record else (), f"it is gone, but {RECORD} lists it")
+    listed = dict.fromkeys(record.shards if record else (), f"the tar is gone, but {RECORD} lists it")
     indexes = [path.name.removesuffix(".index.json") for path in folder.glob("*.index.json")]
-    told = listed | {f"{name}.tar": "it is gone, but its index is there" for name in indexes}
+    told = listed | {f"{name}.tar": "the tar is gone, but its index is there" for name in indexes}
     return {folder / name: told[name] for name in sorted(told.keys() - {tar.name for tar in tars})}
 
 
