@@ -232,7 +232,7 @@ def fail(error: Exception, *_: object) -> NoReturn:
 
 
 def test_what_cannot_be_used_is_skipped_with_its_reason(tmp_path: Path) -> None:
-    """Nothing, text, a still, one frame, a cut file, a link to nowhere, PQ: a fault each, and no clip."""
+    """Nothing, text, a still, one frame, a cut file, a link to nowhere, PQ, interlaced: a fault each, and no clip."""
     good = tmp_path / "good.mp4"
     mux(good, numbered_frames(range(COUNT)))
     Image.new("RGB", (64, 64)).save(tmp_path / "still.png")
@@ -240,6 +240,9 @@ def test_what_cannot_be_used_is_skipped_with_its_reason(tmp_path: Path) -> None:
     mux(tmp_path / "one.mp4", numbered_frames(range(1)))
     mux(tmp_path / "pq.mkv", numbered_frames(range(9)), "libx265", "yuv420p10le", transfer=16)
     mux(tmp_path / "hlg.mkv", numbered_frames(range(9)), "libx265", "yuv420p10le", transfer=18)
+    for name, tff in (("woven.ts", 1), ("plain.ts", 0)):
+        mux(tmp_path / name, numbered_frames(range(9)), quality={"x264-params": f"tff={tff}"})
+    (tmp_path / "both.ts").write_bytes(2 * (tmp_path / "plain.ts").read_bytes() + (tmp_path / "woven.ts").read_bytes())
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "text.mkv").write_text("no video")
     (tmp_path / "cut.mp4").write_bytes(good.read_bytes()[:900])
@@ -247,12 +250,14 @@ def test_what_cannot_be_used_is_skipped_with_its_reason(tmp_path: Path) -> None:
     faults = {
         "empty.mp4": "Invalid data", "text.mkv": "Invalid data", "still.mp4": "1 frames", "one.mp4": "has 1 frames",
         "cut.mp4": "", "nowhere.mp4": "No such file", "pq.mkv": "is HDR (PQ",
+        "woven.ts": "is interlaced",
     }  # fmt: skip
     for name, fault in faults.items():
         found = survey(tmp_path / name, name, 4.0, None)
         assert found.clips == () and found.fault is not None and fault in found.fault, (name, found)
         assert str(tmp_path) not in found.fault
-    assert survey(tmp_path / "hlg.mkv", "", 4.0, None).fault is None
+    for name in ("hlg.mkv", "plain.ts", "both.ts"):
+        assert survey(tmp_path / name, "", 4.0, None).fault is None
 
 
 def test_a_damaged_video_gives_what_stands_before_the_damage(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ class SmallFrame:
     """A frame scaled down to be judged, uint8 and upright; height_px and width_px are those of the frame itself.
 
     after_loss  frames just before it do not decode
+    is_woven    interlaced: its odd and even rows are of two moments
     luma_HW     128 px high
     chroma_CHW  its two planes, 64 px high
     detail_HW   luma up to 256 px high, of every eighth frame
@@ -28,6 +29,7 @@ class SmallFrame:
 
     time_s: float
     after_loss: bool
+    is_woven: bool
     height_px: int
     width_px: int
     luma_HW: np.ndarray
@@ -51,7 +53,9 @@ def iter_small(path: Path) -> Iterator[SmallFrame]:
                 detail_HW, _ = _planes(frame, detail, detail_height_px, width_px / height_px)
             # Where there are no times, frames come evenly.
             time_s = frame.time if frame.time is not None else float(number / rate)
-            yield SmallFrame(time_s, after_loss, height_px, width_px, luma_HW, chroma_CHW, detail_HW)
+            yield SmallFrame(
+                time_s, after_loss, bool(frame.interlaced_frame), height_px, width_px, luma_HW, chroma_CHW, detail_HW
+            )
 
 
 def _planes(

@@ -117,6 +117,9 @@ def _look(
             faults, passing = [reason], may_pass(error)
         if watch.losses:
             faults.append(f"{facts.frames - len(watch.times_s)} of {facts.frames} frames do not decode")
+        if 2 * watch.woven > len(watch.times_s):
+            combed = "is interlaced, which shows as combs; deinterlace it first, for example with ffmpeg -vf bwdif"
+            return Survey(name=name, sha256=sha256, fault=combed), passing
         spans, left_out = watch.spans(facts, clip_seconds, stride_seconds)
         clips = tuple(watch.clip(*span) for span in spans)
     if left_out:
@@ -147,6 +150,7 @@ class _Watch:
     times_s: list[float] = field(default_factory=list)
     sizes_px: list[tuple[int, int]] = field(default_factory=list)
     losses: list[int] = field(default_factory=list)
+    woven: int = 0
     jumps: list[float] = field(default_factory=list)
     changes: list[float] = field(default_factory=list)
     brightness: list[float] = field(default_factory=list)
@@ -167,6 +171,7 @@ class _Watch:
         self.changes.append(change)
         if frame.detail_HW is not None:
             self.sharpness[len(self.times_s)] = sharpness(frame.detail_HW)
+        self.woven += frame.is_woven
         if frame.after_loss:
             self.losses.append(len(self.times_s))
         self.times_s.append(frame.time_s)
