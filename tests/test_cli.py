@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import BaseModel, PositiveInt, ValidationError
+from pydantic import BaseModel, PositiveInt, ValidationError, validate_call
 
 from tests.launching import HEAVY, ROOT, run
 from toolkit.cli import importing, main
@@ -78,6 +78,22 @@ def test_what_fails_inside_is_no_flag(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["job.py", "x"])
     with pytest.raises(ValidationError):
         main(cut)
+
+
+def test_flags_of_a_part_are_flags(monkeypatch, capsys):
+    """As bench.py has it, whose parts are named after it and take flags of their own."""
+
+    @validate_call
+    def cut_in_two(rounds: PositiveInt) -> None:
+        """Never reached."""
+
+    def cut(folder: str) -> None:
+        cut_in_two(rounds=0)
+
+    monkeypatch.setattr(sys, "argv", ["job.py", "x"])
+    with pytest.raises(SystemExit, match="2"):
+        main(cut)
+    assert "--rounds is 0; it should be greater than 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["2024_05", "1.10", "007", "1e3", "None", "[a]", "a,b", "v3"])

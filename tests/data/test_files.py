@@ -102,6 +102,9 @@ def test_who_may_read_is_up_to_the_user(tmp_path: Path, umask: int, mode: int) -
         share(tmp_path)
     finally:
         os.umask(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "chmod", _refuse_link)  # a disk with modes of its own
+        share(tmp_path)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 2 and {path.stat().st_mode & 0o777 for path in files} == {mode}
 

@@ -250,7 +250,7 @@ def test_what_cannot_be_used_is_skipped_with_its_reason(tmp_path: Path) -> None:
     faults = {
         "empty.mp4": "Invalid data", "text.mkv": "Invalid data", "still.mp4": "1 frames", "one.mp4": "has 1 frames",
         "cut.mp4": "", "nowhere.mp4": "No such file", "pq.mkv": "is HDR (PQ",
-        "woven.ts": "is interlaced",
+        "woven.ts": "is marked as interlaced",
     }  # fmt: skip
     for name, fault in faults.items():
         found = survey(tmp_path / name, name, 4.0, None)

@@ -17,10 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import toolkit.run.interpolate as interpolate_module
 from launch.interpolate import interpolate
 from tests.launching import ROOT, train_here
 from tests.model.control import make_controlnet
 from toolkit.config import ModelConfig
+from toolkit.data.video import probe
 from toolkit.errors import UserError
 from toolkit.model.base import load_base
 from toolkit.model.unet import FramerUNet
@@ -349,6 +351,36 @@ def test_a_film_is_there_whole_or_not_at_all(
     assert {path.name for path in tmp_path.iterdir()} == {f"old{ending}", f"new{ending}"}
 
 
+def test_what_comes_meanwhile_stays(
+    trained: Path, stills: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another command with the same --out was faster: both films are there."""
+    write = interpolate_module.write_frames
+
+    def write_late(place: Path, *given: Any) -> None:
+        write(place, *given)
+        (tmp_path / "a.mp4").write_bytes(b"the other's")
+
+    monkeypatch.setattr(interpolate_module, "write_frames", write_late)
+    with pytest.raises(UserError, match="has come there meanwhile, and stays; what was made is .*mp4"):
+        interpolate(str(tmp_path / "a.mp4"), run=str(trained), first=stills[0], last=stills[1], frames=3, steps=1)
+    (kept,) = tmp_path.glob("a.*.mp4")
+    assert (tmp_path / "a.mp4").read_bytes() == b"the other's" and probe(kept).frames == 3
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+@pytest.mark.parametrize("name", ["new", "empty", "mp4", ".gif"])
+def test_a_folder_keeps_what_it_is(trained: Path, stills: list[str], tmp_path: Path, name: str) -> None:
+    """Whatever it is called; one that is there, as a mounted disk is, is written into and not put in another's place."""
+    out = tmp_path / name
+    if name == "empty":
+        out.mkdir()
+    before = out.stat().st_ino if out.exists() else None
+    interpolate(str(out), run=str(trained), first=stills[0], last=stills[1], frames=3, steps=1)
+    assert sorted(path.name for path in out.iterdir()) == ["000.png", "001.png", "002.png"]
+    assert before in (None, out.stat().st_ino) and [*tmp_path.iterdir()] == [out]
+
+
 def _fill_the_disk(place: Path, *given: Any) -> None:
     place.write_bytes(b"half")
     raise OSError(errno.ENOSPC, "No space left on device")
@@ -374,6 +406,9 @@ def test_home_is_the_users_own(
 def test_a_damaged_checkpoint_is_not_used(trained: Path, tmp_path: Path, frames_of: Frames) -> None:
     """Named by its path it is verified as a run's own is."""
     folder = Path(shutil.copytree(list_checkpoints(trained)[-1], tmp_path / "copy"))
+    frames_of(adapter=str(folder))
+    (folder / "README.md").write_text("mine")  # what is beside it may come and go
+    (folder / "optimizer.safetensors").unlink()
     frames_of(adapter=str(folder))
     file = folder / "adapter_model.safetensors"
     content = bytearray(file.read_bytes())

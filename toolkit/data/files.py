@@ -8,7 +8,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -69,8 +69,9 @@ def share(folder: Path) -> None:
     mode = probe.stat().st_mode & 0o777
     probe.unlink()
     for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
+        if path.is_file() and path.stat().st_mode & 0o777 != mode:
+            with suppress(OSError):  # a disk that has modes of its own
+                path.chmod(mode)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

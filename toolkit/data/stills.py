@@ -3,8 +3,8 @@
 Test: pytest tests/data/test_stills.py
 """
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -24,7 +24,7 @@ def read_stills(paths: Sequence[str]) -> np.ndarray:
 def read_still(path: str) -> np.ndarray:
     """Read a picture as uint8 (H, W, 3)."""
     try:
-        with Image.open(Path(path).expanduser()) as image:
+        with Image.open(os.path.expanduser(path)) as image:
             return to_rgb(image)
     # Pillow's readers of damaged files raise what they like
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:

@@ -118,7 +118,10 @@ def _look(
         if watch.losses:
             faults.append(f"{facts.frames - len(watch.times_s)} of {facts.frames} frames do not decode")
         if 2 * watch.woven > len(watch.times_s):
-            combed = "is interlaced, which shows as combs; deinterlace it first, for example with ffmpeg -vf bwdif"
+            combed = (
+                "is marked as interlaced, which shows as combs; encode it anew with ffmpeg -vf bwdif, or, if it has "
+                "none, with -vf setfield=prog"
+            )
             return Survey(name=name, sha256=sha256, fault=combed), passing
         spans, left_out = watch.spans(facts, clip_seconds, stride_seconds)
         clips = tuple(watch.clip(*span) for span in spans)

@@ -339,6 +339,7 @@ def decode_on(container: InputContainer, stream: VideoStream) -> Iterator[tuple[
             if resumed is not None and frame.pts is not None and frame.pts < resumed:
                 after_loss = True  # shown before that keyframe, it may refer to what is lost
                 continue
+            resumed = None  # times may go back later
             if container.format.name == "avi":
                 frame.pts = time
             yield frame, after_loss

@@ -83,7 +83,7 @@ def export_run(
     """
     if precision is not None and to != "merged":
         raise UserError(f"--precision is for --to merged; an adapter in the form {to} is always fp32, so leave it out")
-    folder = Path(out).expanduser().resolve()
+    folder = Path(os.path.expanduser(out)).resolve()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{out} is there already; give --out a folder that is new or empty")
     source, config = find_checkpoint(Path(run) if run is not None else None, checkpoint)

@@ -27,7 +27,7 @@ from toolkit.config import RunConfig, diff_configs, dump_config, load_config
 from toolkit.engine.plain import State
 from toolkit.engine.world import World
 from toolkit.errors import UserError
-from toolkit.model.formats import find_file
+from toolkit.model.formats import PEFT_FILES, find_file
 from toolkit.model.tuning import ABOUT_FILE
 from toolkit.run.best import Look, count_misses
 from toolkit.run.checkpoint import (
@@ -41,7 +41,7 @@ from toolkit.run.checkpoint import (
 )
 from toolkit.run.ema import cut_snapshots
 from toolkit.run.ledger import cut_ledger
-from toolkit.run.manifest import MANIFEST, find_fault
+from toolkit.run.manifest import MANIFEST, find_changed
 from toolkit.run.skips import cut_skips
 
 # Fields that may change between the start of a run and its resumption: they do not change what is computed.
@@ -236,8 +236,8 @@ def find_adapter(source: Path) -> Path:
         )
     if (source / "config.yaml").exists():
         place = newest_adapter(source)
-    elif (source / MANIFEST).is_file() and (fault := find_fault(source)):
-        raise UserError(f"{source} is damaged: {fault}; give another checkpoint")
+    elif changed := find_changed(source, PEFT_FILES):
+        raise UserError(f"{source} is damaged: {changed} differs from what was written; give another checkpoint")
     else:
         place = source
     if (place / ABOUT_FILE).is_file():

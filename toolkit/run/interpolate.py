@@ -61,7 +61,7 @@ def interpolate_stills(
     if trajectories is None and config.diffusion.control:
         trajectories = "auto"
         print("the run was trained with trajectories found between the stills, so they are found here too")
-    stills, place = read_stills(paths), Path(out).expanduser().resolve()
+    stills, place = read_stills(paths), Path(os.path.expanduser(out)).resolve()
     if frames is None:
         frames = 5 if config.diffusion.layout == "spec_middle" else config.data.frames
     refuse_frames(frames, config)
@@ -123,7 +123,7 @@ def find_points(
         return [None] * len(pairs)
     if trajectories != "auto":
         height_px, width_px = stills_NHWC.shape[1:3]
-        points = read_trajectories(Path(trajectories).expanduser(), source_size, (height_px, width_px))
+        points = read_trajectories(Path(os.path.expanduser(trajectories)), source_size, (height_px, width_px))
         if not ((points >= 0) & (points < (width_px, height_px))).all(-1).any():
             raise UserError(
                 f"{trajectories} has no place inside the {width_px}x{height_px} picture that the network sees"
@@ -178,11 +178,13 @@ def refuse_ending(out: Path, fps: float) -> None:
 
 @contextmanager
 def appearing(out: Path) -> Iterator[Path]:
-    """Give a place beside out, of its kind, which is out once all is done; what fails leaves nothing.
+    """Give a place of out's kind, whose content is out's once all is done; what fails leaves nothing.
 
-    raises  UserError where nothing can be written there
+    raises  UserError where nothing can be written there, or something has come there meanwhile, which stays
     """
-    aside = out.with_name(f".{os.urandom(4).hex()}.{out.name}")
+    inside = out.is_dir()  # an empty folder may be where a disk is mounted, whose name stays
+    mark = os.urandom(4).hex()
+    aside = (out if inside else out.parent) / f".{mark}{out.suffix}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         aside.touch() if out.suffix else aside.mkdir()
@@ -190,7 +192,15 @@ def appearing(out: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
     try:
         yield aside
-        os.replace(aside, out)
+        if inside:
+            for path in aside.iterdir():
+                path.rename(out / path.name)
+        elif out.exists():
+            kept = out.with_name(f"{out.stem}.{mark}{out.suffix}")
+            os.replace(aside, kept)
+            raise UserError(f"{out} has come there meanwhile, and stays; what was made is {kept}")
+        else:
+            os.replace(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
 

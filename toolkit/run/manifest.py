@@ -12,6 +12,7 @@ import json
 import platform
 import re
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,18 @@ def find_fault(folder: Path) -> str | None:
         return f"{MANIFEST} or a file cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} or a file cannot be read ({in_one_line(error)})"
+
+
+def find_changed(folder: Path, names: Iterable[str]) -> str | None:
+    """Name one of some files that is not as a checkpoint's manifest says; None where nothing says so of them.
+
+    For what uses these alone: others may lack or have come, as in a copy that somebody shares.
+    """
+    try:
+        listed = json.loads((folder / MANIFEST).read_bytes())["files"]
+        return next((name for name in names if name in listed and not _is_same(folder / name, listed[name])), None)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _is_same(file: Path, wanted: dict[str, Any]) -> bool:
