@@ -71,9 +71,8 @@ def choose_plan(
     device = world.device
     free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     room_bytes = USABLE * free_bytes - (0 if vae is None else predict_encoding_bytes(config, vae))
-    if choose_replay(
-        config, device
-    ):  # graphs keep the memory that they work in, also while held-out clips are looked at
+    # graphs keep the memory that they work in, also while held-out clips are looked at
+    if choose_replay(config, device):
         room_bytes -= predict_look_bytes(config, unet, latent_px)
     for plan in plans:
         fits = torch.tensor([float(predict_bytes(config, unet, latent_px, plan) <= room_bytes)], device=device)
