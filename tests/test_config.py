@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from toolkit.config import (
+    LEAN,
     ZERO_STAGES,
     EngineConfig,
     RunConfig,
@@ -228,6 +229,15 @@ def test_targets_are_a_name_an_expression_or_a_list(recipe: Path, given: Any, re
 
 
 @pytest.mark.parametrize(
+    ("given", "parts"),
+    [("lean", LEAN), ("stock", ()), ("[]", ()), ("[projections,cross]", LEAN[:2]), (list(LEAN[:-1]), LEAN[:-1])],
+)
+def test_blocks_are_a_name_or_a_list_of_parts(recipe: Path, given: Any, parts: tuple[str, ...]) -> None:
+    """In one order, however they are named."""
+    assert load_config(recipe, {"model.blocks": given}).model.parts == parts
+
+
+@pytest.mark.parametrize(
     ("overrides", "said"),
     [
         ({"lora.dora": True, "lora.dropout": 0.1}, "dora and dropout do not go together"),
@@ -243,6 +253,10 @@ def test_targets_are_a_name_an_expression_or_a_list(recipe: Path, given: Any, re
         ({"lora.rank_pattern": {"mid_block.*": 0}}, "lora.rank_pattern.mid_block.* is 0"),
         ({"lora.extra_trainable": ["conv_out"]}, "lora.extra_trainable.0 is 'conv_out': .*'conv_in' or 'mask_token'"),
         ({"lora.rank": 0}, "lora.rank is 0"),
+        ({"data.stride": 0}, "data.stride is 0: Input should be greater than or equal to 1 or a valid list$"),
+        ({"model.blocks": "lena"}, "model.blocks is 'lena': Input should be 'lean' or 'stock' or a valid list$"),
+        ({"model.blocks": "[norms]"}, "norms needs passes; name that too, or leave norms out"),
+        ({"model.blocks": "[cross,passes]"}, "passes needs projections; name that too"),
     ],
 )
 def test_settings_that_contradict_are_refused(recipe: Path, overrides: dict[str, Any], said: str) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -62,6 +63,12 @@ class Section(BaseModel):
         return value
 
 
+# What makes the network's blocks lean, each by itself but for what it needs
+Part = Literal["cross", "projections", "passes", "norms", "frames"]
+LEAN: tuple[Part, ...] = get_args(Part)
+NEEDS: dict[Part, set[Part]] = {"passes": {"cross", "projections"}, "norms": {"passes"}, "frames": {"passes"}}
+
+
 class ModelConfig(Section):
     # framer | svd | svd-xt | tiny, or a folder or hub id in SVD layout: unet, vae, image_encoder, scheduler
     base: Place = "tiny"
@@ -75,8 +82,10 @@ class ModelConfig(Section):
     # on a card, and Triton's along frames
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     # lean: the network in fewer operations; stock: as diffusers and PEFT compute it, and so DoRA, dropout, zero3 and
-    # quantized weights always
-    blocks: Literal["lean", "stock"] = "lean"
+    # quantized weights always; or a list of lean's parts, to leave one out: cross, attention to few tokens by tables;
+    # projections, of one input and their LoRA in one; passes, frames left in place and constants computed once, which
+    # needs these two; norms and gates in Triton kernels, frames attending in one: both need passes and a GPU
+    blocks: Literal["lean", "stock"] | list[Part] = "lean"
     # fast keeps all activations, balanced computes the largest of them a second time, small most of them; auto takes the
     # first of these that fits
     memory: Literal["auto", "fast", "balanced", "small"] = "auto"
@@ -85,6 +94,25 @@ class ModelConfig(Section):
     compile: bool = False  # lean blocks into fewer kernels, by torch.compile; takes some minutes at the first step
     # on a GPU: the kernels of a training pass launched as one; not with stock blocks, a ControlNet or a trained mask_token
     cuda_graphs: bool = True
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def read_text(cls, value: Any) -> Any:
+        return _read_text(value)
+
+    @field_validator("blocks", mode="after")
+    @classmethod
+    def check_parts(cls, blocks: str | list[Part]) -> str | list[Part]:
+        for part in () if isinstance(blocks, str) else blocks:
+            if missing := NEEDS.get(part, set()).difference(blocks):
+                raise ValueError(f"{part} needs {' and '.join(sorted(missing))}; name that too, or leave {part} out")
+        return blocks
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Of lean blocks, those that are on."""
+        wanted = {"lean": LEAN, "stock": ()}[self.blocks] if isinstance(self.blocks, str) else self.blocks
+        return tuple(part for part in LEAN if part in wanted)
 
 
 class LoraConfig(Section):
@@ -397,7 +425,12 @@ def parse_config(tree: Any, source: str | Path) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: {'; '.join(_explain(e) for e in error.errors())}") from None
+        said: dict[str, str] = {}  # of a field that may hold several kinds of value, each says what it must be
+        for subject, message in map(_explain, error.errors()):
+            said[subject] = (
+                f"{said[subject]} or {message.removeprefix('Input should be ')}" if subject in said else message
+            )
+        raise UserError(f"{source}: {'; '.join(map(''.join, said.items()))}") from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -502,15 +535,26 @@ def _unknown(name: str) -> str:
     return f"unknown key {name}" + (f"; did you mean {near[0]}?" if near else "; `launch/doctor.py` prints every key")
 
 
-def _explain(error: Any) -> str:
-    name = ".".join(str(part) for part in error["loc"])
+def _explain(error: Any) -> tuple[str, str]:
+    """What is wrong, and what it must be, where it is not said already."""
+    name = _locate(error["loc"])
     if error["type"] == "extra_forbidden":
-        return _unknown(name)
+        return _unknown(name), ""
     if error["type"] == "missing":
-        return f"{name} is missing; set it in the recipe or with --{name}"
+        return f"{name} is missing; set it in the recipe or with --{name}", ""
     message = error["msg"].removeprefix("Value error, ")
     if not name:  # a check of the whole tree names its fields by itself
-        return message
+        return message, ""
     given = repr(error["input"])
     given = given if len(given) <= 200 else f"{given[:200]}..."
-    return f"{name}: {message}" if error["type"] == "value_error" else f"{name} is {given}: {message}"
+    return f"{name}: " if error["type"] == "value_error" else f"{name} is {given}: ", message
+
+
+def _locate(place: Sequence[str | int]) -> str:
+    """The dotted name of a place in the tree, without pydantic's name for one of several kinds of value."""
+    kinds = _annotations(RunConfig)
+    for i in range(len(place)):
+        name = ".".join(map(str, place[: i + 1]))
+        if name in kinds and len(_kinds(kinds[name]) - {type(None)}) > 1:
+            return ".".join(map(str, (name, *place[i + 2 :])))
+    return ".".join(map(str, place))

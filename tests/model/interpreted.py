@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from tests.model.test_prepare import make, make_inputs
+from toolkit.config import LEAN
 from toolkit.model.prepare import prepare_unet
 from toolkit.model.temporal import FrameAttention
 
@@ -93,7 +94,7 @@ def run_network() -> None:
         found = []
         for attention in ("sdpa", "sdpa + triton"):
             unet, parameters = make(targets, torch.float32)
-            trainable = prepare_unet(unet, parameters, torch.float32, attention, plan, "lean")
+            trainable = prepare_unet(unet, parameters, torch.float32, attention, plan, LEAN)
             inputs = make_inputs(2, 3, 2, torch.float32)
             trainable.begin(inputs["encoder_hidden_states"])
             out = unet(**inputs, return_dict=False)[0]

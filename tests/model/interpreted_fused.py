@@ -11,6 +11,7 @@ from tests.model.adapters import settings
 from tests.model.conftest import make_inputs, make_unet, wake
 from tests.model.fused_reference import ADDS, DTYPES, GATES, NORMS, compare_add, compare_gate, compare_norm
 from tests.model.interpreted import report
+from toolkit.config import LEAN
 from toolkit.model import blocks
 from toolkit.model.lora import inject_lora
 from toolkit.model.prepare import prepare_unet
@@ -39,7 +40,7 @@ def compare_blocks(targets: str | list[str]) -> float:
         unet = make_unet()
         parameters = inject_lora(unet, settings(targets=targets), 0)
         wake(parameters)
-        trainable = prepare_unet(unet, parameters, torch.float32, "sdpa", "fast", "lean")
+        trainable = prepare_unet(unet, parameters, torch.float32, "sdpa", "fast", LEAN)
         inputs = make_inputs()
         trainable.begin(inputs["encoder_hidden_states"])
         block = unet.down_blocks[0]

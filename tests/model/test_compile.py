@@ -9,6 +9,7 @@ import torch._inductor.config as inductor
 
 from tests.model.adapters import settings
 from tests.model.conftest import SMALL, forward, make_inputs, wake
+from toolkit.config import LEAN
 from toolkit.errors import UserError
 from toolkit.model.compile import compile_blocks
 from toolkit.model.lora import inject_lora
@@ -37,7 +38,7 @@ def learn(plan: Plan, part: str | None, layers: int = 1, kernel: str = "sdpa") -
         unet = FramerUNet(in_channels=9, **SMALL | {"layers_per_block": layers}).requires_grad_(False).eval()
     parameters = inject_lora(unet, settings(), 0)
     wake(parameters)
-    trainable = prepare_unet(unet, parameters, torch.float32, kernel, plan, "lean")
+    trainable = prepare_unet(unet, parameters, torch.float32, kernel, plan, LEAN)
     if part is not None:
         compile_blocks(unet.get_submodule(part))
     inputs = make_inputs()

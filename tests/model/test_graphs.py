@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.model.adapters import settings
 from tests.model.conftest import forward, make_inputs, make_unet, wake
+from toolkit.config import LEAN
 from toolkit.model.graphs import Capture
 from toolkit.model.lora import inject_lora
 from toolkit.model.prepare import Plan, Trainable, prepare_unet
@@ -28,7 +29,7 @@ def prepare(plan: Plan, device: str, capture: Capture | None) -> tuple[Any, Trai
     unet = make_unet().to(device)
     parameters = inject_lora(unet, settings(), 0)
     wake(parameters)
-    trainable = prepare_unet(unet, parameters, torch.float32, "sdpa", plan, "lean")
+    trainable = prepare_unet(unet, parameters, torch.float32, "sdpa", plan, LEAN)
     if capture is not None:
         trainable.replay(unet, capture)
     return unet, trainable

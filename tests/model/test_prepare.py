@@ -1,5 +1,6 @@
 """A prepared network is diffusers' with PEFT's adapter, computed otherwise. Run: pytest tests/model/test_prepare.py"""
 
+from collections.abc import Collection
 from typing import Any, get_args
 
 import pytest
@@ -8,9 +9,10 @@ from torch import Tensor, nn
 
 from tests.model.adapters import settings, train_in_appearance
 from tests.model.conftest import SMALL, forward
+from toolkit.config import LEAN, Part
 from toolkit.model.flat import NAME
 from toolkit.model.lora import inject_lora
-from toolkit.model.prepare import Plan, Trainable, prepare_unet
+from toolkit.model.prepare import Plan, Trainable, prepare_unet, tell_parts
 from toolkit.model.unet import FramerUNet
 
 
@@ -42,9 +44,11 @@ def make_inputs(clips: int, frames: int, tokens: int, dtype: torch.dtype) -> dic
     }
 
 
-def prepare_double(unet: FramerUNet, parameters: dict[str, nn.Parameter], plan: Plan) -> Trainable:
+def prepare_double(
+    unet: FramerUNet, parameters: dict[str, nn.Parameter], plan: Plan, parts: Collection[Part] = LEAN
+) -> Trainable:
     """As a run does it, with masters in double precision."""
-    trainable = prepare_unet(unet, parameters, torch.float64, "sdpa", plan, "lean")
+    trainable = prepare_unet(unet, parameters, torch.float64, "sdpa", plan, parts)
     trainable.adapter.double()
     trainable.adapter.dtype = torch.float64
     return trainable
@@ -65,11 +69,24 @@ def prepare_double(unet: FramerUNet, parameters: dict[str, nn.Parameter], plan: 
 )
 def test_lean_blocks_compute_what_stock_ones_do(clips: int, frames: int, tokens: int, targets: Any, plan: Plan) -> None:
     """In float64, output, gradient of the input and of every matrix equal diffusers' and PEFT's to rounding."""
+    compare(clips, frames, tokens, targets, plan, LEAN)
+
+
+@pytest.mark.parametrize("plan", ["fast", "small"])
+@pytest.mark.parametrize(
+    "parts", [(), ("cross",), ("projections",), ("cross", "projections"), LEAN[:3]], ids=tell_parts
+)
+def test_some_parts_compute_what_stock_ones_do(parts: tuple[Part, ...], plan: Plan) -> None:
+    """Each part of lean blocks by itself, as far as it stands alone."""
+    compare(2, 3, 2, "all", plan, parts)
+
+
+def compare(clips: int, frames: int, tokens: int, targets: Any, plan: Plan, parts: Collection[Part]) -> None:
     stock, stock_parameters = make(targets, torch.float64)
     for parameter in stock_parameters.values():
         parameter.data = parameter.data.double()
     lean, parameters = make(targets, torch.float64)
-    trainable = prepare_double(lean, parameters, plan)
+    trainable = prepare_double(lean, parameters, plan, parts)
     found = []
     for unet in (stock, lean):
         inputs = make_inputs(clips, frames, tokens, torch.float64)
@@ -103,7 +120,7 @@ def test_bf16_is_as_near_to_the_truth_as_stock() -> None:
             for parameter in parameters.values():
                 parameter.data = parameter.data.bfloat16()
         else:
-            trainable = prepare_unet(unet, parameters, torch.bfloat16, "sdpa", "fast", "lean")
+            trainable = prepare_unet(unet, parameters, torch.bfloat16, "sdpa", "fast", LEAN)
             trainable.begin(inputs["encoder_hidden_states"])
         errors[kind] = (forward(unet, inputs).double() - wanted).norm() / wanted.norm()
     print(errors)
@@ -114,7 +131,7 @@ def test_frozen_weights_take_no_memory_twice() -> None:
     """Stacked weights are the network's own, in the same memory, under the same names, bit by bit."""
     unet, parameters = make("all", torch.float32)
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items() if ".lora_" not in name}
-    prepare_unet(unet, parameters, torch.float32, "sdpa", "fast", "lean")
+    prepare_unet(unet, parameters, torch.float32, "sdpa", "fast", LEAN)
     after = unet.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in after.values()}
@@ -127,4 +144,13 @@ def test_other_adapters_are_not_computed_wrongly(changes: dict[str, Any]) -> Non
     """What only PEFT computes is refused, not passed over."""
     unet, parameters = make("all", torch.float32, **changes)
     with pytest.raises(ValueError, match="PEFT's to compute"):
-        prepare_unet(unet, parameters, torch.float32, "sdpa", "fast", "lean")
+        prepare_unet(unet, parameters, torch.float32, "sdpa", "fast", LEAN)
+
+
+@pytest.mark.parametrize("parts", [LEAN, tuple(part for part in LEAN if part != "norms")], ids=tell_parts)
+def test_norms_are_a_part_of_their_own(parts: tuple[Part, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton's kernels run, a network is computed by them, but with that part left out by none."""
+    monkeypatch.setattr("toolkit.model.blocks.fuses", lambda weight: True)
+    unet, parameters = make("all", torch.float32)
+    prepare_unet(unet, parameters, torch.float32, "sdpa", "fast", parts)
+    assert {module.fused for module in unet.modules() if hasattr(module, "fused")} == {"norms" in parts}

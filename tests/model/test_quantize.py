@@ -27,7 +27,7 @@ def learn(kind: str, quantize: str | None = None, by_hand: bool = False) -> list
     wake(parameters)
     if by_hand:
         round_by_hand(unet)
-    trainable = prepare_unet(unet, parameters, torch.float32, "sdpa", "small", "stock", quantize)
+    trainable = prepare_unet(unet, parameters, torch.float32, "sdpa", "small", (), quantize)
     inputs = make_inputs()
     trainable.begin(inputs["encoder_hidden_states"])
     output = forward(unet, inputs)
@@ -54,6 +54,6 @@ def test_weights_take_half_of_bf16() -> None:
     sizes = []
     for quantize in (None, "int8"):
         unet = make_unet(dtype=torch.bfloat16)
-        prepare_unet(unet, inject_lora(unet, settings(), 0), torch.bfloat16, "sdpa", "small", "stock", quantize)
+        prepare_unet(unet, inject_lora(unet, settings(), 0), torch.bfloat16, "sdpa", "small", (), quantize)
         sizes.append(sum(p.numel() * p.element_size() for p in unet.parameters()))
     assert sizes[1] < 0.53 * sizes[0]

@@ -1,5 +1,6 @@
 """What a step of the full-size network costs. Run: pytest tests/run/test_bench_counts.py"""
 
+import itertools
 import re
 
 import pytest
@@ -50,7 +51,7 @@ def test_stock_costs_what_was_counted_elsewhere(
 
 def test_ours_against_stock() -> None:
     """Every case is counted, and README says so; from `fast` to `small` each plan takes less memory and more operations."""
-    report = bench_counts()
+    report = bench_counts(parts=True)
     assert report.keys() == CASES.keys()
     for rows in report.values():
         stock, fast, balanced, small = (rows[name] for name in ("stock", "ours_fast", "ours_balanced", "ours_small"))
@@ -67,6 +68,8 @@ def test_ours_against_stock() -> None:
         row = report[case][LABELS[name]]
         assert [float(figure.replace(",", "")) for figure in figures] == pytest.approx([*row.values()], rel=0.02), case
     rows = report["framer_5_576"]
+    ladder = [rows[f"ours_fast{parts}"]["ops"] for parts in (", stock", ", cross", ", cross + projections", "")]
+    assert ladder[0] < rows["stock"]["ops"] and all(more > 1.2 * less for more, less in itertools.pairwise(ladder))
     assert rows["ours_small"]["peak_gb"] <= 1.7 and rows["ours_fast"]["ops"] <= 3300
     for plan, limits in MOST.items():
         for name, most in limits.items():

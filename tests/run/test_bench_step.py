@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from toolkit.config import RunConfig
+from toolkit.config import LEAN, RunConfig
 from toolkit.data.loader import Batch
 from toolkit.engine.plain import PlainEngine
 from toolkit.model.base import Base
+from toolkit.model.prepare import tell_parts
 from toolkit.run.bench import make_tiny_base
 from toolkit.run.bench_step import (
     Contender,
@@ -44,15 +45,16 @@ def prepared(tmp_path: Path) -> tuple[RunConfig, Base]:
 
 def test_all_contenders_take_the_same_steps() -> None:
     """On the tiny network: every figure promised, a named kernel for attention, and losses alike after three steps."""
-    report = bench_step(rounds=1)
+    report = bench_step(rounds=1, parts=True)
     assert report["device"] == "cpu" and report["kernel"] == "sdpa" and report["data_wait_ms"] > 0
     rows, losses = report["contenders"], report["loss"]
-    assert rows.keys() == losses.keys() == {"stock", "ours_fast", "ours_balanced", "ours_small"}
+    fewer = {f"ours_fast, {tell_parts(LEAN[:i])}" for i in range(len(LEAN))}
+    assert rows.keys() == losses.keys() == {"stock", "ours_fast", "ours_balanced", "ours_small"} | fewer
     assert all(row.keys() == {"ratio", "attention"} and row["ratio"] > 0 and row["attention"] for row in rows.values())
     assert rows["stock"]["ratio"] == 1
     # stock's adapters are bf16, so their small updates are rounded away
     assert losses["ours_fast"] == pytest.approx(losses["ours_balanced"], rel=1e-3)
-    assert losses["ours_fast"] == pytest.approx(losses["ours_small"], rel=1e-3)
+    assert [losses[name] for name in ("ours_small", *fewer)] == pytest.approx([losses["ours_fast"]] * 6, rel=1e-3)
     assert losses["ours_fast"] == pytest.approx(losses["stock"], rel=2e-2)
 
 
@@ -105,9 +107,9 @@ def test_alone_or_in_turns(
 def test_one_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """At once, or in its third step, the first that is timed: it has an error for a row, and all others keep theirs."""
 
-    def list_more(config: RunConfig, attention: str, on_card: bool) -> dict[str, Maker]:
+    def list_more(config: RunConfig, *given: Any) -> dict[str, Maker]:
         failing: dict[str, Maker] = {"never": fail, "late": partial(make_stock, config)}
-        return failing | list_makers(config, attention, on_card)
+        return failing | list_makers(config, *given)
 
     def fail(*given: Any) -> Any:
         raise RuntimeError("out of\nmemory")

@@ -168,5 +168,7 @@ def test_compiled_blocks_sample_the_same(places: dict[str, str], monkeypatch: py
     model = source.config.model.model_copy(update={"blocks": "stock"})
     stock = replace(source, config=source.config.model_copy(update={"model": model}))
     assert torch.allclose(sample(load_framer(stock), 2), wanted, atol=1e-3)
-    with pytest.raises(UserError, match="--compile is for lean blocks, and model.blocks of this recipe is stock"):
+    with pytest.raises(
+        UserError, match="--compile is for lean blocks, and model.blocks of this recipe is without passes"
+    ):
         load_framer(stock, compiled=True)

@@ -150,6 +150,8 @@ def test_published_encoders_take_their_size() -> None:
         ({}, "cpu", False),
         ({"model.cuda_graphs": False}, "cuda", False),
         ({"model.blocks": "stock"}, "cuda", False),
+        ({"model.blocks": ["cross", "projections"]}, "cuda", False),
+        ({"model.blocks": ["cross", "projections", "passes"]}, "cuda", True),
         ({"lora.dropout": 0.1}, "cuda", False),
         ({"lora.extra_trainable": ["conv_in"]}, "cuda", True),
         ({"lora.extra_trainable": ["mask_token"]}, "cuda", False),

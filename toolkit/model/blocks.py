@@ -245,9 +245,12 @@ class SelfAttention:
         return self.out(attend_in_chunks(self.kernel.rows, q_BNHD, k_BNHD, v_BNHD).flatten(-2)).squeeze(-2)
 
 
-def install_blocks(unet: Any) -> None:
-    """Give a frozen network these forward passes; its attention layers still need SelfAttention."""
-    fused = fuses(unet.conv_in.weight)
+def install_blocks(unet: Any, fused: bool) -> None:
+    """Give a frozen network these forward passes; its attention layers still need SelfAttention and CollapsedAttention.
+
+    fused  whether by fused.py's kernels, where they run
+    """
+    fused = fused and fuses(unet.conv_in.weight)
     if fused:
         lay_channels_last(unet)
     for module in unet.modules():

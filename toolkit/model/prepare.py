@@ -5,13 +5,14 @@ Test: pytest tests/model/test_prepare.py (against diffusers and PEFT as they com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from toolkit.config import LEAN, NEEDS, Part
 from toolkit.model.attention import KERNELS, set_attention
 from toolkit.model.blocks import SelfAttention, install_blocks
 from toolkit.model.cross import CollapsedAttention, CrossTables, group_layers
@@ -26,8 +27,11 @@ from toolkit.model.recompute import find_top_level, recompute_feed_forwards, rec
 #   balanced  keeps the inputs of whole modules on the top level, and computes the others there a second time
 #   small     does so on all levels, and once more in the top level's feed-forward layers
 Plan = Literal["fast", "balanced", "small"]
-# whose forward passes: blocks.py, or those of diffusers and PEFT
-Blocks = Literal["lean", "stock"]
+
+
+def tell_parts(parts: Collection[Part]) -> str:
+    """The parts of lean blocks that are on, in a word where they are all or none."""
+    return {0: "stock", len(LEAN): "lean"}.get(len(parts), " + ".join(parts))
 
 
 class Trainable:
@@ -58,18 +62,18 @@ def prepare_unet(
     dtype: torch.dtype,
     attention: str,
     plan: Plan,
-    blocks: Blocks,
+    parts: Collection[Part],
     quantize: str | None = None,
 ) -> Trainable:
     """Once for each UNet.
 
     parameters  those of inject_lora
     dtype       in which the UNet computes
-    blocks      whose forward passes; stock for quantized weights
+    parts       of lean blocks; none for quantized weights
     quantize    int8 or None: how its frozen weights are kept
     """
     set_attention(unet, attention)
-    stacks, tables = install_lean(unet, attention) if blocks == "lean" else ([], [])
+    stacks, tables = install_parts(unet, attention, parts)
     if plan != "fast":
         top = find_top_level(unet)
         recompute_whole_modules(unet if plan == "small" else top)
@@ -81,10 +85,10 @@ def prepare_unet(
     return Trainable(adapter, tables)
 
 
-def prepare_frozen(unet: nn.Module, attention: str) -> Callable[[Tensor], None]:
+def prepare_frozen(unet: nn.Module, attention: str, parts: Collection[Part]) -> Callable[[Tensor], None]:
     """Once for each UNet without an adapter; returns what to call before its forward passes on other tokens, with them."""
     set_attention(unet, attention)
-    return partial(build_tables, install_lean(unet, attention)[1])
+    return partial(build_tables, install_parts(unet, attention, parts)[1])
 
 
 def build_tables(tables: Sequence[CrossTables], tokens_BLE: Tensor) -> None:
@@ -93,17 +97,19 @@ def build_tables(tables: Sequence[CrossTables], tokens_BLE: Tensor) -> None:
         table.build(tokens_BLE)
 
 
-def install_lean(unet: Any, attention: str) -> tuple[list[Stack], list[CrossTables]]:
+def install_parts(unet: Any, attention: str, parts: Collection[Part]) -> tuple[list[Stack], list[CrossTables]]:
     """Give a frozen network forward passes of fewer operations.
 
     returns  what a FlatAdapter must fill for its layers, and the tables of its cross-attention
     raises   ValueError where it is adapted by something else than plain LoRA
     """
+    assert all(NEEDS.get(part, set()) <= set(parts) for part in parts)
     kernel, stacks = KERNELS[attention], []
-    tables = [CrossTables(layers) for layers in group_layers(unet)]
-    layers = {name: module for name, module in unet.named_modules() if name.endswith(".attn1")}
-    install_blocks(unet)
-    for name, layer in layers.items():
+    tables = [CrossTables(layers) for layers in group_layers(unet)] if "cross" in parts else []
+    adapted = {name: module for name, module in unet.named_modules() if name.endswith(".attn1")}
+    if "passes" in parts:
+        install_blocks(unet, "norms" in parts)
+    for name, layer in adapted.items() if "projections" in parts else ():
         processor = SelfAttention(name, layer, kernel)
         stacks += processor.stacks
         layer.set_processor(processor)

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
-from toolkit.config import RunConfig
+from toolkit.config import Part, RunConfig
 from toolkit.engine.world import World
 from toolkit.model.attention import KERNELS, choose_attention
 from toolkit.model.kernels import CANDIDATES, Packed, Size, attend_triton, by_rows, measure
-from toolkit.model.prepare import Blocks
 from toolkit.model.unet import SVD_CONFIG
 from toolkit.run.memory import find_shape
 from toolkit.run.recall import recall
@@ -24,11 +23,11 @@ _LATENT_PX, _HEADS = 8, SVD_CONFIG["num_attention_heads"]  # of SVD, before it i
 _HEAD_DIM = SVD_CONFIG["block_out_channels"][0] // _HEADS[0]
 
 
-def choose_kernel(choice: str, config: RunConfig, world: World, dtype: torch.dtype, blocks: Blocks = "lean") -> str:
+def choose_kernel(choice: str, config: RunConfig, world: World, dtype: torch.dtype, parts: Collection[Part]) -> str:
     """A name in KERNELS, the same on every rank.
 
     choice  the recipe's model.attention, or what stands for it
-    blocks  whose forward passes: only lean ones have a kernel of their own along the frames
+    parts   of lean blocks: one of them is a kernel of its own along the frames
     raises  UserError as choose_attention does
     """
     if choice != "auto" or world.device.type != "cuda":
@@ -41,7 +40,7 @@ def choose_kernel(choice: str, config: RunConfig, world: World, dtype: torch.dty
     def find() -> str:
         everywhere = {name: by_rows(attend) for name, attend in CANDIDATES.items()}
         rows = recall_fastest(everywhere, in_space, dtype, world.device) or "sdpa"
-        if blocks == "stock":
+        if "frames" not in parts:
             return rows
         along = {"triton": attend_triton, rows: by_rows(KERNELS[rows].rows)}
         fastest = recall_fastest(along, along_frames, dtype, world.device, frames=True)

@@ -5,13 +5,14 @@ Test: pytest tests/run/test_bench_counts.py. Counted on meta tensors (meter.py):
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
 
-from toolkit.config import LoraConfig
+from toolkit.config import LEAN, LoraConfig, Part
 from toolkit.model.lora import inject_lora
-from toolkit.model.prepare import Plan, prepare_frozen, prepare_unet
+from toolkit.model.prepare import Plan, prepare_frozen, prepare_unet, tell_parts
 from toolkit.model.quiet import quiet_libraries
 from toolkit.model.unet import SVD_CONFIG, FramerUNet
 from toolkit.model.weights import build_on_meta
@@ -32,9 +33,11 @@ CHANNELS = 9  # of the network's input
 SAMPLED = "framer_5_576"
 
 
-def bench_counts() -> dict[str, Any]:
+def bench_counts(parts: bool = False) -> dict[str, Any]:
     """Count one micro-step of one clip, rank 64 on all attention layers, bf16.
 
+    parts    of SAMPLED count `fast` with the first parts of model.blocks alone too, from none on; those that are Triton
+             kernels are not counted on meta tensors
     returns  {case: {stock, ours_fast, ours_balanced, ours_small: {ops, gb_moved, tflop, peak_gb}}}: operations that start a
              kernel, gigabytes (1e9) that they read and write each on its own, floating-point operations, and the peak of
              activations and gradients beside the weights; stock with diffusers' own gradient checkpointing. SAMPLED has
@@ -42,6 +45,10 @@ def bench_counts() -> dict[str, Any]:
     """
     report = {name: count_case(shape) for name, shape in CASES.items()}
     report[SAMPLED] |= {f"{who}_sampling": describe(count_sampling(CASES[SAMPLED], who)) for who in ("stock", "ours")}
+    if parts:
+        ladder = [LEAN[:i] for i in range(LEAN.index("passes") + 1)]
+        costs = {own: describe(count_ours(CASES[SAMPLED], PLANS[0], own)) for own in ladder}
+        report[SAMPLED] |= {f"ours_{PLANS[0]}, {tell_parts(own)}": cost for own, cost in costs.items()}
     return report
 
 
@@ -50,10 +57,10 @@ def count_case(shape: Shape) -> dict[str, dict[str, float]]:
     return {"stock": describe(count_stock(shape))} | {f"ours_{p}": describe(count_ours(shape, p)) for p in PLANS}
 
 
-def count_ours(shape: Shape, plan: Plan) -> dict[str, Cost]:
+def count_ours(shape: Shape, plan: Plan, parts: Collection[Part] = LEAN) -> dict[str, Cost]:
     """As a run prepares the network."""
     unet = make_unet()
-    trainable = prepare_unet(unet, inject_lora(unet, LORA, 0), torch.bfloat16, "sdpa", plan, "lean")
+    trainable = prepare_unet(unet, inject_lora(unet, LORA, 0), torch.bfloat16, "sdpa", plan, parts)
     return count_step(unet, shape, trainable)
 
 
@@ -75,7 +82,7 @@ def count_sampling(shape: Shape, who: Literal["stock", "ours"]) -> dict[str, Cos
         if who == "stock":
             inject_bf16(unet)
         else:
-            prepare_frozen(unet, "sdpa")(inputs[2])
+            prepare_frozen(unet, "sdpa", LEAN)(inputs[2])
         with Meter([*unet.parameters(), *unet.buffers(), *inputs]) as meter:
             unet(*inputs, return_dict=False)
     return meter.costs

@@ -27,7 +27,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from toolkit.config import DataConfig, DiffusionConfig, EngineConfig, RunConfig
+from toolkit.config import LEAN, DataConfig, DiffusionConfig, EngineConfig, RunConfig
 from toolkit.data.clips import ClipSettings
 from toolkit.data.index import open_shards
 from toolkit.data.loader import Batch, make_loader
@@ -37,7 +37,7 @@ from toolkit.errors import UserError, in_one_line
 from toolkit.model.base import PRECISIONS, Base
 from toolkit.model.flat import NAME
 from toolkit.model.lora import inject_lora
-from toolkit.model.prepare import Plan
+from toolkit.model.prepare import Plan, tell_parts
 from toolkit.run.attention import choose_kernel
 from toolkit.run.bench import make_random_base, make_tiny_base, stopwatch
 from toolkit.run.bench_counts import CASES, LORA
@@ -80,10 +80,11 @@ class Contender:
         return torch.stack(losses).mean()
 
 
-def bench_step(case: str = "framer_5_576", rounds: PositiveInt = 10) -> dict[str, Any]:
+def bench_step(case: str = "framer_5_576", rounds: PositiveInt = 10, parts: bool = False) -> dict[str, Any]:
     """Time optimizer steps of 8 clips, all contenders on the same clips: in turns, or on a GPU one after another.
 
     case     of bench.py counts, by its name: layout, frames and pixels; a CPU takes layout and frames at 16 latents a side
+    parts    `fast` with the first parts of model.blocks alone too, from none on
     returns  {device, case, kernel, data_wait_ms, loss: {contender: of its last step}, contenders: {stock, ours_fast,
              ours_balanced, ours_small: {ratio, attention}}}: kernel is what model.attention resolved to, data_wait_ms how
              long a clip was waited for, ratio a contender's time beside stock's, attention the names of the kernels that
@@ -96,13 +97,14 @@ def bench_step(case: str = "framer_5_576", rounds: PositiveInt = 10) -> dict[str
         raise UserError(f"case {case} is not known; give --case {', '.join(CASES)}")
     world = init_world(join=False)
     config = make_config(case, world.device)
-    attention = choose_kernel(config.model.attention, config, world, PRECISIONS[config.engine.precision])
+    precision = PRECISIONS[config.engine.precision]
+    attention = choose_kernel(config.model.attention, config, world, precision, LEAN)
     on_card = world.device.type == "cuda"
-    base = (make_random_base if on_card else make_tiny_base)(world.device, PRECISIONS[config.engine.precision])
+    base = (make_random_base if on_card else make_tiny_base)(world.device, precision)
     base = replace(base, vae=None, image_encoder=None)  # cached clips need neither
     base.unet.cpu()  # what contenders are copies of takes none of their room
-    makers = list_makers(config, attention, on_card)
-    launched = list_makers(with_model(config, cuda_graphs=False), attention, on_card)
+    makers = list_makers(config, attention, on_card, parts)
+    launched = list_makers(with_model(config, cuda_graphs=False), attention, on_card, parts)
     # A card may have room for one alone, and keeps its speed; a CPU's drifts, so there they take turns
     groups = [{name: make} for name, make in makers.items()] if on_card else [makers]
     rows: dict[str, dict[str, Any]] = {}
@@ -154,13 +156,17 @@ def make_config(case: str, device: torch.device) -> RunConfig:
     )
 
 
-def list_makers(config: RunConfig, attention: str, on_card: bool) -> dict[str, Maker]:
-    """Stock, ours with each memory plan, and on a GPU the fastest compiled too."""
+def list_makers(config: RunConfig, attention: str, on_card: bool, parts: bool = False) -> dict[str, Maker]:
+    """Stock, ours with each memory plan, on a GPU the fastest compiled too, and if wanted with some parts alone."""
     makers: dict[str, Maker] = {"stock": partial(make_stock, config)}
     makers |= {f"ours_{plan}": partial(make_ours, config, attention, plan) for plan in PLANS}
     if on_card:
         compiled = with_model(config, compile=True)
         makers |= {f"ours_{PLANS[0]}_compiled": partial(make_ours, compiled, attention, PLANS[0])}
+    rows = attention.removesuffix(" + triton")  # which is the last part
+    for own in (LEAN[:i] for i in range(len(LEAN)) if parts):
+        fewer = with_model(config, blocks=list(own))
+        makers[f"ours_{PLANS[0]}, {tell_parts(own)}"] = partial(make_ours, fewer, rows, PLANS[0])
     return makers
 
 

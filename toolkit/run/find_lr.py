@@ -35,7 +35,7 @@ from toolkit.run.folder import RATE_FILES, find_adapter
 from toolkit.run.framer import Framer
 from toolkit.run.job import clip_settings, make_engine, make_framer
 from toolkit.run.launcher import program
-from toolkit.run.memory import choose_blocks, choose_plan
+from toolkit.run.memory import choose_parts, choose_plan
 
 LOWEST, HIGHEST = 1e-6, 1.0
 WORSE = 4.0  # times the lowest loss so far: there it ends
@@ -105,7 +105,7 @@ def try_rates(config: RunConfig, index: DatasetIndex, steps: int) -> Iterator[Tr
     The first, of rate 0, is before any step. It ends early where the loss is WORSE times the lowest, or no number.
     """
     world, engine, model = init_world(join=False), config.engine, config.model
-    attention = choose_kernel(model.attention, config, world, PRECISIONS[engine.precision], choose_blocks(config))
+    attention = choose_kernel(model.attention, config, world, PRECISIONS[engine.precision], choose_parts(config))
     base = load_base(model, world.device, engine.precision, encoders=not index.cached)
     plan = choose_plan(config, base.unet.config, base.latent_px, world, None if index.cached else base.vae_config)
     start = None if config.lora.init_from is None else find_adapter(Path(config.lora.init_from))

@@ -224,8 +224,10 @@ def load_framer(source: Source, steered: bool = False, compiled: bool = False) -
     """
     world, config = init_world(join=False), source.config
     model, device = source.model, world.device
-    if compiled and model.blocks != "lean":
-        raise UserError("--compile is for lean blocks, and model.blocks of this recipe is stock; leave --compile out")
+    if compiled and "passes" not in model.parts:
+        raise UserError(
+            "--compile is for lean blocks, and model.blocks of this recipe is without passes; leave --compile out"
+        )
     # on a CPU, half precision would be slower than full
     precision = "fp32" if device.type == "cpu" and source.precision == "fp16" else source.precision
     # on the CPU first: a card needs no room for the sum
@@ -241,10 +243,10 @@ def load_framer(source: Source, steered: bool = False, compiled: bool = False) -
     for part in (base.unet, base.vae, base.image_encoder):
         part.to(device)
     # a run that asked for xformers can be used where there is none
-    attention = choose_kernel("sdpa" if model.attention == "sdpa" else "auto", config, world, base.dtype)
+    attention = choose_kernel("sdpa" if model.attention == "sdpa" else "auto", config, world, base.dtype, model.parts)
     set_attention(base.unet, attention)
     controlnet = load_control(model, base, attention) if steered else None
-    before = prepare_frozen(base.unet, attention) if model.blocks == "lean" else None
+    before = prepare_frozen(base.unet, attention, model.parts)
     if compiled:
         compile_blocks(base.unet)
     return Framer(base, config.diffusion, config.data.frames, config.seed, controlnet, before=before)

@@ -33,7 +33,7 @@ from toolkit.model.flat import NAME as FLAT
 from toolkit.model.flat import FlatAdapter
 from toolkit.model.formats import EXTRA_TENSORS
 from toolkit.model.lora import match_targets, start_from
-from toolkit.model.prepare import Plan, prepare_unet
+from toolkit.model.prepare import Plan, prepare_unet, tell_parts
 from toolkit.model.sources import find_weights, fingerprint_files
 from toolkit.model.tuning import check_tuning, choose_trainable
 from toolkit.rng import RNG_VERSION
@@ -58,7 +58,7 @@ from toolkit.run.inference import load_control, recipe_sampling
 from toolkit.run.judge import check_gaps, own_gaps, read_lpips
 from toolkit.run.ledger import bad_limit
 from toolkit.run.manifest import find_fault
-from toolkit.run.memory import choose_blocks, choose_plan, choose_replay, why_launched
+from toolkit.run.memory import choose_parts, choose_plan, choose_replay, why_launched
 from toolkit.run.validate import Validator
 from toolkit.run.writer import CheckpointWriter
 
@@ -101,7 +101,7 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     """
     fresh = fresh and not goes_on_by_itself(config.folder, world)
     per_rank = check_engine(config, world.size)
-    blocks = choose_blocks(config)
+    parts = choose_parts(config)
     index = open_sources(config.data, "train")
     check_clips(config, index)
     held_out = open_held_out(config)
@@ -119,14 +119,14 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     check_tuning(build_unet_on_meta(model), config)  # before weights are read
     if config.diffusion.control:
         find_controlnet(str(config.model.controlnet), config.model.controlnet_revision)
-    attention = choose_kernel(config.model.attention, config, world, PRECISIONS[config.engine.precision], blocks)
+    attention = choose_kernel(config.model.attention, config, world, PRECISIONS[config.engine.precision], parts)
     generates = config.validation.figures_every_steps is not None
     encoders = not index.cached or config.data.debug or generates  # which decode what is drawn
     base = load_base(model, world.device, config.engine.precision, encoders=encoders)
     plan = choose_plan(config, base.unet.config, base.latent_px, world, None if index.cached else base.vae_config)
     framer, adapter = make_framer(config, base, attention, plan, start)
     compiled = ", compiled at the first step" if config.model.compile else ""
-    computed_by = f"attention {attention}, blocks {blocks}{compiled}, memory {plan}"
+    computed_by = f"attention {attention}, blocks {tell_parts(parts)}{compiled}, memory {plan}"
     trainable = adapter.flat.numel()
     identity, look = identify(config, base, index), look_of(config)
     check_space(config.folder, base.unet, adapter.shapes, checkpoints=2, ema=config.checkpoint.ema)
@@ -268,7 +268,7 @@ def make_framer(
     if start is not None:
         start_from(base.unet, parameters, start, base.signature)
     trainable = prepare_unet(
-        base.unet, parameters, base.dtype, attention, plan, choose_blocks(config), config.model.quantize
+        base.unet, parameters, base.dtype, attention, plan, choose_parts(config), config.model.quantize
     )
     if config.model.compile:
         compile_blocks(base.unet)

@@ -5,7 +5,7 @@ Test: pytest tests/run/test_memory.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
@@ -13,13 +13,13 @@ import psutil
 import torch
 from torch import Tensor
 
-from toolkit.config import ZERO_STAGES, RunConfig
+from toolkit.config import ZERO_STAGES, Part, RunConfig
 from toolkit.diffusion.layout import make_layout
 from toolkit.engine.world import World
 from toolkit.errors import UserError
 from toolkit.model.base import PRECISIONS
 from toolkit.model.encoders import DECODED_NUMBERS, encode_frames
-from toolkit.model.prepare import Blocks, Plan, Trainable, prepare_frozen, prepare_unet
+from toolkit.model.prepare import Plan, Trainable, prepare_frozen, prepare_unet
 from toolkit.model.quiet import quiet_libraries
 from toolkit.model.tuning import choose_trainable
 from toolkit.model.unet import FramerUNet
@@ -82,29 +82,32 @@ def choose_plan(
     return smallest
 
 
-def choose_blocks(config: RunConfig) -> Blocks:
-    """Whose forward passes a recipe trains with.
+def choose_parts(config: RunConfig) -> tuple[Part, ...]:
+    """The parts of lean blocks that a recipe trains with.
 
     ZeRO-3 and int8 know layers alone, PEFT computes DoRA and dropout, and lean blocks take all weights but LoRA's as frozen.
 
-    raises  UserError where those that diffusers and PEFT have shall be compiled
+    raises  UserError where forward passes that diffusers has shall be compiled
     """
-    reason = _why_stock(config)
+    reason = _why_not_passes(config)
     if reason is not None and config.model.compile:
         raise UserError(
-            f"model.compile is on, but {reason} takes diffusers' and PEFT's own blocks, which do not compile whole; give "
-            "up one of the two"
+            f"model.compile is on, but {reason} takes diffusers' own forward passes, which do not compile whole; give up "
+            "one of the two"
         )
-    return "lean" if reason is None else "stock"
+    return () if _why_stock(config) else config.model.parts
 
 
 def _why_stock(config: RunConfig) -> str | None:
     reasons = {
-        "model.blocks stock": config.model.blocks == "stock", "lora.dora": config.lora.dora,
-        "lora.dropout": config.lora.dropout, "engine.kind zero3": config.engine.kind == "zero3",
-        "model.quantize": config.model.quantize, "tuning full": config.tuning == "full",
+        "lora.dora": config.lora.dora, "lora.dropout": config.lora.dropout, "model.quantize": config.model.quantize,
+        "engine.kind zero3": config.engine.kind == "zero3", "tuning full": config.tuning == "full",
     }  # fmt: skip
     return next((name for name, applies in reasons.items() if applies), None)
+
+
+def _why_not_passes(config: RunConfig) -> str | None:
+    return _why_stock(config) or (None if "passes" in config.model.parts else "model.blocks without passes")
 
 
 def why_launched(config: RunConfig) -> str | None:
@@ -116,7 +119,7 @@ def why_launched(config: RunConfig) -> str | None:
         "model.cuda_graphs false": not config.model.cuda_graphs, "diffusion.control": config.diffusion.control,
         "lora.extra_trainable mask_token": "mask_token" in config.lora.extra_trainable,
     }  # fmt: skip
-    return next((name for name, applies in reasons.items() if applies), _why_stock(config))
+    return next((name for name, applies in reasons.items() if applies), _why_not_passes(config))
 
 
 def choose_replay(config: RunConfig, device: torch.device) -> bool:
@@ -126,15 +129,15 @@ def choose_replay(config: RunConfig, device: torch.device) -> bool:
 
 def predict_bytes(config: RunConfig, unet: Mapping[str, Any], latent_px: int, plan: Plan) -> int:
     """Peak bytes of a step beside the frozen weights: activations, gradients, and the state of what trains."""
-    shape, blocks = find_shape(config, latent_px), choose_blocks(config)
+    shape, parts = find_shape(config, latent_px), choose_parts(config)
     question = {
         "peak_bytes": {name: value for name, value in unet.items() if not name.startswith("_")},
         "tuning": config.tuning, "lora": config.lora.model_dump(mode="json"), "full": config.full.parameters,
         "precision": config.engine.precision,
-        "shape": asdict(shape), "plan": plan, "blocks": blocks, "quantize": config.model.quantize,
+        "shape": asdict(shape), "plan": plan, "parts": parts, "quantize": config.model.quantize,
         "state": count_state_bytes(config),
     }  # fmt: skip
-    return recall(question, lambda: _count_bytes(config, unet, shape, plan, blocks))
+    return recall(question, lambda: _count_bytes(config, unet, shape, plan, parts))
 
 
 def count_state_bytes(config: RunConfig) -> int:
@@ -151,18 +154,19 @@ def predict_look_bytes(config: RunConfig, unet: Mapping[str, Any], latent_px: in
     shape = replace(find_shape(config, latent_px), clips=1 + guided)
     dtype = PRECISIONS[config.engine.precision]
     known = {name: value for name, value in unet.items() if not name.startswith("_")}
-    question = {"look_peak_bytes": known, "shape": asdict(shape), "dtype": str(dtype)}
-    pass_bytes = recall(question, lambda: _count_pass(unet, shape, dtype))
+    parts = choose_parts(config)
+    question = {"look_peak_bytes": known, "shape": asdict(shape), "dtype": str(dtype), "parts": parts}
+    pass_bytes = recall(question, lambda: _count_pass(unet, shape, dtype, parts))
     frame_bytes = DECODED_NUMBERS * torch.float32.itemsize * config.data.height * config.data.width
     return max(pass_bytes, frame_bytes * generates)
 
 
-def _count_pass(unet: Mapping[str, Any], shape: Shape, dtype: torch.dtype) -> int:
+def _count_pass(unet: Mapping[str, Any], shape: Shape, dtype: torch.dtype, parts: Collection[Part]) -> int:
     with quiet_libraries():
         network = build_on_meta(FramerUNet, unet).to(dtype).requires_grad_(False).eval()
     inputs = make_inputs(network, shape)
     with torch.no_grad():
-        prepare_frozen(network, "sdpa")(inputs[2])
+        prepare_frozen(network, "sdpa", parts)(inputs[2])
         with Meter([*network.parameters(), *network.buffers(), *inputs]) as meter:
             network(*inputs, return_dict=False)
     return max(cost.peak_bytes for cost in meter.costs.values())
@@ -205,12 +209,12 @@ def _count_encoding(vae: Mapping[str, Any], size: tuple[int, int], dtype: torch.
     return max(cost.peak_bytes for cost in meter.costs.values())
 
 
-def _count_bytes(config: RunConfig, unet: Mapping[str, Any], shape: Shape, plan: Plan, blocks: Blocks) -> int:
+def _count_bytes(config: RunConfig, unet: Mapping[str, Any], shape: Shape, plan: Plan, parts: Collection[Part]) -> int:
     dtype = PRECISIONS[config.engine.precision]
     with quiet_libraries():
         network = build_on_meta(FramerUNet, unet).to(dtype).requires_grad_(False).eval()
     parameters = choose_trainable(network, config)
-    trainable = prepare_unet(network, parameters, dtype, "sdpa", plan, blocks, config.model.quantize)
+    trainable = prepare_unet(network, parameters, dtype, "sdpa", plan, parts, config.model.quantize)
     costs = count_step(network, shape, trainable)
     return max(cost.peak_bytes for cost in costs.values()) + count_state_bytes(config) * trainable.adapter.flat.numel()
 
