@@ -93,6 +93,12 @@ def test_scores_add_up(judged: tuple[Path, dict[str, Any], list[tuple]]) -> None
         for label, clips in own["per_clip"].items():
             for name, values in clips.items():
                 assert own["figures"][label][name]["mean"] == pytest.approx(np.mean(values), abs=1e-3)
+        for label, rows in own["by_frame"].items():
+            for name, row in rows.items():
+                assert np.mean([place["mean"] for place in row]) == pytest.approx(
+                    own["figures"][label][name]["mean"], abs=1e-3
+                )
+                assert len(row) == 3 and row[1] == own["figures"][label][f"{name}_middle"] != row[0]
         for other in ("base", "linear"):
             gain = own["against"]["tuned"][other]["psnr_moving"]
             differences = np.subtract(*(own["per_clip"][label]["psnr_moving"] for label in ("tuned", other)))
@@ -116,8 +122,9 @@ def test_what_is_written_is_whole(judged: tuple[Path, dict[str, Any], list[tuple
         with Image.open(io.BytesIO(picture)) as sheet:
             # a row for the clip that gains most, one for that which gains least
             assert sheet.size == (6 * (TILE_PX + 4), 20 + 2 * (TILE_PX + 4 + 16))
-    # six figures, no LPIPS, over the gap and over the scale; of the training two of losses, time, and two of the adapter
-    assert len(page.of("svg")) == 2 * 6 + 5
+    # six figures, no LPIPS, over the gap and over the scale; three frame by frame, at two gaps; of the training two of
+    # losses, time, and two of the adapter
+    assert len(page.of("svg")) == 2 * 6 + 2 * 3 + 5
     text = page.text
     for word in (
         "linear blend",
@@ -173,7 +180,7 @@ def test_a_still_clip_gains_neither_most_nor_least(gains: list[float], shown: li
         "tuned": 20 + torch.tensor(gains),
     }
     results = {
-        label: Result({"psnr_moving": own_B, "psnr": torch.full((3,), 20.0)}, frames_BTHWC[:, 1], None)
+        label: Result({"psnr_moving": own_B, "psnr": torch.full((3,), 20.0)}, {}, frames_BTHWC[:, 1], None)
         for label, own_B in (psnr_moving | {"true": torch.ones(3)}).items()
     }
     sheet = draw_extremes(results, Windows(2, list("abc"), frames_BTHWC, torch.ones(3), torch.ones(3)), "tuned")

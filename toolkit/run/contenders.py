@@ -23,7 +23,7 @@ from toolkit.errors import UserError, printable
 from toolkit.metrics import Distance, Features
 from toolkit.run.framer import Sampling, to_uint8
 from toolkit.run.inference import FED_BY, Source, feeding, load_framer, read_source, recipe_sampling
-from toolkit.run.judge import Windows, make_window, score
+from toolkit.run.judge import Windows, average_frames, make_window, score_frames, score_whole
 
 SWEEPABLE = ("lora_scale", "ema", "sampler_steps", "max_guidance")
 RESERVED = ("linear", "base", "true")  # names of contenders that nobody trained
@@ -55,6 +55,7 @@ class Result:
     """What a contender made of the windows of a gap: figures {name: (B,)}, and the middle frames, (B, H, W, 3) uint8."""
 
     figures: dict[str, Tensor]
+    of_frames: dict[str, Tensor]  # those that each frame between the ends has, (B, T - 2)
     middle_BHWC: Tensor
     features_BD: Tensor | None  # of the windows as videos, for FVD
 
@@ -258,13 +259,19 @@ def judge_windows(
     windows: Windows, made: Iterable[Tensor], networks: Networks, beat: Callable[[], object] = lambda: None
 ) -> Result:
     """Score what was made of each window, (1, T, 3, H, W) with its ends; one at a time is in memory."""
-    figures: list[dict[str, Tensor]] = []
+    of_frames: list[dict[str, Tensor]] = []
+    of_windows: list[dict[str, Tensor]] = []
     middles: list[Tensor] = []
     features: list[Tensor] = []
     for i, made_BTCHW in enumerate(made):
-        figures.append(score(made_BTCHW, windows.true(i), networks.lpips))
+        of_frames.append(score_frames(made_BTCHW, windows.true(i), networks.lpips))
+        of_windows.append(score_whole(made_BTCHW, windows.true(i)))
         middles.append(to_uint8(made_BTCHW[:, made_BTCHW.shape[1] // 2]))
         features += [networks.fvd(made_BTCHW)] if networks.fvd else []
         beat()
-    by_name = {name: torch.cat([own[name] for own in figures]) for name in figures[0]}
-    return Result(by_name, torch.cat(middles), torch.cat(features) if features else None)
+    frames, whole = _join(of_frames), _join(of_windows)
+    return Result(average_frames(frames) | whole, frames, torch.cat(middles), torch.cat(features) if features else None)
+
+
+def _join(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([own[name] for own in rows]) for name in rows[0]}

@@ -203,6 +203,13 @@ def sum_up(
         "frames_between": windows.frames_BTHWC.shape[1] - 2,
         "keys": windows.keys,
         "figures": figures,
+        "by_frame": {
+            label: {
+                name: [describe(values_B, seed) for values_B in values_BT.unbind(1)]
+                for name, values_BT in results[label].of_frames.items()
+            }
+            for label in scores
+        },
         "against": {
             label: {
                 other: {name: compare(name, own_B, scores[other][name], seed) for name, own_B in scores[label].items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -215,6 +215,12 @@ def score(made_BTCHW: Tensor, true_BTCHW: Tensor, lpips: metrics.Distance | None
                 between; the mean over the frames, and of the middle frame, the later of two, as psnr_middle and so on.
                 NaN for psnr_moving where nothing moves
     """
+    of_frames = score_frames(made_BTCHW, true_BTCHW, lpips)
+    return average_frames(of_frames) | score_whole(made_BTCHW, true_BTCHW)
+
+
+def score_frames(made_BTCHW: Tensor, true_BTCHW: Tensor, lpips: metrics.Distance | None = None) -> dict[str, Tensor]:
+    """Those figures of `score` that each frame has, {figure: (B, T - 2)}."""
     clips, between = true_BTCHW.shape[0], true_BTCHW.shape[1] - 2
     moving_NHW = metrics.moving_mask(true_BTCHW).repeat_interleave(between, 0)
     made_NCHW, true_NCHW = (frames[:, 1:-1].flatten(0, 1) for frames in (made_BTCHW, true_BTCHW))
@@ -225,13 +231,20 @@ def score(made_BTCHW: Tensor, true_BTCHW: Tensor, lpips: metrics.Distance | None
     }
     if lpips is not None:
         of_frames["lpips"] = lpips(made_NCHW, true_NCHW)
-    of_clips = {name: values_N.view(clips, between) for name, values_N in of_frames.items()}
-    figures = {name: values_BT.mean(1) for name, values_BT in of_clips.items()}
-    figures |= {f"{name}_middle": values_BT[:, between // 2] for name, values_BT in of_clips.items()}
-    if between > 1:
-        figures["flicker"] = metrics.flicker(made_BTCHW, true_BTCHW)
-    figures["lighting_luma"], figures["lighting_colour"] = metrics.lighting_drift(made_BTCHW)
-    return figures
+    return {name: values_N.view(clips, between) for name, values_N in of_frames.items()}
+
+
+def average_frames(of_frames: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Figures of the frames of a window, (B, T), as means and of the middle one."""
+    means = {name: values_BT.mean(1) for name, values_BT in of_frames.items()}
+    return means | {f"{name}_middle": values_BT[:, values_BT.shape[1] // 2] for name, values_BT in of_frames.items()}
+
+
+def score_whole(made_BTCHW: Tensor, true_BTCHW: Tensor) -> dict[str, Tensor]:
+    """Those figures of `score` that frames have together."""
+    luma_B, colour_B = metrics.lighting_drift(made_BTCHW)
+    steady = {"flicker": metrics.flicker(made_BTCHW, true_BTCHW)} if made_BTCHW.shape[1] > 3 else {}
+    return steady | {"lighting_luma": luma_B, "lighting_colour": colour_B}
 
 
 def describe(values_B: Tensor, seed: int) -> dict[str, Any]:

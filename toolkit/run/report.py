@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ def write_page(folder: Path, runs: Sequence[Path], report: dict[str, Any], pictu
             first, *rest = sweep_table(report, own)
             body.append(table(f"Gains by {report['sweep']['field']}", first, rest))
         body.append(f"<h2>Largest and smallest gain on the base</h2>{_picture(pictures[gap])}</section>")
+        body.append(_charts_section(f"Frame by frame, gap of {gap}", frame_charts(report, gap)))
     body += [_charts_section(f"Training of {text(run.name)}", training_charts(run)) for run in runs]
     replace_text(folder / "report.html", document(f"Evaluation of {folder.name}", "\n".join(body)))
 
@@ -149,12 +150,30 @@ def gap_charts(report: dict[str, Any]) -> list[str]:
     gaps = report["gaps"]
     if len(gaps) < 2:
         return []
-    hidden = [*swept_by(report), *(base for base in report.get("sweep", {}).get("bases", ()) if base != "base")]
-    labels = [label for label in next(iter(gaps.values()))["figures"] if label not in hidden]
+    labels = _unswept(report, next(iter(gaps.values()))["figures"])
     return _charts(
         {label: {int(gap): own["figures"][label] for gap, own in gaps.items()} for label in labels},
         "gap, source frames",
     )
+
+
+def frame_charts(report: dict[str, Any], gap: str) -> list[str]:
+    """Each figure that a frame has, frame by frame between the ends, where there are several."""
+    own = report["gaps"][gap]
+    places = range(own["frames_between"])
+    if len(places) < 2:
+        return []
+    lines: dict[str, dict[float, dict[str, Any]]] = {
+        label: {i + 1: {name: row[i] for name, row in own["by_frame"][label].items()} for i in places}
+        for label in _unswept(report, own["by_frame"])
+    }
+    return _charts(lines, "frame between the ends")
+
+
+def _unswept(report: dict[str, Any], labels: Iterable[str]) -> list[str]:
+    """Those contenders that a sweep's own charts do not show."""
+    hidden = [*swept_by(report), *(base for base in report.get("sweep", {}).get("bases", ()) if base != "base")]
+    return [label for label in labels if label not in hidden]
 
 
 def sweep_charts(report: dict[str, Any]) -> list[str]:
