@@ -30,7 +30,7 @@ from toolkit.run.evaluate import draw_extremes, evaluate_run, recommend
 from toolkit.run.framer import Sampling
 from toolkit.run.inference import load_framer, read_source
 from toolkit.run.judge import Windows, load_held_out, load_windows
-from toolkit.run.report import to_text
+from toolkit.run.report import frame_charts, to_text
 from toolkit.run.strip import TILE_PX
 
 SWEEP = "lora_scale=0,0.5,1"
@@ -125,6 +125,9 @@ def test_what_is_written_is_whole(judged: tuple[Path, dict[str, Any], list[tuple
     # six figures, no LPIPS, over the gap and over the scale; three frame by frame, at two gaps; of the training two of
     # losses, time, and two of the adapter
     assert len(page.of("svg")) == 2 * 6 + 2 * 3 + 5
+    # three frames of the blend, the base and the tuned network, at a place each
+    places = re.findall(r'<circle cx="([\d.]+)"', frame_charts(report, "8")[0])
+    assert len(places) == 3 * 3 and len({*places}) == 3
     text = page.text
     for word in (
         "linear blend",
