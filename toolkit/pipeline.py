@@ -58,7 +58,15 @@ from toolkit.model.quiet import quiet_libraries
 from toolkit.model.unet import FramerUNet
 from toolkit.run.folder import find_adapter
 from toolkit.run.framer import Framer, Sampling, Steering, to_signed
-from toolkit.run.inference import FED_BY, list_differences, load_control, read_merged, read_source, recipe_sampling
+from toolkit.run.inference import (
+    FED_BY,
+    list_differences,
+    load_control,
+    read_merged,
+    read_source,
+    recipe_sampling,
+    told_of,
+)
 
 SAMPLERS = {"EulerDiscreteScheduler": "euler", "LCMScheduler": "lcm", "CMStochasticIterativeScheduler": "lcm"}
 Images = PIL.Image.Image | list[PIL.Image.Image] | Tensor
@@ -449,7 +457,7 @@ class FramerPipeline(DiffusionPipeline):
     def _note_unguided(self, sampling: Sampling) -> None:
         """Say so where guidance leans on a branch that the tuning never saw."""
         off = any(layer.disable_adapters for layer in adapted_layers(self.unet).values())
-        if off or max(sampling.min_guidance, sampling.max_guidance) <= 1:
+        if off or not sampling.guided:
             return
         for name, (source, adapter) in self._adapters.items():
             trained = adapter.metadata.get("recipe", {}).get("diffusion", {})
@@ -526,12 +534,12 @@ class FramerPipeline(DiffusionPipeline):
 
 def _follow(config: RunConfig, about: dict[str, Any]) -> dict[str, Any]:
     """A pipeline's settings by which it feeds and samples as a recipe does; about: what the adapter tells of itself."""
-    sampling = recipe_sampling(config)
+    sampling, told = recipe_sampling(config), told_of(about)
     return {name: getattr(config.diffusion, name) for name in FED_BY} | {
         "num_frames": config.data.frames,
         "num_inference_steps": sampling.steps,
         "min_guidance_scale": sampling.min_guidance,
         "max_guidance_scale": sampling.max_guidance,
-        "fps": about.get("fps", 7.0),
-        "motion_bucket_id": about.get("motion", 127.0),
+        "fps": told.fps,
+        "motion_bucket_id": told.motion,
     }

@@ -96,6 +96,11 @@ class Sampling:
         if not 1 <= self.steps <= most:
             raise UserError(f"{self.steps} sampler steps: sampler {self.sampler} takes 1 to {most}")
 
+    @property
+    def guided(self) -> bool:
+        """Whether each prediction is made without the stills too."""
+        return max(self.min_guidance, self.max_guidance) > 1
+
 
 class NotFinite(UserError):
     """What a network makes of its input holds a number that is not finite."""
@@ -260,15 +265,14 @@ class Framer:
         renoise      N(0, 1) for step i, which the lcm sampler draws anew
         on_step      called after each step; returns the latents to go on with
         """
-        guided = max(sampling.min_guidance, sampling.max_guidance) > 1
         scale_T = guidance_T(sampling.min_guidance, sampling.max_guidance, self.layout)
-        if guided:
+        if sampling.guided:
             condition = join_unconditional(condition)
         self.begin(condition)
 
         def denoise(noisy_BTCHW: Tensor, sigma_B: Tensor) -> Tensor:
             x_BTCHW = scale_input(noisy_BTCHW, sigma_B)
-            if not guided:
+            if not sampling.guided:
                 raw_BTCHW = self.predict(x_BTCHW, sigma_B, condition).float()
             else:
                 both = self.predict(torch.cat([x_BTCHW, x_BTCHW]), torch.cat([sigma_B, sigma_B]), condition)

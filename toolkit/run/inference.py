@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -206,6 +206,18 @@ def read_merged(folder: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"cannot read {file}: {error}; export the run again") from None
     return check_told(told, folder)
+
+
+class Told(NamedTuple):
+    """What a network is told of a clip beside its stills; by default what SVD's own pipeline tells it."""
+
+    fps: float = 7.0
+    motion: float = 127.0
+
+
+def told_of(about: dict[str, Any]) -> Told:
+    """What a network is told where nobody says otherwise: how its training clips were, as its adapter tells."""
+    return Told(**{name: about[name] for name in Told._fields if name in about})
 
 
 def recipe_sampling(config: RunConfig) -> Sampling:

@@ -23,7 +23,7 @@ from toolkit.data.trajectory import match_stills, read_trajectories
 from toolkit.data.video import write_gif, write_video
 from toolkit.errors import UserError
 from toolkit.run.framer import FOUND_SCALE, Framer, Sampling, Steering, to_signed, to_uint8
-from toolkit.run.inference import Source, load_framer
+from toolkit.run.inference import Source, load_framer, told_of
 
 GIF_FPS = 50  # browsers show what is to pass faster at a tenth of a second a frame
 
@@ -65,8 +65,9 @@ def interpolate_stills(
     if frames is None:
         frames = 5 if config.diffusion.layout == "spec_middle" else config.data.frames
     refuse_frames(frames, config)
-    fps = fps if fps is not None else source.about.get("fps", 7.0)
-    motion = motion if motion is not None else source.about.get("motion", 127.0)
+    told = told_of(source.about)
+    fps = fps if fps is not None else told.fps
+    motion = motion if motion is not None else told.motion
     refuse_ending(place, fps)
     refuse_steering(config, trajectories, control_scale, controlnet, gaps)
     if len(seeds) not in (0, 1, gaps):
@@ -149,7 +150,7 @@ def refuse_steering(
 
 def note_unguided(sampling: Sampling, config: RunConfig) -> None:
     """Say so where guidance leans on a branch that the tuning never saw."""
-    if max(sampling.min_guidance, sampling.max_guidance) > 1 and not config.diffusion.conditioning_dropout:
+    if sampling.guided and not config.diffusion.conditioning_dropout:
         print("note: guidance above 1, but the adapter was trained without diffusion.conditioning_dropout")
 
 
