@@ -10,10 +10,12 @@ from unittest import mock
 
 import psutil
 import pytest
+import yaml
 
 from tests.cluster.conftest import Cluster, wait_until
 from tests.launching import RECIPE, ROOT, adapter_bytes, free_port, read_numbers, run
-from toolkit.config import load_config
+from tests.run.test_sweep import do
+from toolkit.config import dump_config, load_config
 from toolkit.errors import UserError
 from toolkit.run.checkpoint import checkpoint_step, newest_good
 from toolkit.run.folder import COMMIT_FILE, prepare_folder, record_start
@@ -217,3 +219,22 @@ def test_array_packs_as_one_does(cluster: Cluster, tiny_shards: Path, tmp_path: 
     assert wanted
     for path in wanted:
         assert (out / path.name).read_bytes() == path.read_bytes(), (path.name, logs)
+
+
+def test_array_sweeps_as_one_does(cluster: Cluster, tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    """Two jobs, each one run of a grid of two: who ends last sums up, and the figures are those of one process."""
+    settings = tiny_run | {"engine.kind": "plain", "schedule.steps": 2, "validation.sampler_steps": 1}
+    grid = {"lora.rank": [2, 4]}
+    del settings["lora.rank"]
+    recipe, points = tmp_path / "recipe.yaml", tmp_path / "grid.yaml"
+    recipe.write_text(dump_config(load_config(RECIPE, settings | {"name": "any", "runs_dir": str(tmp_path / "array")})))
+    points.write_text(yaml.safe_dump(grid))
+    options = ["--config", str(recipe), "--name", "s", "--grid", str(points), "--gaps", "4", "--ranks", "1"]
+    with mock.patch.dict(os.environ, cluster.environment):
+        said = submit_array(["launch/sweep.py", *options], 2, Resources(), tmp_path / "arrays")
+    assert "submitted array" in said
+    wait_until(lambda: not cluster.run("squeue", "--noheader"), 240)
+    logs = [path.read_text() for path in (tmp_path / "arrays").glob("*.log")]
+    do(settings | {"runs_dir": str(tmp_path / "one")}, str(points), seeds=1, gaps=[4])
+    array, one = (json.loads((tmp_path / place / "s/sweep.json").read_text()) for place in ("array", "one"))
+    assert array["tables"] == one["tables"] and len(one["tables"][0]["rows"]) == 2, logs
