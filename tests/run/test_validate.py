@@ -13,6 +13,7 @@ import torch
 from tests.launching import RECIPE, adapter_bytes, launch, read_numbers, train_here
 from toolkit.config import load_config
 from toolkit.data.index import open_shards
+from toolkit.data.loader import Batch
 from toolkit.data.pack import pack
 from toolkit.data.synth import synth
 from toolkit.diffusion.objective import min_snr_weight
@@ -252,6 +253,24 @@ def test_clips_are_those_that_evaluate_scores(plain: dict[str, Any]) -> None:
     validator = build_job(config, init_world(join=False), fresh=False).validator
     for ordinal, clip in enumerate(load_held_out(config, 2)):
         assert np.array_equal(validator.batches[0][ordinal].frames_BTHWC[0], clip.frames_THWC)
+
+
+@pytest.mark.parametrize(("augmentation", "encoded"), [(0.0, 2 * 2), (0.02, 2 * 2 * 6 * 2)])
+def test_clips_are_encoded_once(plain: dict[str, Any], augmentation: float, encoded: int) -> None:
+    """Of both splits, whatever the levels and looks, to the same losses; where noise is laid on the pixels, each time."""
+    changes = {"name": "encoded_once", "diffusion.noise_augmentation": augmentation}
+    job = build_job(load_config(RECIPE, plain | EVERY | changes), init_world(join=False), fresh=False)
+    validator, encoder, calls = job.validator, job.framer.base.image_encoder, []
+
+    def score(batch: Batch) -> list[float]:
+        levels = [torch.full((1,), sigma) for sigma in validator.sigmas]
+        return [validator.framer.compute_loss(batch, sigma_B=sigma_B).loss_B.item() for sigma_B in levels]
+
+    wanted = score(validator.batches[0][0])
+    with encoder.register_forward_hook(lambda *_: calls.append(1)):
+        looks = [validator.measure(lambda: None) for _ in range(2)]
+    assert looks[0] == looks[1] and len(calls) == encoded
+    assert score(validator.batches[0][0]) == wanted
 
 
 def test_min_snr_weighs_gradients_alone(plain: dict[str, Any]) -> None:

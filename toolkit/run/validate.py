@@ -79,12 +79,14 @@ class Validator:
         """Of a split's batches; as many on each rank, because an engine may gather weights."""
         return range(math.ceil(clips / self.world.size))
 
-    def encode(self, vae: Any, image_encoder: Any) -> None:
+    @torch.no_grad()
+    def encode(self, vae: Any, image_encoder: Any, beat: Callable[[], None] = lambda: None) -> None:
         """Replace the clips' frames, once, by what the encoders make of them, so that these are needed no more."""
 
         def encoded(batch: Batch | UserError) -> Batch | UserError:
             if isinstance(batch, UserError) or batch.frames_BTHWC is None:
                 return batch
+            beat()
             frames_BTCHW = to_signed(batch.frames_BTHWC.to(self.world.device))
             latents = Encoded(*encode_frames(vae, frames_BTCHW), embed_stills(image_encoder, frames_BTCHW[:, [0, -1]]))
             return replace(batch, frames_BTHWC=None, encoded=latents)
@@ -93,10 +95,17 @@ class Validator:
             [encoded(own[ordinal]) for ordinal in self.ordinals(clips)]
             for own, clips in zip(self.batches, self.clips, strict=True)
         ]
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()  # the framer reads them in a stream of its own
 
     @torch.no_grad()
     def measure(self, beat: Callable[[], None]) -> Losses:
         """Score the clips, the same on every rank; beat is called before each, to say that the run goes on."""
+        base, settings = self.framer.base, self.framer.settings
+        if (
+            base.vae is not None and not settings.noise_augmentation and not settings.control
+        ):  # which look at the frames
+            self.encode(base.vae, base.image_encoder, beat)
         held_out, seen = (
             self._sum(own, clips, beat) / clips for own, clips in zip(self.batches, self.clips, strict=True)
         )
