@@ -16,6 +16,8 @@ def cache(
     random_crop: float = 0.0,
     precision: Literal["bf16", "fp32"] = "bf16",
     part: str = "1/1",
+    revision: str | None = None,
+    variant: Literal["fp16"] | None = None,
     local_rank: int | None = None,
 ) -> str:
     """Run the VAE and CLIP over every frame of the training clips, so that training needs neither.
@@ -34,11 +36,15 @@ def cache(
         random_crop: cut up to this share off the sides of the variants
         precision: as engine.precision
         part: i/N encodes the i-th of N parts; the last to finish joins them
+        revision: as model.revision, for a base from the hub
+        variant: as model.variant
         local_rank: given by DeepSpeed's launcher; the environment says the same
     """
     from toolkit.run import cache as caching
 
-    return caching.cache_shards(shards, base, out, height, width, variants, flip, random_crop, precision, part)
+    return caching.cache_shards(
+        shards, base, out, height, width, variants, flip, random_crop, precision, part, revision, variant
+    )
 
 
 if __name__ == "__main__":

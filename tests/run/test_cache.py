@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import webdataset
-from safetensors.torch import load
+from safetensors.torch import load, load_file, save_file
 
 from tests.launching import ROOT, free_port, read_numbers, run, train_here
 from toolkit.config import ModelConfig, load_config
@@ -322,6 +322,27 @@ def test_a_recipe_that_the_cache_cannot_serve(
         overrides = {"model.base": str(other)}
     with pytest.raises(UserError, match=f"(?s){message}"):
         train_here(tiny_run | {"name": "refused", "data.shards": str(cached), "engine.kind": "plain"} | overrides)
+
+
+def test_a_variant_of_the_base_has_a_cache_of_its_own(
+    tiny_run: dict[str, Any], tiny_shards: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    """A recipe that reads the fp16 files is served by what they encode; the remedy for another cache names them."""
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    for part, name in (
+        ("vae", "diffusion_pytorch_model"),
+        ("image_encoder", "model"),
+        ("unet", "diffusion_pytorch_model"),
+    ):
+        half = {key: value.half() for key, value in load_file(base / part / f"{name}.safetensors").items()}
+        save_file(half, base / part / f"{name}.fp16.safetensors")
+    for name, variant in (("half", "fp16"), ("whole", None)):
+        cache_shards(str(tiny_shards), str(base), str(tmp_path / name), **SIZE, variant=variant)
+    overrides = tiny_run | {"engine.kind": "plain", "schedule.steps": 1, "runs_dir": str(tmp_path)}
+    overrides |= {"name": "half_run", "model.base": str(base), "model.variant": "fp16"}
+    with pytest.raises(UserError, match=f"VAE is .* cache again: .*--base {base} --variant fp16 --height"):
+        train_here(overrides | {"data.shards": str(tmp_path / "whole")})
+    assert len(read_numbers(train_here(overrides | {"data.shards": str(tmp_path / "half")}))) == 1
 
 
 def test_latents_without_their_facts_are_refused(tiny_run: dict[str, Any], cached: Path, tmp_path: Path) -> None:

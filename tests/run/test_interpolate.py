@@ -28,6 +28,7 @@ from toolkit.model.base import load_base
 from toolkit.model.unet import FramerUNet
 from toolkit.run.checkpoint import list_checkpoints
 from toolkit.run.folder import newest_adapter
+from toolkit.run.interpolate import write_frames
 
 SIZE_PX = 32
 Frames = Callable[..., np.ndarray]
@@ -379,6 +380,14 @@ def test_a_folder_keeps_what_it_is(trained: Path, stills: list[str], tmp_path: P
     interpolate(str(out), run=str(trained), first=stills[0], last=stills[1], frames=3, steps=1)
     assert sorted(path.name for path in out.iterdir()) == ["000.png", "001.png", "002.png"]
     assert before in (None, out.stat().st_ino) and [*tmp_path.iterdir()] == [out]
+
+
+def test_pictures_sort_as_their_frames_do(tmp_path: Path) -> None:
+    """Also where there are a thousand and more of them."""
+    frames_THWC = torch.arange(1001).view(-1, 1, 1, 1).expand(-1, 1, 1, 3) // 4
+    write_frames(tmp_path, frames_THWC.to(torch.uint8), 25)
+    shown = [np.asarray(Image.open(path))[0, 0, 0] for path in sorted(tmp_path.iterdir())]
+    assert shown == [i // 4 for i in range(1001)]
 
 
 def _fill_the_disk(place: Path, *given: Any) -> None:

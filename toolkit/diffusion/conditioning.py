@@ -67,8 +67,8 @@ def drop_conditioning(ends_B2CHW: Tensor, tokens_BND: Tensor, uniform_B: Tensor,
     returns    ends_B2CHW, tokens_BND
     source     pixeli99/SVD_Xtend, train_svd.py
     """
-    no_tokens_B = (uniform_B < 2 * rate).to(tokens_BND.device)
-    no_ends_B = ((uniform_B >= rate) & (uniform_B < 3 * rate)).to(ends_B2CHW.device)
+    no_tokens_B = uniform_B < 2 * rate
+    no_ends_B = (uniform_B >= rate) & (uniform_B < 3 * rate)
     return ends_B2CHW.masked_fill(no_ends_B.view(-1, 1, 1, 1, 1), 0), tokens_BND.masked_fill(
         no_tokens_B.view(-1, 1, 1), 0
     )
@@ -86,5 +86,5 @@ def guidance_T(minimum: float, maximum: float, layout: Layout) -> Tensor:
 
 def guide(conditional_BTCHW: Tensor, unconditional_BTCHW: Tensor, scale_T: Tensor) -> Tensor:
     """Classifier-free guidance: unconditional + scale (conditional - unconditional), each frame by its own scale."""
-    scale = scale_T.to(conditional_BTCHW.device).view(-1, 1, 1, 1)
+    scale = scale_T.view(-1, 1, 1, 1)
     return unconditional_BTCHW + scale * (conditional_BTCHW - unconditional_BTCHW)

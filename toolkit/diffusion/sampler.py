@@ -2,7 +2,7 @@
 
 Test: pytest tests/diffusion (against diffusers' Euler, DDIM, consistency and LCM schedulers).
 Both samplers take `denoise`: (noisy_BTCHW, sigma_B) -> denoised latents D, and `on_step`: (i, latents_BTCHW) ->
-latents_BTCHW, which sees what step i left and may change it.
+latents_BTCHW, which sees what step i left and may change it. Noise and sigmas are on one device.
 """
 
 from collections.abc import Callable, Sequence
@@ -82,4 +82,4 @@ def bisect(
 
 
 def _denoise_all(denoise: Denoise, latents_BTCHW: Tensor, sigma: Tensor) -> Tensor:
-    return denoise(latents_BTCHW, sigma.expand(len(latents_BTCHW)).to(latents_BTCHW.device))
+    return denoise(latents_BTCHW, sigma.expand(len(latents_BTCHW)))

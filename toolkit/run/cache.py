@@ -16,7 +16,6 @@ import socket
 import sys
 import tarfile
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
@@ -77,6 +76,8 @@ def cache_shards(
     random_crop: float = 0.0,
     precision: Literal["bf16", "fp32"] = "bf16",
     part: str = "1/1",
+    revision: str | None = None,
+    variant: Literal["fp16"] | None = None,
 ) -> str:
     """Encode this rank's and part's share of the training clips, and join all of them when they are complete.
 
@@ -89,9 +90,9 @@ def cache_shards(
     if index.cached:
         raise UserError(f"{shards} is a cache already; give the folder of the videos' shards")
     refuse_bulk(index, height, width, variants, precision)
-    with closing(init_world()) as world:
-        model = ModelConfig(base=base)
-    # From here on no rank waits for another: what is done is on the disk.
+    world = init_world()
+    world.close()  # from here on no rank waits for another: what is done is on the disk
+    model = ModelConfig(base=base, revision=revision, variant=variant)
     vae, image_encoder = (fingerprint_files(files) for files in find_encoder_files(model))
     info = CacheInfo(
         base=base, vae=vae, image_encoder=image_encoder, source=str(shards),
@@ -322,8 +323,10 @@ def _command(config: RunConfig, info: CacheInfo) -> str:
     variants = f" --variants {max(2, info.variants)}" if data.flip or data.random_crop else ""
     flip = " --flip" if data.flip else ""
     crop = f" --random_crop {data.random_crop}" if data.random_crop else ""
+    model = config.model
+    files = "".join(f" --{name} {value}" for name in ("revision", "variant") if (value := getattr(model, name)))
     return (
-        f"python shards/cache.py {info.source} --base {config.model.base} --height {data.height} --width {data.width}"
+        f"python shards/cache.py {info.source} --base {model.base}{files} --height {data.height} --width {data.width}"
         f"{variants}{flip}{crop}"
     )
 

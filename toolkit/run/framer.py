@@ -265,7 +265,9 @@ class Framer:
         renoise      N(0, 1) for step i, which the lcm sampler draws anew
         on_step      called after each step; returns the latents to go on with
         """
-        scale_T = guidance_T(sampling.min_guidance, sampling.max_guidance, self.layout)
+        # moved once: at each step the host would wait for the copy
+        scale_T = guidance_T(sampling.min_guidance, sampling.max_guidance, self.layout).to(self.device)
+        sigmas = self.make_sigmas(sampling).to(self.device)
         if sampling.guided:
             condition = join_unconditional(condition)
         self.begin(condition)
@@ -280,7 +282,6 @@ class Framer:
                 raw_BTCHW = guide(known_BTCHW, free_BTCHW, scale_T)
             return to_denoised(raw_BTCHW, x_BTCHW, sigma_B, self.parameterization)
 
-        sigmas = self.make_sigmas(sampling)
         if sampling.sampler == "lcm":
             assert renoise is not None
             latents_BTCHW = sample_lcm(denoise, noise_BTCHW, sigmas, renoise, on_step)

@@ -214,5 +214,6 @@ def write_frames(out: Path, frames_THWC: Tensor, fps: float) -> None:
     elif out.suffix == ".gif":
         write_gif(out, pictures, fps)
     else:
+        digits = max(3, len(str(len(pictures) - 1)))  # so that names sort as the frames do
         for i, picture in enumerate(pictures):
-            Image.fromarray(picture).save(out / f"{i:03d}.png")
+            Image.fromarray(picture).save(out / f"{i:0{digits}d}.png")
