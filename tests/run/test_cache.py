@@ -201,6 +201,14 @@ def test_stopped_while_joining(tiny_shards: Path, tiny_base: Path, cached: Path,
     assert {joiner.exitcode for joiner in joiners} == {0} and content(begun) == content(cached)
 
 
+def test_stopped_while_tidying_up(tiny_shards: Path, tiny_base: Path, cached: Path, tmp_path: Path) -> None:
+    """With all joined and some clips taken away, by a process that was killed or is still at it, all is done."""
+    half = Path(shutil.copytree(cached, tmp_path / "half"))
+    (half / ".joining").mkdir()
+    said = cache_shards(str(tiny_shards), str(tiny_base), str(half), precision="fp32", **SIZE)
+    assert f"{half} is complete" in said and content(half) == content(cached) and not (half / ".joining").exists()
+
+
 def test_a_sidecar_that_says_fewer_frames(tiny_run: dict[str, Any], tiny_base: Path, tmp_path: Path) -> None:
     """A run on the videos draws windows from the frames that the sidecar says, so those are cached."""
     folder = tmp_path / "shards"

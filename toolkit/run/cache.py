@@ -106,7 +106,7 @@ def cache_shards(
         else place.with_name(f"{place.name}-{height}x{width}-{info.key}")
     )
     if is_complete(folder, info):
-        return f"{folder} is complete; train on it with --data.shards {folder}"
+        return _tell_complete(folder)
     staging = open_staging(folder, info)
     share = range((number - 1) * world.size + world.rank, len(index), parts * world.size)
     if world.is_main:
@@ -146,6 +146,10 @@ def is_complete(folder: Path, info: CacheInfo) -> bool:
         return False
     shutil.rmtree(folder / STAGING, ignore_errors=True)  # of a process that came too late
     return True
+
+
+def _tell_complete(folder: Path) -> str:
+    return f"{folder} is complete; train on it with --data.shards {folder}"
 
 
 def open_staging(folder: Path, info: CacheInfo) -> Path:
@@ -222,7 +226,7 @@ def encode_clip(
 def join_clips(index: DatasetIndex, info: CacheInfo, folder: Path, source: Path) -> str | None:
     """Join the clips' files to shards, if all are there; several processes may do it at once, and write the same bytes.
 
-    returns  what came out; None where clips are missing, or another process ended the joining
+    returns  what came out; None where clips are missing
     """
     staging, claimed = folder / STAGING, folder / CLAIMED
     try:
@@ -235,10 +239,12 @@ def join_clips(index: DatasetIndex, info: CacheInfo, folder: Path, source: Path)
         pass
     try:
         return _join(index, info, folder, source)
-    except FileNotFoundError:  # somebody else ended it, and took the clips away
-        if not is_complete(folder, info):
+    except FileNotFoundError:  # somebody else ended it, and takes the clips away, or was killed while at it
+        found = read_info(folder)
+        if found is None or found.key != info.key:
             raise
-        return None
+        shutil.rmtree(claimed, ignore_errors=True)
+        return _tell_complete(folder)
 
 
 def _join(index: DatasetIndex, info: CacheInfo, folder: Path, source: Path) -> str:
