@@ -5,6 +5,7 @@ import struct
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -50,6 +51,70 @@ def test_colours_survive() -> None:
     for colour in ([255, 0, 0], [0, 255, 0], [0, 0, 255], [128, 128, 128], [255, 255, 255], [200, 120, 40]):
         frames_THWC = np.zeros((3, 32, 32, 3), np.uint8) + np.array(colour, np.uint8)
         assert np.abs(read_frames(encode(frames_THWC)).astype(int) - colour).max() <= 2
+
+
+@pytest.mark.parametrize("transfer", ["hlg", "pq", "sdr"])
+def test_wide_colours_come_out_as_the_standards_say(tmp_path: Path, transfer: str) -> None:
+    """BT.2020 in HLG, PQ or SDR: what BT.709 can show is the light of BT.2100 in float64, what is brighter is white."""
+    ladder = np.linspace(0.3, 0.57, 7) if transfer == "pq" else np.linspace(0.1, 0.7, 7)
+    grid_NC = np.stack(np.meshgrid(ladder, ladder, ladder), -1).reshape(-1, 3)
+    whites_NC = np.repeat(np.linspace(0.8, 1, 7), 3).reshape(-1, 3)
+    planes_CHW, signal_HWC = as_ten_bits(np.concatenate([grid_NC, whites_NC]).reshape(14, 25, 3))
+    path, side_px = tmp_path / "wide.mkv", 16
+    tags = {"color_trc": {"hlg": 18, "pq": 16, "sdr": 14}[transfer], "color_primaries": 9, "colorspace": 9}
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx265", rate=25, options={"x265-params": "lossless=1:log-level=none"})
+        stream.height, stream.width, stream.pix_fmt = 14 * side_px, 25 * side_px, "yuv420p10le"
+        for _ in range(3):
+            frame = av.VideoFrame(stream.width, stream.height, stream.pix_fmt)
+            for plane, values_HW in zip(frame.planes, planes_CHW, strict=True):
+                times = plane.height // 14
+                rows_HW = values_HW.repeat(times, 0).repeat(times, 1)
+                padded_HW = np.pad(rows_HW, ((0, 0), (0, plane.line_size // 2 - plane.width)))
+                plane.update(padded_HW.astype("<u2").tobytes())
+            for name, value in (tags | {"color_range": 1}).items():
+                setattr(frame, name, value)
+                setattr(stream.codec_context, name, value)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    shown_HWC = read_frames(path)[0]
+    light_HWC = light_in_bt709(signal_HWC, transfer)
+    blocks_HWC = shown_HWC[side_px // 2 :: side_px, side_px // 2 :: side_px]
+    is_inside_HW = ((light_HWC > 0.01) & (light_HWC < 1)).all(2)
+    gaps_NC = np.abs(blocks_HWC[is_inside_HW] - 255 * light_HWC[is_inside_HW] ** (1 / 2.4))
+    assert len(gaps_NC) > 100 and gaps_NC.mean() < 1 and np.percentile(gaps_NC, 98) < 5
+    if transfer != "sdr":
+        assert blocks_HWC.reshape(-1, 3)[-7:].min() >= 253
+    small = next(iter_small(path))  # what is judged is the same picture
+    planes = [small.luma_HW, *(plane_HW.repeat(2, 0).repeat(2, 1) for plane_HW in small.chroma_CHW)]
+    judged_HWC = np.asarray(Image.merge("YCbCr", [Image.fromarray(plane_HW) for plane_HW in planes]).convert("RGB"))
+    assert np.abs(judged_HWC.mean((0, 1)) - shown_HWC.mean((0, 1))).max() < 2
+
+
+def as_ten_bits(colours_HWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Colours of 0 to 1 as BT.2020's luma and chromas in 10 bits, and what these say exactly."""
+    red, blue = 0.2627, 0.0593
+    luma = colours_HWC @ [red, 1 - red - blue, blue]
+    chromas = (colours_HWC[..., 2] - luma) / (2 - 2 * blue), (colours_HWC[..., 0] - luma) / (2 - 2 * red)
+    planes_CHW = np.stack([876 * luma + 64, *(896 * chroma + 512 for chroma in chromas)]).round()
+    luma, u, v = (planes_CHW[0] - 64) / 876, (planes_CHW[1] - 512) / 896, (planes_CHW[2] - 512) / 896
+    r, b = luma + (2 - 2 * red) * v, luma + (2 - 2 * blue) * u
+    return planes_CHW, np.stack([r, (luma - red * r - blue * b) / (1 - red - blue), b], -1).clip(0, 1)
+
+
+def light_in_bt709(signal_HWC: np.ndarray, transfer: str) -> np.ndarray:
+    """Light of BT.2020 signals by BT.2100's tables 4 and 5 (or BT.1886), in BT.709's primaries (BT.2087); 1 is white."""
+    if transfer == "hlg":
+        a, b, c = 0.17883277, 0.28466892, 0.55991073
+        scene = np.where(signal_HWC <= 0.5, signal_HWC**2 / 3, (np.exp((signal_HWC - c) / a) + b) / 12)
+        light = 1000 / 203 * (scene @ [0.2627, 0.678, 0.0593])[..., None] ** 0.2 * scene
+    elif transfer == "pq":
+        power = signal_HWC ** (32 / 2523)
+        light = 10000 / 203 * (np.maximum(power - 107 / 128, 0) / (2413 / 128 - 2392 / 128 * power)) ** (8192 / 1305)
+    else:
+        light = signal_HWC**2.4
+    to_bt709 = [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]]
+    return light @ np.array(to_bt709).T
 
 
 def test_same_frames_give_same_bytes_and_odd_sides_lose_one() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
+from av.video.reformatter import Interpolation
 
-from toolkit.data.video import decode_on, open_video, square_size, upright
+from toolkit.data.video import SdrReformatter, decode_on, open_video, square_size, upright
 
 _SMALL_HEIGHT_PX, _DETAIL_HEIGHT_PX, _DETAIL_EVERY = 128, 256, 8
 
@@ -40,7 +40,7 @@ class SmallFrame:
 def iter_small(path: Path) -> Iterator[SmallFrame]:
     """Decode from the first frame to the last, yielding what a survey looks at. Raises VideoError, also in mid-file."""
     with open_video(path, None) as (container, stream):
-        small, detail = VideoReformatter(), VideoReformatter()
+        small, detail = SdrReformatter(), SdrReformatter()
         rate = stream.average_rate or stream.guessed_rate
         for number, (frame, after_loss) in enumerate(decode_on(container, stream)):
             width_px, height_px = square_size(frame, stream)
@@ -59,21 +59,13 @@ def iter_small(path: Path) -> Iterator[SmallFrame]:
 
 
 def _planes(
-    frame: VideoFrame, reformatter: VideoReformatter, height_px: int, aspect: float
+    frame: VideoFrame, reformatter: SdrReformatter, height_px: int, aspect: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scale an upright frame to an even height in px: luma_HW and chroma_CHW of half its sides."""
     width_px = min(8 * height_px, max(8, round(height_px * aspect / 4) * 4))  # halves twice
     if frame.rotation % 180:
         width_px, height_px = height_px, width_px
-    small = reformatter.reformat(
-        frame,
-        width_px,
-        height_px,
-        format="yuv420p",
-        dst_color_range=ColorRange.JPEG,
-        interpolation=Interpolation.AREA,
-        threads=1,
-    )
+    small = reformatter.reformat(frame, width_px, height_px, "yuv420p", Interpolation.AREA)
     samples = small.to_ndarray().reshape(-1)
     luma_HW = samples[: height_px * width_px].reshape(height_px, width_px)
     chroma_CHW = samples[height_px * width_px :].reshape(2, height_px // 2, width_px // 2)

@@ -103,9 +103,11 @@ def _look(
     sha256 = file_sha256(path)
     try:
         facts = probe(path)
-        _refuse(facts)
     except VideoError as error:
         return Survey(name=name, sha256=sha256, fault=_reason(error, path)), may_pass(error)
+    if facts.frames < MIN_FRAMES:
+        few = f"has {facts.frames} frames; at least {MIN_FRAMES} are needed"
+        return Survey(name=name, sha256=sha256, fault=few), False
     with tempfile.SpooledTemporaryFile(_SPOOL_BYTES, dir=str(spool) if spool else None) as pictures:
         watch, faults, passing = _Watch(pictures), [], False
         try:
@@ -132,13 +134,6 @@ def _look(
         )
     fault = "; ".join(faults) or (None if clips else "gives no clip")
     return Survey(name=name, sha256=sha256, fault=fault, clips=clips), passing
-
-
-def _refuse(facts: VideoFacts) -> None:
-    if facts.frames < MIN_FRAMES:
-        raise VideoError(f"has {facts.frames} frames; at least {MIN_FRAMES} are needed")
-    if facts.is_pq:
-        raise VideoError("is HDR (PQ, SMPTE 2084), whose colours would come out wrong; convert it to SDR first")
 
 
 def _reason(error: VideoError, path: Path) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from av.container import InputContainer
 from av.stream import Discard
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image
 
@@ -57,7 +57,6 @@ class VideoFacts:
     """What a video is: frames counted from its packets, size as displayed, codec by FFmpeg's name.
 
     tick_s  what times are rounded to
-    is_pq   high dynamic range whose brightness is coded as in SMPTE 2084
     """
 
     fps: float
@@ -66,7 +65,6 @@ class VideoFacts:
     width_px: int
     codec: str
     tick_s: float
-    is_pq: bool
 
 
 def probe(source: Source, extension: str | None = None) -> VideoFacts:
@@ -77,7 +75,9 @@ def probe(source: Source, extension: str | None = None) -> VideoFacts:
         if not times or not rate or not 0 < rate <= MAX_FPS:
             raise VideoError(f"{len(times)} frames at {rate} fps; a video has at least 1, at up to {MAX_FPS} fps")
         container.seek(min(times[0], 0), stream=stream)
-        height_px, width_px, _ = next(_decode(container, stream))[1].shape
+        frame = next(container.decode(stream))
+        sides_px = frame.height, frame.width
+        height_px, width_px = sides_px[::-1] if frame.rotation // 90 % 2 else sides_px
         return VideoFacts(
             fps=float(rate),
             frames=len(times),
@@ -85,7 +85,6 @@ def probe(source: Source, extension: str | None = None) -> VideoFacts:
             width_px=width_px,
             codec=stream.codec_context.name,
             tick_s=float(stream.time_base or 1 / rate),
-            is_pq=stream.codec_context.color_trc == ColorTrc.SMPTE2084,
         )
 
 
@@ -98,7 +97,7 @@ def iter_frames(
     extension  as in read_frames; None: where a packet is damaged, go on as decode_on does
     """
     with open_video(source, extension) as (container, stream):
-        reformatter = VideoReformatter()
+        reformatter = SdrReformatter()
         frames = container.decode(stream) if extension else (frame for frame, _ in decode_on(container, stream))
         for number, frame in enumerate(frames):
             if numbers is None or number in numbers:
@@ -299,7 +298,7 @@ def _decode(
 ) -> Iterator[tuple[int | None, np.ndarray]]:
     """Yield (display time, frame_HWC) of the wanted times (None: all), up to the last of them."""
     last = max(wanted) if wanted else None
-    reformatter = VideoReformatter()
+    reformatter = SdrReformatter()
     for packet in container.demux(stream):
         # What no other frame refers to and nobody wants is not decoded: a quarter of the time at a keyframe every 12.
         idle = wanted is not None and packet.pts is not None and packet.pts not in wanted
@@ -348,17 +347,51 @@ def decode_on(container: InputContainer, stream: VideoStream) -> Iterator[tuple[
         raise damage
 
 
-def _to_rgb(frame: VideoFrame, reformatter: VideoReformatter, width_px: int, height_px: int) -> np.ndarray:
-    # The source's own range and colour matrix are read off the frame.
-    rgb = reformatter.reformat(
-        frame,
-        width_px,
-        height_px,
-        format="rgb24",
-        dst_color_range=ColorRange.JPEG,
-        interpolation=_SWSCALE_CHROMA if (frame.width, frame.height) == (width_px, height_px) else _SWSCALE,
-        threads=1,
-    )
+class SdrReformatter:
+    """Scales frames, each to the same size, and shows HDR (HLG, PQ) and BT.2020 in the brightness and colours of BT.709.
+
+    The mapping is swscale's: light as on BT.2100's reference display, of which 203 cd/m2 are white (BT.2408). What BT.709
+    can show looks the same, what is brighter or more colourful comes to its edge.
+    """
+
+    def __init__(self) -> None:
+        self._scaler, self._mapper = VideoReformatter(), VideoReformatter()
+
+    def reformat(
+        self, frame: VideoFrame, width_px: int, height_px: int, pixels: str, interpolation: Interpolation
+    ) -> VideoFrame:
+        is_hdr = frame.color_trc in (ColorTrc.ARIB_STD_B67, ColorTrc.SMPTE2084)
+        is_wide = is_hdr or frame.color_primaries == ColorPrimaries.BT2020
+        # The source's own range and colour matrix are read off the frame. Mapped in one step with them, or by way of
+        # packed RGB, colours come out off by up to 100 of 255 (FFmpeg 8.1).
+        scaled = self._scaler.reformat(
+            frame,
+            width_px,
+            height_px,
+            format="gbrp16le" if is_wide else pixels,
+            dst_color_range=ColorRange.JPEG,
+            interpolation=interpolation,
+            threads=1,
+        )
+        if not is_wide:
+            return scaled
+        scaled.color_primaries = ColorPrimaries.BT2020  # HDR has no other ones, said or not
+        scaled.color_trc = frame.color_trc if is_hdr else ColorTrc.BT709  # those of SDR are all shown alike
+        return self._mapper.reformat(
+            scaled,
+            format=pixels,
+            dst_colorspace=Colorspace.ITU601,  # JPEG's, where it is not RGB
+            dst_color_range=ColorRange.JPEG,
+            dst_color_trc=ColorTrc.BT709,
+            dst_color_primaries=ColorPrimaries.BT709,
+            interpolation=interpolation,
+            threads=1,
+        )
+
+
+def _to_rgb(frame: VideoFrame, reformatter: SdrReformatter, width_px: int, height_px: int) -> np.ndarray:
+    same_size = (frame.width, frame.height) == (width_px, height_px)
+    rgb = reformatter.reformat(frame, width_px, height_px, "rgb24", _SWSCALE_CHROMA if same_size else _SWSCALE)
     return np.ascontiguousarray(upright(rgb.to_ndarray(), frame))
 
 
