@@ -91,6 +91,30 @@ def test_wide_colours_come_out_as_the_standards_say(tmp_path: Path, transfer: st
     assert np.abs(judged_HWC.mean((0, 1)) - shown_HWC.mean((0, 1))).max() < 2
 
 
+@pytest.mark.parametrize(
+    ("size_px", "matrix"), [((576, 1024), 5), ((720, 1280), 1), ((1280, 720), 1), ((480, 1280), 1), ((578, 64), 1)]
+)
+def test_where_no_matrix_is_said_the_size_decides_as_in_players(
+    tmp_path: Path, size_px: tuple[int, int], matrix: int
+) -> None:
+    """Colours written by BT.709 from 1280 x 720 on, by BT.601 below, and not tagged, come back; a tag counts for more."""
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 120, 40]], np.uint8)
+    frame_HWC = colours.repeat(size_px[1] // 4, 0)[None].repeat(size_px[0], 0)
+    for tag in (2, 1, 5):
+        path = tmp_path / f"{tag}.mkv"
+        with av.open(str(path), "w") as container:
+            stream: Any = container.add_stream("libx264", rate=25, options={"preset": "ultrafast", "crf": "1"})
+            stream.height, stream.width, stream.pix_fmt = *size_px, "yuv444p"
+            stream.codec_context.colorspace = tag
+            source = av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")
+            container.mux(stream.encode(source.reformat(format="yuv444p", dst_colorspace=matrix if tag == 2 else tag)))
+            container.mux(stream.encode(None))
+        with av.open(str(path)) as container:
+            assert next(container.decode(video=0)).colorspace == tag
+        shown_HWC = read_frames(path)[0][size_px[0] // 2, size_px[1] // 8 :: size_px[1] // 4]
+        assert np.abs(shown_HWC.astype(int) - colours).max() <= 3
+
+
 def as_ten_bits(colours_HWC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Colours of 0 to 1 as BT.2020's luma and chromas in 10 bits, and what these say exactly."""
     red, blue = 0.2627, 0.0593

@@ -46,6 +46,7 @@ _EXACT = Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _SWSCALE = Interpolation.BICUBIC | _EXACT
 # Where only the chroma planes are enlarged, bilinear is as near to the source, in 0.6 of the time.
 _SWSCALE_CHROMA = Interpolation.BILINEAR | _EXACT
+_UNSPECIFIED = 2  # FFmpeg's number for a colour matrix that is not said
 
 
 class VideoError(ValueError):
@@ -362,13 +363,18 @@ class SdrReformatter:
     ) -> VideoFrame:
         is_hdr = frame.color_trc in (ColorTrc.ARIB_STD_B67, ColorTrc.SMPTE2084)
         is_wide = is_hdr or frame.color_primaries == ColorPrimaries.BT2020
-        # The source's own range and colour matrix are read off the frame. Mapped in one step with them, or by way of
-        # packed RGB, colours come out off by up to 100 of 255 (FFmpeg 8.1).
+        # The source's own range and colour matrix are read off the frame; where no matrix is said, FFmpeg takes BT.601, but
+        # players take BT.709 if the frame is larger than a DVD's.
+        is_untold_hd = frame.colorspace == _UNSPECIFIED and (frame.width >= 1280 or frame.height > 576)
+        matrix = Colorspace.ITU709 if is_untold_hd else None
+        # Mapped in this same step, or by way of packed RGB, colours come out off by up to 100 of 255 (FFmpeg 8.1).
         scaled = self._scaler.reformat(
             frame,
             width_px,
             height_px,
             format="gbrp16le" if is_wide else pixels,
+            src_colorspace=matrix,
+            dst_colorspace=matrix,
             dst_color_range=ColorRange.JPEG,
             interpolation=interpolation,
             threads=1,
