@@ -289,6 +289,26 @@ def test_one_damaged_packet_costs_what_refers_to_it(tmp_path: Path, name: str) -
     assert survey(path, "", 10, None).fault == f"{len(lost)} of 100 frames do not decode"
 
 
+@pytest.mark.parametrize(("codec", "damaged"), [("libx264", 47), ("libx264", 48), ("libx264", 60), ("mpeg4", 47)])
+def test_damage_that_the_decoder_conceals_is_in_no_clip(tmp_path: Path, codec: str, damaged: int) -> None:
+    """A packet of which the last quarter is lost decodes with made-up blocks: each frame that shows them is left out, and
+    counted, those before and after are kept."""
+    path = tmp_path / "a.mkv"
+    noise_HWC = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    texture_HWC = np.asarray(Image.fromarray(noise_HWC).resize((240, 160), Image.Resampling.BICUBIC))
+    frames = (np.roll(texture_HWC, (2 * i, 3 * i), (0, 1)) for i in range(100))
+    mux(path, frames, codec, quality={"g": "20", "bf": "2", "sc_threshold": "0"})
+    whole_THWC = np.stack(list(iter_frames(path))).astype(int)
+    assert clips_of(path) == [(0, 100, 25.0)]
+    damage(path, damaged, part=0.25)
+    changes = np.abs(np.stack(list(iter_frames(path))) - whole_THWC).mean((1, 2, 3))
+    found = survey(path, "", 1e6, None)
+    kept = {clip.first + i for clip in found.clips for i in range(clip.frames)}
+    assert changes.max() > 2 and max(changes[list(kept)]) < 0.5
+    assert kept >= {*range(40), *range(80, 100)} and len(found.clips) == 2
+    assert found.fault == f"{100 - len(kept)} of 100 frames are damaged, or refer to ones that are"
+
+
 def test_a_loss_that_time_does_not_show_or_that_never_ends_is_said(tmp_path: Path) -> None:
     """A clip ends where one frame is lost, also where times are too coarse to tell; without a keyframe it is the end."""
     one, rest = tmp_path / "one.avi", tmp_path / "rest.mkv"
@@ -316,13 +336,14 @@ def test_a_shard_is_not_read_past_damage(tmp_path: Path) -> None:
         list(iter_frames(path.read_bytes(), extension="mkv"))
 
 
-def damage(path: Path, number: int) -> None:
-    """Overwrite one packet, counted as they decode."""
+def damage(path: Path, number: int, part: float = 1) -> None:
+    """Overwrite the last part of one packet, counted as they decode."""
     with av.open(str(path)) as container:
         packet = [packet for packet in container.demux(video=0) if packet.size][number]
     data = bytearray(path.read_bytes())
-    at = data.index(bytes(packet), packet.pos)
-    data[at : at + packet.size] = b"\xff" * packet.size
+    end = data.index(bytes(packet), packet.pos) + packet.size
+    size_bytes = int(part * packet.size)
+    data[end - size_bytes : end] = b"\xff" * size_bytes
     path.write_bytes(data)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from av.video.frame import VideoFrame
+from av.video.frame import PictureType, VideoFrame
 from av.video.reformatter import Interpolation
 
 from toolkit.data.video import SdrReformatter, decode_on, open_video, square_size, upright
@@ -21,6 +21,9 @@ class SmallFrame:
     """A frame scaled down to be judged, uint8 and upright; height_px and width_px are those of the frame itself.
 
     after_loss  frames just before it do not decode
+    is_damaged  a part of it is made up; FFmpeg says so of H.264 and MPEG-4, not of HEVC and VP9
+    is_key      nothing from here on refers to what is before it
+    is_between  a B-frame, which may refer to what is shown after it
     is_woven    interlaced: its odd and even rows are of two moments
     luma_HW     128 px high
     chroma_CHW  its two planes, 64 px high
@@ -29,6 +32,9 @@ class SmallFrame:
 
     time_s: float
     after_loss: bool
+    is_damaged: bool
+    is_key: bool
+    is_between: bool
     is_woven: bool
     height_px: int
     width_px: int
@@ -54,7 +60,17 @@ def iter_small(path: Path) -> Iterator[SmallFrame]:
             # Where there are no times, frames come evenly.
             time_s = frame.time if frame.time is not None else float(number / rate)
             yield SmallFrame(
-                time_s, after_loss, bool(frame.interlaced_frame), height_px, width_px, luma_HW, chroma_CHW, detail_HW
+                time_s=time_s,
+                after_loss=after_loss,
+                is_damaged=frame.is_corrupt,
+                is_key=frame.key_frame,
+                is_between=frame.pict_type == PictureType.B,
+                is_woven=bool(frame.interlaced_frame),
+                height_px=height_px,
+                width_px=width_px,
+                luma_HW=luma_HW,
+                chroma_CHW=chroma_CHW,
+                detail_HW=detail_HW,
             )
 
 

@@ -119,6 +119,8 @@ def _look(
             faults, passing = [reason], may_pass(error)
         if watch.losses:
             faults.append(f"{facts.frames - len(watch.times_s)} of {facts.frames} frames do not decode")
+        if watch.spoiled:
+            faults.append(f"{len(watch.spoiled)} of {facts.frames} frames are damaged, or refer to ones that are")
         if 2 * watch.woven > len(watch.times_s):
             combed = (
                 "is marked as interlaced, which shows as combs; encode it anew with ffmpeg -vf bwdif, or, if it has "
@@ -148,6 +150,9 @@ class _Watch:
     times_s: list[float] = field(default_factory=list)
     sizes_px: list[tuple[int, int]] = field(default_factory=list)
     losses: list[int] = field(default_factory=list)
+    spoiled: set[int] = field(default_factory=set)
+    is_spoiling: bool = False
+    between: int = 0
     woven: int = 0
     jumps: list[float] = field(default_factory=list)
     changes: list[float] = field(default_factory=list)
@@ -169,6 +174,7 @@ class _Watch:
         self.changes.append(change)
         if frame.detail_HW is not None:
             self.sharpness[len(self.times_s)] = sharpness(frame.detail_HW)
+        self._judge_damage(frame)
         self.woven += frame.is_woven
         if frame.after_loss:
             self.losses.append(len(self.times_s))
@@ -179,18 +185,34 @@ class _Watch:
         self.pictures.write(_picture(frame))
         self.offsets.append(self.pictures.tell())
 
+    def _judge_damage(self, frame: SmallFrame) -> None:
+        """Damage spoils what may refer to it: the B-frames shown just before it, and all up to the next keyframe."""
+        number = len(self.times_s)
+        if frame.is_damaged and not self.is_spoiling:
+            self.is_spoiling = True
+            self.spoiled.update(range(number - self.between, number))
+        elif frame.is_key and not frame.is_damaged:
+            self.is_spoiling = False
+        if self.is_spoiling:
+            self.spoiled.add(number)
+        self.between = self.between + 1 if frame.is_between else 0
+
     def spans(
         self, facts: VideoFacts, clip_seconds: float, stride_seconds: float | None
     ) -> tuple[list[tuple[int, int, float]], int]:
         """List the clips as (start, stop, fps), and count the frames of parts that are too short for one.
 
-        Inside a clip no shot changes, no frame is missing or lost, no size changes.
+        Inside a clip no shot changes, no frame is missing, lost or spoiled, no size changes.
         """
         times_s, sizes_px, jumps = np.array(self.times_s), self.sizes_px, np.array(self.jumps)
         resized = [i for i in range(1, len(sizes_px)) if sizes_px[i] != sizes_px[i - 1]]
-        breaks = sorted({0, len(sizes_px), *resized, *self.losses, *find_breaks(times_s, facts.tick_s)})
+        edges = {number for number in self.spoiled if number - 1 not in self.spoiled}
+        edges |= {number + 1 for number in self.spoiled}
+        breaks = sorted({0, len(sizes_px), *resized, *self.losses, *edges, *find_breaks(times_s, facts.tick_s)})
         spans, left_out = [], 0
         for start, stop in zip(breaks, breaks[1:], strict=False):
+            if start in self.spoiled:
+                continue
             cuts = [start, *(start + cut for cut in find_shots(jumps[start:stop])), stop]
             for first, last in zip(cuts, cuts[1:], strict=False):
                 overall_fps = rate_of(times_s[first:last], facts.fps, facts.tick_s)
