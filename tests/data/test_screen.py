@@ -104,7 +104,7 @@ def change(frames_THWC: np.ndarray, filtered: Callable[[Image.Image], Image.Imag
 
 
 def test_real_videos_and_their_spoilt_copies(real_videos: Path, tmp_path: Path) -> None:
-    """Signing stays, and two signs of one signer are two; blurred, darkened, frozen and coded anew it is dropped as such."""
+    """Signing stays, and two signs of one signer are two; blurred, darkened, frozen, coded anew or combed it is left out."""
     surveys = [survey(path, path.stem, 4.0, None) for path in sorted((real_videos / "asl").iterdir())]
     assert all(clip.reason is None for clip in make_plan(surveys, PackSettings()))
     signatures_NP = np.stack([np.frombuffer(s.clips[0].signature, np.uint8) for s in surveys])
@@ -127,6 +127,10 @@ def test_real_videos_and_their_spoilt_copies(real_videos: Path, tmp_path: Path) 
             copy = survey(tmp_path / "copy.mp4", "copy.mp4", 4.0, None)
             found = [clip.reason for clip in make_plan([original, copy], PackSettings()) if clip.reason]
             assert len(found) == 1 and found[0].startswith(kind.split()[0]), (name, kind, found)
+        woven_THWC = read_frames(real_videos / "asl" / f"{name}.mkv")
+        woven_THWC = np.where(np.arange(480)[:, None, None] % 2, woven_THWC[1:], woven_THWC[:-1])
+        write_video(tmp_path / "woven.mp4", woven_THWC, 30)
+        assert (survey(tmp_path / "woven.mp4", "", 4.0, None).fault or "").startswith("shows combs")
 
 
 @given(

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 from av.video.frame import PictureType, VideoFrame
-from av.video.reformatter import Interpolation
+from av.video.reformatter import Interpolation, VideoReformatter
 
 from toolkit.data.video import SdrReformatter, decode_on, open_video, square_size, upright
 
 _SMALL_HEIGHT_PX, _DETAIL_HEIGHT_PX, _DETAIL_EVERY = 128, 256, 8
+_COLUMNS_EVERY = 4  # combs are wide
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,11 @@ class SmallFrame:
     is_damaged  a part of it is made up; FFmpeg says so of H.264 and MPEG-4, not of HEVC and VP9
     is_key      nothing from here on refers to what is before it
     is_between  a B-frame, which may refer to what is shown after it
-    is_woven    interlaced: its odd and even rows are of two moments
+    is_woven    marked as interlaced: its odd and even rows are of two moments
     luma_HW     128 px high
     chroma_CHW  its two planes, 64 px high
     detail_HW   luma up to 256 px high, of every eighth frame
+    rows_HW     luma of its own rows, as stored, and every fourth column, of every eighth frame and the one before it
     """
 
     time_s: float
@@ -41,12 +43,13 @@ class SmallFrame:
     luma_HW: np.ndarray
     chroma_CHW: np.ndarray
     detail_HW: np.ndarray | None
+    rows_HW: np.ndarray | None
 
 
 def iter_small(path: Path) -> Iterator[SmallFrame]:
     """Decode from the first frame to the last, yielding what a survey looks at. Raises VideoError, also in mid-file."""
     with open_video(path, None) as (container, stream):
-        small, detail = SdrReformatter(), SdrReformatter()
+        small, detail, whole = SdrReformatter(), SdrReformatter(), VideoReformatter()
         rate = stream.average_rate or stream.guessed_rate
         for number, (frame, after_loss) in enumerate(decode_on(container, stream)):
             width_px, height_px = square_size(frame, stream)
@@ -57,6 +60,9 @@ def iter_small(path: Path) -> Iterator[SmallFrame]:
             if number % _DETAIL_EVERY == 0:
                 detail_height_px = min(_DETAIL_HEIGHT_PX, max(2, height_px & ~1))
                 detail_HW, _ = _planes(frame, detail, detail_height_px, width_px / height_px)
+            rows_HW = None
+            if number % _DETAIL_EVERY in (0, _DETAIL_EVERY - 1):
+                rows_HW = whole.reformat(frame, format="gray", threads=1).to_ndarray()[:, ::_COLUMNS_EVERY]
             # Where there are no times, frames come evenly.
             time_s = frame.time if frame.time is not None else float(number / rate)
             yield SmallFrame(
@@ -71,6 +77,7 @@ def iter_small(path: Path) -> Iterator[SmallFrame]:
                 luma_HW=luma_HW,
                 chroma_CHW=chroma_CHW,
                 detail_HW=detail_HW,
+                rows_HW=rows_HW,
             )
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from toolkit.data.format import MIN_FPS, file_sha256
 from toolkit.data.motion import motion_score
-from toolkit.data.screen import SIGNATURE_FRAMES, blocks, sharpness
+from toolkit.data.screen import COMBED, SIGNATURE_FRAMES, blocks, combs, sharpness
 from toolkit.data.shots import MIN_FRAMES, cut_span, find_breaks, find_shots, jump_between, rate_of
 from toolkit.data.small import SmallFrame, iter_small
 from toolkit.data.video import MAX_FPS, VideoError, VideoFacts, packed_rate, probe
@@ -127,6 +127,9 @@ def _look(
                 "none, with -vf setfield=prog"
             )
             return Survey(name=name, sha256=sha256, fault=combed), passing
+        if watch.near > COMBED * watch.far:
+            combed = "shows combs, as interlaced video does that is not marked; encode it anew with ffmpeg -vf bwdif"
+            return Survey(name=name, sha256=sha256, fault=combed), passing
         spans, left_out = watch.spans(facts, clip_seconds, stride_seconds)
         clips = tuple(watch.clip(*span) for span in spans)
     if left_out:
@@ -154,6 +157,9 @@ class _Watch:
     is_spoiling: bool = False
     between: int = 0
     woven: int = 0
+    near: float = 0
+    far: float = 0
+    rows: np.ndarray | None = None
     jumps: list[float] = field(default_factory=list)
     changes: list[float] = field(default_factory=list)
     brightness: list[float] = field(default_factory=list)
@@ -176,6 +182,10 @@ class _Watch:
             self.sharpness[len(self.times_s)] = sharpness(frame.detail_HW)
         self._judge_damage(frame)
         self.woven += frame.is_woven
+        if frame.rows_HW is not None and self.rows is not None and frame.rows_HW.shape == self.rows.shape:
+            near, far = combs(self.rows, frame.rows_HW)
+            self.near, self.far = self.near + near, self.far + far
+        self.rows = frame.rows_HW
         if frame.after_loss:
             self.losses.append(len(self.times_s))
         self.times_s.append(frame.time_s)
