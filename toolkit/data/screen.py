@@ -10,8 +10,8 @@ SIGNATURE_FRAMES, SIGNATURE_SIDE = 5, 16
 _BLUR_WIDTH = 9
 _MOVED, _MOVED_SHARE = 32, 0.002  # of luma between two frames; of the picture
 # Calibrated on 16 signing and 3 general videos: as they are, or at crf 35, near differences are 0.38 to 0.55 of far ones; of
-# their 38 copies at crf 23 and 32 with two frames woven into each, 28 have more than 1.5, and few that move have less than 1.
-# White noise has 1.0, text that scrolls 1.4 at most.
+# their 38 copies with two frames woven into each, at crf 23 and 32, 28 have more than 1.5. White noise has 1.0, text that
+# scrolls 1.4 at most.
 COMBED = 1.5
 
 
