@@ -21,7 +21,7 @@ from toolkit.data.plan import PackSettings
 from toolkit.data.survey import Survey
 from toolkit.errors import UserError
 
-PACK_VERSION = 7  # bump when the same videos and settings would give other clips
+PACK_VERSION = 4  # bump when the same videos and settings would give other clips
 STAGING, RECORD, REPORT = ".packing", "pack.json", "report.html"
 _PUBLISHING, _JOB = ".publishing", "job.json"
 _SHARD = re.compile(r"(train|val)-\d{6,}\.(tar|index\.json)")  # what a packing names its shards and their indexes

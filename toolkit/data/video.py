@@ -55,7 +55,7 @@ class VideoError(ValueError):
 
 @dataclass(frozen=True)
 class VideoFacts:
-    """What a video is: frames counted from its packets, size as displayed, codec by FFmpeg's name.
+    """What a video is: frames counted from its packets, size as displayed.
 
     tick_s  what times are rounded to
     """
@@ -64,7 +64,6 @@ class VideoFacts:
     frames: int
     height_px: int
     width_px: int
-    codec: str
     tick_s: float
 
 
@@ -84,7 +83,6 @@ def probe(source: Source, extension: str | None = None) -> VideoFacts:
             frames=len(times),
             height_px=height_px,
             width_px=width_px,
-            codec=stream.codec_context.name,
             tick_s=float(stream.time_base or 1 / rate),
         )
 
