@@ -122,6 +122,16 @@ def test_doctor_counts_a_base_by_its_own_files(tmp_path: Path) -> None:
     assert named["encoders_gb"] == given["encoders_gb"] > 0
 
 
+@pytest.mark.parametrize(("part", "frozen"), [("all", 0), (r".*\.attn1\..*", None)])
+def test_doctor_counts_what_trains_once(part: str, frozen: int | None) -> None:
+    """Weights that train are not among those that are frozen."""
+    changes = {"tuning": "full", "full.parameters": part, "engine.precision": "fp32"}
+    report = examine(load_config(RECIPE, changes), 1)
+    left = report["base_params"] - report["extra_params"]
+    assert (left == frozen) if frozen is not None else 0 < left < report["base_params"]
+    assert report["weights_gb"] == pytest.approx(4 * left / 1e9, abs=0.005)
+
+
 def test_doctor_says_what_keeps_steps_from_being_replayed() -> None:
     """Which a recipe may ask for on a machine without a GPU."""
     for changes, reason in (({}, None), ({"lora.dora": True}, "lora.dora"), ({"model.cuda_graphs": False}, None),

@@ -22,6 +22,7 @@ from toolkit.run.memory import (
     choose_plan,
     choose_replay,
     count_encoder_bytes,
+    count_state_bytes,
     predict_bytes,
     predict_encoding_bytes,
     predict_look_bytes,
@@ -36,24 +37,40 @@ def make(**changes: Any) -> RunConfig:
 def test_more_is_more() -> None:
     """More frames, pixels, clips, rank, digits, averages, or DeepSpeed's copies need more; computing again needs less."""
     unet = build_unet().config
-    base = predict_bytes(make(), unet, 2, "fast")
+    base = predict_bytes(make(), unet, 2, "fast", 1)
     for changes in ({"data__frames": 5, "diffusion__layout": "framer_clip"}, {"data__height": 64},
                     {"engine__micro_batch": 2}, {"lora__rank": 64}, {"engine__precision": "fp32"},
                     {"model__quantize": "int8"}, {"checkpoint__ema": True}):  # fmt: skip
-        assert predict_bytes(make(**changes), unet, 2, "fast") > base, changes
-    assert predict_bytes(make(engine__kind="plain"), unet, 2, "fast") < base
-    assert predict_bytes(make(), unet, 2, "small") < predict_bytes(make(), unet, 2, "balanced") < base
-    stock = predict_bytes(make(model__blocks="stock"), unet, 2, "fast")
-    assert stock != base and predict_bytes(make(model__quantize="int8"), unet, 2, "fast") > stock
+        assert predict_bytes(make(**changes), unet, 2, "fast", 1) > base, changes
+    assert predict_bytes(make(engine__kind="plain"), unet, 2, "fast", 1) < base
+    assert predict_bytes(make(), unet, 2, "small", 1) < predict_bytes(make(), unet, 2, "balanced", 1) < base
+    stock = predict_bytes(make(model__blocks="stock"), unet, 2, "fast", 1)
+    assert stock != base and predict_bytes(make(model__quantize="int8"), unet, 2, "fast", 1) > stock
+
+
+@pytest.mark.parametrize(
+    ("engine", "ema", "ranks", "wanted"),
+    [
+        ({"kind": "plain"}, False, 1, 12 + 4 + 4),
+        ({"kind": "zero2"}, False, 1, 12 + 12 + 4),
+        ({"kind": "zero2"}, True, 8, 12 / 8 + 12 + 8 + 4),
+        ({"kind": "zero2_offload"}, False, 4, 12 + 4),
+        ({"kind": "fsdp2", "shard_ranks": 2}, False, 8, 12 / 2 + 8),
+    ],
+)
+def test_state_is_shared_out(engine: dict[str, Any], ema: bool, ranks: int, wanted: float) -> None:
+    """Bytes a number: master and moments over the ranks, or none on the device; the others whole on each."""
+    changes = {f"engine__{name}": value for name, value in engine.items()}
+    assert count_state_bytes(make(checkpoint__ema=ema, **changes), ranks) == wanted
 
 
 def test_what_was_counted_is_not_counted_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same step of the same network, wherever its weights lie; that of another network is."""
     unet = dict(build_unet().config)
-    counted = predict_bytes(make(), unet, 2, "fast")
+    counted = predict_bytes(make(), unet, 2, "fast", 1)
     monkeypatch.setattr(memory, "count_step", lambda *given: {"forward": Cost(peak_bytes=7)})
-    assert predict_bytes(make(name="other"), unet | {"_name_or_path": "elsewhere"}, 2, "fast") == counted
-    assert predict_bytes(make(), unet | {"num_frames": 25}, 2, "fast") < counted
+    assert predict_bytes(make(name="other"), unet | {"_name_or_path": "elsewhere"}, 2, "fast", 1) == counted
+    assert predict_bytes(make(), unet | {"num_frames": 25}, 2, "fast", 1) < counted
 
 
 def test_96_frames_fit_a_card_of_40_gb() -> None:
@@ -61,13 +78,13 @@ def test_96_frames_fit_a_card_of_40_gb() -> None:
     changes = {"diffusion.layout": "framer_clip", "data.frames": 96, "data.height": 576, "data.width": 576}
     config = load_config("launch/recipes/sign_framer.yaml", changes)
     weights_bytes = 2 * 1_524_625_966
-    assert weights_bytes + predict_bytes(config, {**SVD_CONFIG, "in_channels": 9}, 8, "small") <= USABLE * 40e9
+    assert weights_bytes + predict_bytes(config, {**SVD_CONFIG, "in_channels": 9}, 8, "small", 1) <= USABLE * 40e9
 
 
 def test_auto_takes_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """One byte decides; what the recipe names is taken whatever is free."""
     unet = build_unet().config
-    fast, balanced = (predict_bytes(make(), unet, 2, plan) / USABLE for plan in ("fast", "balanced"))
+    fast, balanced = (predict_bytes(make(), unet, 2, plan, 1) / USABLE for plan in ("fast", "balanced"))
 
     def choose(free_bytes: float, vae: Any = None, **changes: Any) -> str:
         free = psutil.virtual_memory()._replace(available=free_bytes)

@@ -28,9 +28,14 @@ from toolkit.model.tuning import choose_trainable
 from toolkit.run.folder import find_adapter
 from toolkit.run.framer import check_objective
 from toolkit.run.job import check_clips, check_engine, total_steps
-from toolkit.run.memory import PLANS, count_encoder_bytes, predict_bytes, predict_encoding_bytes, why_launched
-
-OFFLOADED_BYTES = 12  # per trainable parameter: master and two moments, fp32
+from toolkit.run.memory import (
+    PLANS,
+    SHARED_BYTES,
+    count_encoder_bytes,
+    predict_bytes,
+    predict_encoding_bytes,
+    why_launched,
+)
 
 
 def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
@@ -81,8 +86,10 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
         "possible_ranks": list_ranks(config),
         "clips": None,
         "optimizer_steps": config.schedule.steps,
-        "weights_gb": round(base_params * weight_bytes / 1e9, 2),
-        "step_gb": {plan: round(predict_bytes(config, unet.config, latent_px(vae), plan) / 1e9, 2) for plan in PLANS},
+        "weights_gb": round((base_params - trainable + lora_params) * weight_bytes / 1e9, 2),
+        "step_gb": {
+            plan: round(predict_bytes(config, unet.config, latent_px(vae), plan, ranks) / 1e9, 2) for plan in PLANS
+        },
         "encoders_gb": 0.0,
         "notes": [],
     }
@@ -106,7 +113,7 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
     report["notes"] += list_dead(dead, config) + list_doubts(config, report["optimizer_steps"])
     if config.engine.kind == "zero2_offload":
         report["notes"].append(
-            f"engine.kind zero2_offload moves {OFFLOADED_BYTES * trainable / 1e9:.2f} GB to the host's memory, beside "
+            f"engine.kind zero2_offload moves {SHARED_BYTES * trainable / 1e9:.2f} GB to the host's memory, beside "
             f"{report['weights_gb']} GB of frozen weights that stay, and updates them there: slower, for next to nothing; "
             "take zero2"
         )

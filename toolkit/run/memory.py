@@ -5,6 +5,7 @@ Test: pytest tests/run/test_memory.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
@@ -29,9 +30,13 @@ from toolkit.run.recall import recall
 
 USABLE = 0.85  # of what is free: an allocator rounds and fragments, and libraries take workspace
 PLANS: tuple[Plan, ...] = get_args(Plan)
-STATE_BYTES = 16  # per trainable parameter: master, gradient and two moments, fp32
-ZERO_BYTES = 8  # and DeepSpeed's own copy of the master, and a bucket for gradients
-EMA_BYTES = 8  # two averages, where they are kept
+# bytes for each number that trains, in fp32
+SHARED_BYTES = 12  # master and two moments, which engines share out over the ranks
+GRADIENT_BYTES = 4
+COPY_BYTES = 4  # of the masters, as the network reads them where the masters are shared out
+BUCKET_BYTES = 4  # in which DeepSpeed adds gradients up
+EMA_BYTES = 8  # two averages, on the main rank
+HEALTH_BYTES = 4  # as it was before, by which the main rank tells how much it changed
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,9 @@ def choose_plan(
     if choose_replay(config, device):
         room_bytes -= predict_look_bytes(config, unet, latent_px)
     for plan in plans:
-        fits = torch.tensor([float(predict_bytes(config, unet, latent_px, plan) <= room_bytes)], device=device)
+        fits = torch.tensor(
+            [float(predict_bytes(config, unet, latent_px, plan, world.size) <= room_bytes)], device=device
+        )
         # one plan for all: where weights are sharded, ranks that compute again gather them again, and the others must too
         if world.all_reduce_sum(fits) == [world.size]:
             return plan
@@ -127,7 +134,7 @@ def choose_replay(config: RunConfig, device: torch.device) -> bool:
     return device.type == "cuda" and why_launched(config) is None
 
 
-def predict_bytes(config: RunConfig, unet: Mapping[str, Any], latent_px: int, plan: Plan) -> int:
+def predict_bytes(config: RunConfig, unet: Mapping[str, Any], latent_px: int, plan: Plan, ranks: int) -> int:
     """Peak bytes of a step beside the frozen weights: activations, gradients, and the state of what trains."""
     shape, parts = find_shape(config, latent_px), choose_parts(config)
     question = {
@@ -135,14 +142,18 @@ def predict_bytes(config: RunConfig, unet: Mapping[str, Any], latent_px: int, pl
         "tuning": config.tuning, "lora": config.lora.model_dump(mode="json"), "full": config.full.parameters,
         "precision": config.engine.precision,
         "shape": asdict(shape), "plan": plan, "parts": parts, "quantize": config.model.quantize,
-        "state": count_state_bytes(config),
+        "state": count_state_bytes(config, ranks),
     }  # fmt: skip
-    return recall(question, lambda: _count_bytes(config, unet, shape, plan, parts))
+    return recall(question, lambda: _count_bytes(config, unet, shape, plan, parts, ranks))
 
 
-def count_state_bytes(config: RunConfig) -> int:
-    """Bytes for each number that trains, on one rank."""
-    return STATE_BYTES + ZERO_BYTES * (config.engine.kind in ZERO_STAGES) + EMA_BYTES * config.checkpoint.ema
+def count_state_bytes(config: RunConfig, ranks: int) -> float:
+    """Bytes for each number that trains, on the device of the main rank, which keeps most."""
+    kind = config.engine.kind
+    sharing = 1 if kind == "plain" else config.engine.shard_ranks or ranks
+    kept = 0.0 if kind == "zero2_offload" else SHARED_BYTES / sharing
+    own = GRADIENT_BYTES + COPY_BYTES * (kind != "plain") + BUCKET_BYTES * (kind in ZERO_STAGES)
+    return kept + own + EMA_BYTES * config.checkpoint.ema + HEALTH_BYTES * (kind not in ("zero3", "fsdp2"))
 
 
 def predict_look_bytes(config: RunConfig, unet: Mapping[str, Any], latent_px: int) -> int:
@@ -209,14 +220,17 @@ def _count_encoding(vae: Mapping[str, Any], size: tuple[int, int], dtype: torch.
     return max(cost.peak_bytes for cost in meter.costs.values())
 
 
-def _count_bytes(config: RunConfig, unet: Mapping[str, Any], shape: Shape, plan: Plan, parts: Collection[Part]) -> int:
+def _count_bytes(
+    config: RunConfig, unet: Mapping[str, Any], shape: Shape, plan: Plan, parts: Collection[Part], ranks: int
+) -> int:
     dtype = PRECISIONS[config.engine.precision]
     with quiet_libraries():
         network = build_on_meta(FramerUNet, unet).to(dtype).requires_grad_(False).eval()
     parameters = choose_trainable(network, config)
     trainable = prepare_unet(network, parameters, dtype, "sdpa", plan, parts, config.model.quantize)
     costs = count_step(network, shape, trainable)
-    return max(cost.peak_bytes for cost in costs.values()) + count_state_bytes(config) * trainable.adapter.flat.numel()
+    state_bytes = count_state_bytes(config, ranks) * trainable.adapter.flat.numel()
+    return math.ceil(max(cost.peak_bytes for cost in costs.values()) + state_bytes)
 
 
 def count_step(unet: Any, shape: Shape, trainable: Trainable | None = None) -> dict[str, Cost]:
