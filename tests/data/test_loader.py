@@ -1,9 +1,11 @@
 """Batches depend on (seed, step) alone; bad samples are replaced and listed. Run: pytest tests/data/test_loader.py"""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from toolkit.data.clips import ClipSettings
 from toolkit.data.index import DatasetIndex, open_shards, open_sources
 from toolkit.data.loader import Batch, make_loader
 from toolkit.data.order import Order
+from toolkit.data.trajectory import match_stills
 from toolkit.errors import UserError
 
 SETTINGS = ClipSettings(frames=3, height_px=24, width_px=32, strides=(1, 2), flip=True)
@@ -135,3 +138,15 @@ def test_mix_replaces_from_the_same_source(damaged: DatasetIndex, packed: Path, 
     assert rows and {row.shard for row in rows} == {str(folder / Path(damaged.shards[2]).name)}
     own = {row.key for row in damaged.rows}
     assert all(row.substitute_key in own for row in rows)
+
+
+def test_workers_look_for_what_moved(packed: Path) -> None:
+    """Of each clip the points that its two ends match in, as they are cut; none where nobody asks."""
+    index, settings = open_shards(packed, "train"), replace(SETTINGS, height_px=48, width_px=64, matched=True)
+    (batches,) = run(index, stop=1, settings=settings, workers=2)
+    for batch in batches:
+        ((first, _, last),) = batch.frames_BTHWC.numpy()
+        (points,) = batch.points
+        assert np.array_equal(points, match_stills(first, last))
+    assert any(len(batch.points[0]) for batch in batches)
+    assert run(index, stop=1)[0][0].points is None

@@ -306,13 +306,13 @@ def test_training_steers_by_what_the_stills_show(base: Base, controlnet: FramerC
     """Each clip's own matched points, at half the scale, drawn in the frames that enter the UNet."""
     picture = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8).repeat(4, 1).repeat(4, 2)
     frames = np.stack([picture, np.roll(picture, 4, 2), np.roll(picture, 8, 2)], 1)
-    batch = replace(make_batch([4, 9], 3), frames_BTHWC=torch.from_numpy(frames))
+    found = [match_stills(first, last) for first, _, last in frames]
+    batch = replace(make_batch([4, 9], 3), frames_BTHWC=torch.from_numpy(frames), points=found)
     with Spy(controlnet) as spy:
         make_framer(base, 3, controlnet=controlnet, control=True).compute_loss(batch)
     ((heatmaps, scale),) = spy.steering
     assert heatmaps.shape == (2, 3, 3, 64, 64) and scale == 0.5
-    for b in range(2):
-        points = match_stills(frames[b, 0], frames[b, -1])
+    for b, points in enumerate(found):
         assert len(points)
         between = np.stack([points[:, 0], points.mean(1), points[:, 1]], 1)
         assert torch.equal(heatmaps[b], torch.from_numpy(draw_heatmaps(between, 64, 64)))

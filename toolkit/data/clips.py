@@ -31,6 +31,7 @@ class ClipSettings:
     reverse: bool = False
     random_crop: float = 0.0  # a crop is drawn whose sides are up to this share shorter than the largest that fits
     window: Literal["random", "centre"] = "random"  # centre: smallest stride, middle of the source, no augmentation
+    matched: bool = False  # whether what moved between the two ends is looked for
 
     @property
     def least_frames(self) -> int:

@@ -26,6 +26,7 @@ from toolkit.data.format import BadSample
 from toolkit.data.index import DatasetIndex
 from toolkit.data.latents import Encoded, LatentsReader, stack
 from toolkit.data.order import InSequence, MixedOrder, Order, accumulation, rank_micro_batches
+from toolkit.data.trajectory import match_stills
 from toolkit.errors import UserError, in_one_line
 
 PREFETCH = 2  # micro-batches that each worker holds ready
@@ -48,7 +49,10 @@ class Substitution(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: frames uint8, or what the encoders made of them; fps and motion fp32."""
+    """One micro-batch: frames uint8, or what the encoders made of them; fps and motion fp32.
+
+    points  of each clip, points_PK2 as trajectory.match_stills finds them between its ends, where that is asked for
+    """
 
     frames_BTHWC: Tensor | None
     fps_B: Tensor
@@ -57,6 +61,7 @@ class Batch:
     keys: list[str]
     substitutes: list[Substitution]
     encoded: Encoded | None = None
+    points: list[np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,11 @@ class MicroBatches(Dataset):
         substitutes: list[Substitution] = []
         try:
             clips = [self._load(k, substitutes) for k in positions]
+            frames = [clip.frames_THWC for clip in clips if isinstance(clip, Clip)]
+            # here, where workers share it out: it takes seconds a clip
+            points = [match_stills(own[0], own[-1]) for own in frames] if self.settings.matched else None
         except UserError as error:
             return error  # raised in the main process: torch would wrap a worker's exception in its traceback
-        frames = [clip.frames_THWC for clip in clips if isinstance(clip, Clip)]
         windows = [clip.latents for clip in clips if isinstance(clip, CachedClip)]
         return Batch(
             frames_BTHWC=torch.from_numpy(np.stack(frames)) if frames else None,
@@ -93,6 +100,7 @@ class MicroBatches(Dataset):
             positions=positions,
             keys=[clip.key for clip in clips],
             substitutes=substitutes,
+            points=points,
         )
 
     def _load(self, k: int, substitutes: list[Substitution]) -> Clip | CachedClip:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from toolkit.config import DiffusionConfig
 from toolkit.data.loader import Batch
-from toolkit.data.trajectory import draw_heatmaps, match_stills, places_at
+from toolkit.data.trajectory import draw_heatmaps, places_at
 from toolkit.diffusion.conditioning import (
     build_input,
     build_time_ids,
@@ -190,7 +190,9 @@ class Framer:
         condition = self._join_condition(means_B2CHW, embeds_B2D, batch.fps_B, batch.motion_B)
         condition = self._drop(condition, positions)
         if self.settings.control:
-            condition = replace(condition, heatmaps_BTCHW=self._find_heatmaps(batch), control_scale=FOUND_SCALE)
+            condition = replace(
+                condition, heatmaps_BTCHW=self._draw_heatmaps(batch, z_BTCHW), control_scale=FOUND_SCALE
+            )
         # moved here: in this stream, which does not wait for what the main one has still to write
         sigma_B = self._draw_sigma(positions) if sigma_B is None else sigma_B.to(self.device)
         noise_BTCHW = normal_like(z_BTCHW, self.seed, "noise", positions)
@@ -469,12 +471,11 @@ class Framer:
         ends_B2CHW, tokens_BND = drop_conditioning(condition.ends_B2CHW, condition.tokens_BND, uniform_B, rate)
         return replace(condition, ends_B2CHW=ends_B2CHW, tokens_BND=tokens_BND)
 
-    def _find_heatmaps(self, batch: Batch) -> Tensor:
-        assert batch.frames_BTHWC is not None  # check_cache refuses cached clips here
-        window, size = self.layout.window, batch.frames_BTHWC.shape[2:4]
-        stills = batch.frames_BTHWC[:, [0, -1]].cpu().numpy()
-        found = [Steering(match_stills(first, last), FOUND_SCALE) for first, last in stills]
-        return torch.stack([s.draw(self.layout.in_window, window, size) for s in found]).to(self.device)
+    def _draw_heatmaps(self, batch: Batch, z_BTCHW: Tensor) -> Tensor:
+        assert batch.points is not None  # check_cache refuses cached clips here
+        window, size_px = self.layout.window, [side * self.base.latent_px for side in z_BTCHW.shape[-2:]]
+        found = [Steering(points_PK2, FOUND_SCALE) for points_PK2 in batch.points]
+        return torch.stack([s.draw(self.layout.in_window, window, size_px) for s in found]).to(self.device)
 
 
 @dataclass(frozen=True)

@@ -336,7 +336,9 @@ def clip_settings(config: RunConfig) -> ClipSettings:
     """How a recipe wants its windows cut."""
     data = config.data
     size = data.height, data.width
-    return ClipSettings(data.frames, *size, data.strides, data.flip, data.reverse, data.random_crop)
+    return ClipSettings(
+        data.frames, *size, data.strides, data.flip, data.reverse, data.random_crop, matched=config.diffusion.control
+    )
 
 
 def total_steps(config: RunConfig, clips: int, done: int = 0, done_clips: int = 0) -> int:

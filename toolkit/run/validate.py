@@ -101,10 +101,8 @@ class Validator:
     @torch.no_grad()
     def measure(self, beat: Callable[[], None]) -> Losses:
         """Score the clips, the same on every rank; beat is called before each, to say that the run goes on."""
-        base, settings = self.framer.base, self.framer.settings
-        if (
-            base.vae is not None and not settings.noise_augmentation and not settings.control
-        ):  # which look at the frames
+        base = self.framer.base
+        if base.vae is not None and not self.framer.settings.noise_augmentation:  # which is laid on the frames
             self.encode(base.vae, base.image_encoder, beat)
         held_out, seen = (
             self._sum(own, clips, beat) / clips for own, clips in zip(self.batches, self.clips, strict=True)
