@@ -69,6 +69,12 @@ LEAN: tuple[Part, ...] = get_args(Part)
 NEEDS: dict[Part, set[Part]] = {"passes": {"cross", "projections"}, "norms": {"passes"}, "frames": {"passes"}}
 
 
+# of the model section, which network it is; the other fields say how it computes
+NETWORK_FIELDS = ("base", "unet", "revision", "unet_revision", "variant", "controlnet", "controlnet_revision")
+# of the diffusion section, where a network and its adapters must agree
+FED_BY = ("layout", "clip_tokens", "scale_conditioning", "noise_augmentation")
+
+
 class ModelConfig(Section):
     # framer | svd | svd-xt | tiny, or a folder or hub id in SVD layout: unet, vae, image_encoder, scheduler
     base: Place = "tiny"

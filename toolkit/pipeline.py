@@ -37,7 +37,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from transformers import BaseImageProcessor, CLIPVisionModelWithProjection
 
-from toolkit.config import DiffusionConfig, ModelConfig, RunConfig, parse_config
+from toolkit.config import FED_BY, DiffusionConfig, ModelConfig, RunConfig, parse_config
 from toolkit.data.clips import resize_cover
 from toolkit.data.stills import to_rgb
 from toolkit.diffusion.objective import time_input
@@ -59,7 +59,6 @@ from toolkit.model.unet import FramerUNet
 from toolkit.run.folder import find_adapter
 from toolkit.run.framer import Framer, Sampling, Steering, to_signed
 from toolkit.run.inference import (
-    FED_BY,
     list_differences,
     load_control,
     read_merged,

@@ -154,6 +154,8 @@ LOSS, PSNR = {"validation.every_steps": 1}, {"validation.figures_every_steps": 1
         (LOSS, "validation.clips", 3, True),
         (LOSS, "diffusion.lognormal_mean", 1.0, True),
         (LOSS, "data.stride", "[2,4]", True),
+        (LOSS, "model.unet_revision", "0123456789", True),
+        (LOSS, "model.blocks", "stock", False),
         (LOSS, "validation.gaps", "[8]", False),
         (LOSS, "validation.sampler_steps", 3, False),
         (LOSS, "validation.every_steps", 2, False),

@@ -12,16 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from toolkit.config import RunConfig, ValidationConfig, flatten_config
+from toolkit.config import FED_BY, NETWORK_FIELDS, RunConfig, ValidationConfig, flatten_config
 from toolkit.data.index import open_sources
 from toolkit.run.judge import own_gaps
 
 Look = dict[str, Any]  # what a score depends on beside the weights, as state.json keeps it
 # fields that bear on it; those other than validation.* change in the middle of a run with --allow_change alone
-_BEAR_ON_BOTH = ("validation.clips", "model.base", "model.unet", "engine.precision", "seed",
-                 "data.frames", "data.height", "data.width", "diffusion.layout",
-                 "diffusion.clip_tokens", "diffusion.scale_conditioning", "diffusion.noise_augmentation",
-                 "diffusion.control")  # fmt: skip
+_BEAR_ON_BOTH = ("validation.clips", "engine.precision", "seed", "data.frames", "data.height", "data.width",
+                 "diffusion.control", *(f"model.{name}" for name in NETWORK_FIELDS),
+                 *(f"diffusion.{name}" for name in FED_BY))  # fmt: skip
 _BEAR_ON_LOSS = ("data.stride", "diffusion.noise_sampler", "diffusion.lognormal_mean", "diffusion.lognormal_std",
                  "diffusion.loss_space")  # fmt: skip
 _BEAR_ON_FRAMES = ("validation.sampler", "validation.sampler_steps", "validation.min_guidance",

@@ -17,20 +17,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from toolkit.config import RunConfig
+from toolkit.config import FED_BY, NETWORK_FIELDS, RunConfig
 from toolkit.data.index import open_sources
 from toolkit.errors import UserError, printable
 from toolkit.metrics import Distance, Features
 from toolkit.run.framer import Sampling, to_uint8
-from toolkit.run.inference import FED_BY, Source, feeding, load_framer, read_source, recipe_sampling
+from toolkit.run.inference import Source, feeding, load_framer, read_source, recipe_sampling
 from toolkit.run.judge import Windows, average_frames, make_window, score_frames, score_whole
 
 SWEEPABLE = ("lora_scale", "ema", "sampler_steps", "max_guidance")
 RESERVED = ("linear", "base", "true")  # names of contenders that nobody trained
 # of a recipe: where contenders that are judged together must agree, so that the same frames are made of the same pictures
 SPLIT_FIELDS = ("frames", "height", "width")
-# of its model section: which network it is; the others say how it computes
-NETWORK_FIELDS = ("base", "unet", "revision", "unet_revision", "variant", "controlnet", "controlnet_revision")
 
 
 @dataclass(frozen=True)

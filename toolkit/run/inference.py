@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from toolkit.config import DataConfig, ModelConfig, RunConfig, load_config, parse_config
+from toolkit.config import FED_BY, DataConfig, ModelConfig, RunConfig, load_config, parse_config
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
 from toolkit.model.attention import set_attention
@@ -32,9 +32,6 @@ from toolkit.run.ema import plan_average, put_together
 from toolkit.run.folder import find_adapter, newest_adapter, refuse_no_run
 from toolkit.run.framer import Framer, Sampling
 from toolkit.run.manifest import MANIFEST, find_fault
-
-# of diffusion: where a network and its adapters must agree
-FED_BY = ("layout", "clip_tokens", "scale_conditioning", "noise_augmentation")
 
 
 @dataclass(frozen=True)
