@@ -178,7 +178,9 @@ class DataConfig(Section):
     random_crop: float = Field(0.0, ge=0, le=0.5)  # a crop is drawn whose sides are up to this share shorter
     workers: int = Field(2, ge=0, le=64)  # decoding processes per rank
     debug: bool = False  # draw the first clips as the network is fed them: samples/batch.png in the run folder
-    max_bad_fraction: float = Field(0.05, ge=0, le=1)  # more unreadable clips than this share of the data stop the run
+    max_bad_fraction: float = Field(
+        0.05, ge=0, le=1
+    )  # more bad clips than this share, and than one, stop the run; 0: any
 
     @field_validator("mix", "remote", "stride", mode="before")
     @classmethod
@@ -444,9 +446,9 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def field_names(model: type[BaseModel] = RunConfig) -> list[str]:
+def field_names() -> list[str]:
     """List every dotted field name of the tree."""
-    return list(_annotations(model))
+    return list(_annotations(RunConfig))
 
 
 def text_fields() -> list[str]:

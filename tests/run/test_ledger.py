@@ -87,8 +87,8 @@ def test_a_torn_row_is_named(tmp_path: Path, torn: str) -> None:
 
 
 def test_bound_is_on_the_different_clips_of_the_whole_file(tmp_path: Path) -> None:
-    """The same clip again is one; clips of before the resume count; one bad clip is always allowed."""
-    assert bad_limit(0.05, 40) == 2 == bad_limit(0.05, 59) and bad_limit(0, 1000) == 1
+    """The same clip again is one; clips of before the resume count; one is allowed, but of none."""
+    assert bad_limit(0.05, 40) == 2 == bad_limit(0.05, 59) and bad_limit(1e-9, 1000) == 1 and bad_limit(0, 1000) == 0
     Ledger(tmp_path, 40, 0.05, ALONE).note([row(0, "a"), row(0, "a")])
     ledger = Ledger(tmp_path, 40, 0.05, ALONE)
     for position in range(1, 30):

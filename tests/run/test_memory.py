@@ -13,12 +13,12 @@ from tests.launching import RECIPE, ROOT, TINY, free_port
 from toolkit.config import RunConfig, load_config
 from toolkit.engine.world import World
 from toolkit.model.base import describe_encoders
+from toolkit.model.encoders import USABLE
 from toolkit.model.tiny import build_unet, build_vae
 from toolkit.model.unet import SVD_CONFIG
 from toolkit.run import memory
 from toolkit.run.bench_counts import CASES, count_sampling
 from toolkit.run.memory import (
-    USABLE,
     choose_plan,
     choose_replay,
     count_encoder_bytes,

@@ -22,10 +22,9 @@ from toolkit.data.files import add_member, written_aside
 from toolkit.data.format import MEMBER_BYTES, ClipInfo, build_index, file_sha256, index_path, write_index
 from toolkit.data.plan import PlannedClip
 from toolkit.data.survey import GOES_ON, may_pass
+from toolkit.data.tar import BLOCK_BYTES
 from toolkit.data.video import VideoError, VideoWriter, iter_frames
 from toolkit.errors import UserError
-
-_BLOCK_BYTES = 512  # a tar is made of these
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Piece:
 
     @property
     def tar_bytes(self) -> int:
-        return _BLOCK_BYTES * (1 + -(-self.size_bytes // _BLOCK_BYTES))
+        return BLOCK_BYTES * (1 + -(-self.size_bytes // BLOCK_BYTES))
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,7 @@ def _follow_main_process(worker: int) -> None:
     wait, and a new start is refused.
     """
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -42,12 +42,12 @@ def minimum_jerk(u: np.ndarray) -> np.ndarray:
     return u**3 * (10 - 15 * u + 6 * u**2)
 
 
-def noise_texture(draws: Draws, texels: int = _TEXELS) -> np.ndarray:
-    """Make cloudy noise that wraps around: float32 (texels, texels) in 0 to 1."""
-    waves_K = np.hypot(np.fft.fftfreq(texels)[:, None], np.fft.rfftfreq(texels)) * texels
+def noise_texture(draws: Draws) -> np.ndarray:
+    """Make cloudy noise that wraps around: float32 (_TEXELS, _TEXELS) in 0 to 1."""
+    waves_K = np.hypot(np.fft.fftfreq(_TEXELS)[:, None], np.fft.rfftfreq(_TEXELS)) * _TEXELS
     # An amplitude of f^-1.5 is between that of photographs (1/f) and clouds; the mean is left out.
     amplitude_K = np.maximum(waves_K, 1) ** -1.5 * (waves_K > 0)
-    noise_HW = np.fft.irfft2(np.fft.rfft2(draws.uniform(-1, 1, texels, texels)) * amplitude_K)
+    noise_HW = np.fft.irfft2(np.fft.rfft2(draws.uniform(-1, 1, _TEXELS, _TEXELS)) * amplitude_K)
     low, high = noise_HW.min(), noise_HW.max()
     return ((noise_HW - low) / (high - low)).astype(np.float32)
 
@@ -58,18 +58,18 @@ def muted_colour(draws: Draws) -> np.ndarray:
     return (0.4 * colour_C + 0.6 * colour_C.mean()).astype(np.float32)
 
 
-def pattern(draws: Draws, texels: int = _TEXELS) -> np.ndarray:
-    """Make stripes, checks, dots or blots that wrap around: float32 (texels, texels, 3), 0 to 255."""
-    y_HW, x_HW = np.mgrid[:texels, :texels].astype(np.float32) * (2 * math.pi / texels)
+def pattern(draws: Draws) -> np.ndarray:
+    """Make stripes, checks, dots or blots that wrap around: float32 (_TEXELS, _TEXELS, 3), 0 to 255."""
+    y_HW, x_HW = np.mgrid[:_TEXELS, :_TEXELS].astype(np.float32) * (2 * math.pi / _TEXELS)
     a, b = draws.integer(1, 6), draws.integer(1, 6)
     kinds = (
         lambda: np.sin(a * x_HW + b * y_HW),
         lambda: np.sin(a * x_HW) * np.sin(b * y_HW),
         lambda: np.sin((a + 2) * x_HW) + np.sin((a + 2) * y_HW) - 0.8,
-        lambda: 6 * noise_texture(draws, texels) - 3,
+        lambda: 6 * noise_texture(draws) - 3,
     )
     mix_HW = 0.5 + 0.5 * np.tanh(draws.number(1, 6) * kinds[draws.integer(0, 3)]())
-    mix_HW = 0.75 * mix_HW + 0.25 * noise_texture(draws, texels)
+    mix_HW = 0.75 * mix_HW + 0.25 * noise_texture(draws)
     first_C, second_C = muted_colour(draws), muted_colour(draws)
     return (first_C + mix_HW[..., None] * (second_C - first_C)).astype(np.float32)
 

@@ -14,7 +14,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from toolkit.data.video import SdrReformatter, decode_on, open_video, square_size, upright
 
 _SMALL_HEIGHT_PX, _DETAIL_HEIGHT_PX, _DETAIL_EVERY = 128, 256, 8
-_COLUMNS_EVERY = 4  # combs are wide
+_COMBED_HEIGHT_PX, _COLUMNS_EVERY = 480, 4  # of the smallest interlaced format: scaled down combs blend; they are wide
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class SmallFrame:
     luma_HW     128 px high
     chroma_CHW  its two planes, 64 px high
     detail_HW   luma up to 256 px high, of every eighth frame
-    rows_HW     luma of its own rows, as stored, and every fourth column, of every eighth frame and the one before it
+    rows_HW     luma of its own rows, as stored, and every fourth column, of every eighth frame and the one before it;
+                of 480 rows and more
     """
 
     time_s: float
@@ -61,7 +62,7 @@ def iter_small(path: Path) -> Iterator[SmallFrame]:
                 detail_height_px = min(_DETAIL_HEIGHT_PX, max(2, height_px & ~1))
                 detail_HW, _ = _planes(frame, detail, detail_height_px, width_px / height_px)
             rows_HW = None
-            if number % _DETAIL_EVERY in (0, _DETAIL_EVERY - 1):
+            if frame.height >= _COMBED_HEIGHT_PX and number % _DETAIL_EVERY in (0, _DETAIL_EVERY - 1):
                 rows_HW = whole.reformat(frame, format="gray", threads=1).to_ndarray()[:, ::_COLUMNS_EVERY]
             # Where there are no times, frames come evenly.
             time_s = frame.time if frame.time is not None else float(number / rate)

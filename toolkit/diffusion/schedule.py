@@ -44,15 +44,15 @@ def lognormal_sigma(normal_B: Tensor, mean: float, std: float) -> Tensor:
     return (mean + std * normal_B).exp()
 
 
-def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
-    """Sigmas from sigma_max down to sigma_min, evenly spaced in sigma^(1/rho), then 0.
+def karras_sigmas(steps: int, sigma_min: float, sigma_max: float) -> Tensor:
+    """Sigmas from sigma_max down to sigma_min, evenly spaced in sigma^(1/7), then 0.
 
     returns  (steps + 1,) fp32
-    source   EDM (Karras et al. 2022) eq. 5
+    source   EDM (Karras et al. 2022) eq. 5, with its rho of 7
     """
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return torch.cat([(high + ramp * (low - high)) ** rho, ramp.new_zeros(1)]).float()
+    high, low = sigma_max ** (1 / 7), sigma_min ** (1 / 7)
+    return torch.cat([(high + ramp * (low - high)) ** 7.0, ramp.new_zeros(1)]).float()
 
 
 def trailing_sigmas(steps: int, alpha_bar: Tensor) -> Tensor:

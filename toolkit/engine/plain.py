@@ -83,9 +83,10 @@ class PlainEngine:
     def gather(self) -> State:
         state: State = {}
         for name, parameter in self.parameters.items():
-            moments = self.optimizer.state.get(parameter, {})
-            zeros = torch.zeros_like(parameter)
-            tensors = (parameter.detach(), moments.get("exp_avg", zeros), moments.get("exp_avg_sq", zeros))
+            moments = self.optimizer.state.get(parameter)
+            if moments is None:  # there are none before the first step
+                moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.zeros_like(parameter))
+            tensors = (parameter.detach(), moments["exp_avg"], moments["exp_avg_sq"])
             state[name] = {key: t.detach().cpu().clone() for key, t in zip(STATE_KEYS, tensors, strict=True)}
         return state
 

@@ -16,6 +16,7 @@ from toolkit.model.quiet import quiet_libraries
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_SIZE_PX = 224
+USABLE = 0.85  # of what a device has free: an allocator rounds and fragments, and libraries take workspace
 DECODED_NUMBERS = 1024  # a pixel: what the published decoder holds at its peak
 # stabilityai/stable-video-diffusion-img2vid-xt, vae/config.json and image_encoder/config.json
 VAE_CONFIG = {"block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -65,8 +66,7 @@ def find_room(vae: Any, latents_BTCHW: Tensor) -> int:
     if device.type != "cuda":
         return latents_BTCHW.shape[1]
     torch.cuda.empty_cache()  # else what the allocator keeps for later would be taken
-    usable_bytes = 0.85 * torch.cuda.mem_get_info(device)[0]  # an allocator rounds, and libraries take workspace
-    return max(1, int(usable_bytes // count_decoding_bytes(vae, latents_BTCHW)))
+    return max(1, int(USABLE * torch.cuda.mem_get_info(device)[0] // count_decoding_bytes(vae, latents_BTCHW)))
 
 
 def count_decoding_bytes(vae: Any, latents_BTCHW: Tensor) -> int:

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from toolkit.errors import UserError, in_words, printable
+from toolkit.model.sources import PICKLES
 
 METADATA_KEY = "framer_toolkit"  # of the safetensors header: base, base_signature, step, recipe and more, as JSON
 EXTRA_TENSORS = {"conv_in": ("conv_in.weight", "conv_in.bias"), "mask_token": ("mask_token",)}  # trained whole
@@ -37,7 +38,6 @@ _KOHYA_PARTS = {
 }
 _TO_KOHYA_PARTS = {ours: theirs for theirs, ours in _KOHYA_PARTS.items()}
 _TEMPORAL = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.(\d+)\.temporal_transformer_blocks\.(.+)")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Fields of PEFT's LoraConfig that are read, or that change nothing once an adapter is trained; any other is refused.
 _READ_FIELDS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save"}
 _IDLE_FIELDS = {
@@ -279,7 +279,7 @@ _WHAT_IS_READ = (
 
 def find_file(source: Path) -> Path:
     """The file that holds an adapter's tensors; UserError where there is none that can be read."""
-    if source.suffix in _PICKLES and not source.is_dir():
+    if source.suffix in PICKLES and not source.is_dir():
         raise UserError(f"{source} is a pickle, which can run code, and is not read; {_WHAT_IS_READ}")
     if source.is_file():
         if source.suffix != ".safetensors":

@@ -26,6 +26,7 @@ from toolkit.model import tiny
 from toolkit.model.attention import choose_attention
 from toolkit.model.base import PRECISIONS, Base
 from toolkit.model.encoders import CLIP_CONFIG, VAE_CONFIG
+from toolkit.model.flat import NAME
 from toolkit.model.quiet import quiet_libraries
 from toolkit.model.tiny import SCHEDULER
 from toolkit.model.unet import SVD_CONFIG, FramerUNet
@@ -79,7 +80,7 @@ def bench_full(config: RunConfig) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         for _ in range(runs):
             adapter.flat.data.copy_(start)
-            engine = PlainEngine({"flat": adapter.flat}, adam_settings(config), 1)
+            engine = PlainEngine({NAME: adapter.flat}, adam_settings(config), 1)
             row = measure_steps(framer, engine, batch, config.optimizer.lr, world.device)
         report["kernels"][kernel] = row | {"peak_gib": round(peak_memory_gib(), 2)}
         del own, framer, adapter, engine

@@ -42,6 +42,7 @@ class Averages:
         saved    what `copy` gave after them
         """
         self.adapter, self.updates = adapter, updates
+        self.powers = {name: find_power(sigma_rel) for name, sigma_rel in TRACKS.items()}
         flat = adapter.flat.detach()
         self.tracks = {name: (flat if saved is None else saved[name].to(flat.device)).clone() for name in TRACKS}
 
@@ -55,8 +56,8 @@ class Averages:
         if updates == self.updates:
             return
         self.updates = updates
-        for name, sigma_rel in TRACKS.items():
-            beta = (1 - 1 / updates) ** (find_power(sigma_rel) + 1)
+        for name, power in self.powers.items():
+            beta = (1 - 1 / updates) ** (power + 1)
             self.tracks[name].lerp_(self.adapter.flat, 1 - beta)
 
     def copy(self) -> dict[str, Tensor]:

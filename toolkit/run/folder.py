@@ -41,7 +41,7 @@ from toolkit.run.checkpoint import (
 )
 from toolkit.run.ema import cut_snapshots
 from toolkit.run.ledger import cut_ledger
-from toolkit.run.manifest import MANIFEST, find_changed
+from toolkit.run.manifest import MANIFEST, PACKAGES, find_changed
 from toolkit.run.skips import cut_skips
 
 # Fields that may change between the start of a run and its resumption: they do not change what is computed.
@@ -58,7 +58,6 @@ _OWN_TEXTS = ("config.yaml", "env.json", "LATEST", "BEST", "*.jsonl")  # which t
 _OWN_FIRST_FILES = ("lock", "slurm", "code", *RATE_FILES)
 COMMIT_FILE = "COMMIT"  # beside the copy of the code that a batch job runs: what the original was
 INEXACT = "the run goes on, but not to the last digit as it would have"
-_PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "webdataset", "av", "numpy")
 
 
 @dataclass(frozen=True)
@@ -202,9 +201,9 @@ def _warn_of_versions(folder: Path) -> None:
     """Say so where the libraries that draw, compute and decode are not those that a checkpoint was made with."""
     then = json.loads((folder / MANIFEST).read_text())["versions"]
     changed = [
-        f"{name} {was} then, {version(name)} now"
-        for name, was in then.items()
-        if name in _PACKAGES and was != version(name)
+        f"{name} {then[name]} then, {version(name)} now"
+        for name in PACKAGES
+        if name in then and then[name] != version(name)
     ]
     if changed:
         print(f"{', '.join(changed)}: {INEXACT}", file=sys.stderr)
@@ -251,14 +250,12 @@ def find_adapter(source: Path) -> Path:
 
 def describe_host() -> dict[str, Any]:
     """Versions, code and machine of this process."""
-    import torch
-
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "code": describe_code(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in _PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
         "host": platform.node(),
         "cpus": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

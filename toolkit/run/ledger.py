@@ -21,8 +21,8 @@ NAME = "substituted.jsonl"
 
 
 def bad_limit(max_bad_fraction: float, clips: int) -> int:
-    """Count the bad clips that a run puts up with."""
-    return max(1, int(max_bad_fraction * clips))
+    """Count the bad clips that a run puts up with: one at least, but where it shall be none."""
+    return max(1, int(max_bad_fraction * clips)) if max_bad_fraction else 0
 
 
 def cut_ledger(run: Path, position: int) -> None:

@@ -19,7 +19,7 @@ from toolkit.diffusion.layout import make_layout
 from toolkit.engine.world import World
 from toolkit.errors import UserError
 from toolkit.model.base import PRECISIONS
-from toolkit.model.encoders import DECODED_NUMBERS, encode_frames
+from toolkit.model.encoders import DECODED_NUMBERS, USABLE, encode_frames
 from toolkit.model.prepare import Plan, Trainable, prepare_frozen, prepare_unet
 from toolkit.model.quiet import quiet_libraries
 from toolkit.model.tuning import choose_trainable
@@ -28,7 +28,6 @@ from toolkit.model.weights import build_on_meta
 from toolkit.run.meter import Cost, Meter
 from toolkit.run.recall import recall
 
-USABLE = 0.85  # of what is free: an allocator rounds and fragments, and libraries take workspace
 PLANS: tuple[Plan, ...] = get_args(Plan)
 # bytes for each number that trains, in fp32
 SHARED_BYTES = 12  # master and two moments, which engines share out over the ranks

@@ -54,6 +54,7 @@ class Requests:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Leave the signals to whoever had them."""
+        self._loading = False  # whoever called goes on, whatever was asked of this
         signal.set_wakeup_fd(-1)
         os.close(self._pipe)
         for number, handler in self._before.items():
