@@ -4,9 +4,12 @@ T9; `make faults` runs the long form.
 """
 
 import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tests.faults.forked import (
     BACKWARD,
@@ -19,8 +22,10 @@ from tests.faults.forked import (
     strike,
 )
 from tests.launching import read_numbers
+from toolkit.engine.world import World
 from toolkit.run.checkpoint import list_checkpoints, load_checkpoint
 from toolkit.run.rows import read_rows
+from toolkit.run.skips import Skips
 
 # what is done, what is not finite then, at which position: step 5 trains on positions 8 (rank 0) and 9 (rank 1)
 CASES: dict[str, tuple[Wound, str, list[int]]] = {
@@ -115,3 +120,13 @@ def test_t9_too_many_in_a_row(faults: Any, forked: Warm, small_run: dict[str, An
     forked.run(overrides | {"name": apart.name}, wounds=[("poison_clips", {"positions": [4, 6, 12, 14]})])
     passed += read_numbers(apart, "skipped_steps") == [(n,) for n in (0, 0, 1, 2, 2, 2, 3, 4)]
     faults.end(passed)
+
+
+def test_a_clip_that_is_twice_in_a_step(tmp_path: Path) -> None:
+    """It is listed once, whichever of its two losses is not finite."""
+    for step, losses in ((1, [math.nan, 1.0]), (2, [1.0, math.nan])):
+        own = [([key], torch.tensor([loss])) for key, loss in zip("aa", losses, strict=True)]
+        Skips(tmp_path, 9, 0, World(0, 1, torch.device("cpu"))).note(
+            step, math.nan, 1.0, [*own, (["b"], torch.ones(1))]
+        )
+    assert [row["clips"] for row in read_rows(tmp_path / "skipped.jsonl")] == [["a"], ["a"]]

@@ -46,8 +46,9 @@ class Skips:
         self.in_a_row += 1
         what = "gradient" if math.isfinite(loss) else "loss"
         # a clip of a finite loss is not to blame for another's; of a gradient alone nobody knows whose it was
-        losses = {key: value for keys, loss_B in own for key, value in zip(keys, loss_B.tolist(), strict=True)}
-        clips = [key for key, value in losses.items() if what == "gradient" or not math.isfinite(value)]
+        losses = [row for keys, loss_B in own for row in zip(keys, loss_B.tolist(), strict=True)]
+        # each once: a step over the end of an epoch may hold a clip twice
+        clips = [*dict.fromkeys(key for key, loss in losses if what == "gradient" or not math.isfinite(loss))]
         fault = ""
         texts = self.world.gather_texts(json.dumps(clips))
         if self.world.is_main:
