@@ -154,6 +154,12 @@ def test_unknown_key_names_the_nearest(recipe: Path, given: str, nearest: str) -
     ("field", "value", "said"),
     [
         ("lora.rank", 0, "lora.rank is 0: .*greater than or equal to 1"),
+        # beyond what the clocks, the dates and the fp32 numbers that they end up in can hold
+        ("engine.hang_timeout_s", 1e10, r"hang_timeout_s is 10000000000\.0: .*less than or equal to 1000000000"),
+        ("schedule.steps", 10**18, "schedule.steps is 10{18}: .*less than or equal to 1000000000"),
+        ("schedule.epochs", 1e300, r"schedule.epochs is 1e\+300: .*less than or equal to 1000000"),
+        ("optimizer.eps", 1e-50, "optimizer.eps is 1e-50: .*greater than or equal to 0.0{19}1"),
+        ("lora.alpha", 1e300, r"lora.alpha is 1e\+300: .*less than or equal to 1000000"),
         ("lora.rank", "many", "lora.rank is 'many'"),
         ("lora.rank", True, "lora.rank: it is True, as a flag alone is; write a value"),
         ("validation.lpips", True, "validation.lpips: it is True"),

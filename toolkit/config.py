@@ -123,7 +123,7 @@ class ModelConfig(Section):
 
 class LoraConfig(Section):
     rank: int = Field(64, ge=1, le=1024)
-    alpha: float = Field(64, gt=0)
+    alpha: float = Field(64, gt=0, le=1e6)
     # Q, K, V and the output of attention: spatial | temporal | cross | self | all; linear: every linear layer of the
     # transformers; or a regular expression over whole module names; or a list of their endings
     targets: str | list[str] = "spatial"
@@ -132,7 +132,7 @@ class LoraConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1)  # of what enters the adapter, while training
     # another rank or alpha for module names that match, as PEFT has it
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = {}
     init_from: Place | None = None  # start from this adapter: a run, a checkpoint or an exported file of any format
     extra_trainable: list[Literal["conv_in", "mask_token"]] = []  # trained whole, and saved with the adapter
 
@@ -230,7 +230,7 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.01, ge=0, le=1)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, ge=1e-20)  # what fp32 rounds to zero would divide zeros by zero
     max_grad_norm: float = Field(1.0, gt=0)
     # a step whose loss or gradient is not finite changes nothing; so many in a row end the run
     max_skipped_steps: int = Field(5, ge=1)
@@ -240,8 +240,8 @@ class ScheduleConfig(Section):
     shape: Literal["cosine", "constant"] = "cosine"  # after the warmup
     warmup_steps: int = Field(100, ge=0)
     # passes over as many clips as there are, in all sources together (of a mix, by its weights); or give steps
-    epochs: float | None = Field(30, gt=0)
-    steps: int | None = Field(None, ge=1)  # optimizer steps; wins over epochs
+    epochs: float | None = Field(30, gt=0, le=10**6)
+    steps: int | None = Field(None, ge=1, le=10**9)  # optimizer steps; wins over epochs
 
 
 class EngineConfig(Section):
@@ -253,9 +253,8 @@ class EngineConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights and of compute; LoRA masters are fp32
     global_batch: int = Field(8, ge=1)  # clips per optimizer step, whatever the number of processes
     micro_batch: int = Field(1, ge=1)  # clips per forward; accumulation = global_batch / (micro_batch * processes)
-    hang_timeout_s: float = Field(
-        600, gt=0
-    )  # a run that finishes no step for so long is ended, and says who waits where
+    # a run that finishes no step for so long is ended, and says who waits where
+    hang_timeout_s: float = Field(600, gt=0, le=10**9)
 
     @model_validator(mode="after")
     def check_batch(self) -> EngineConfig:
