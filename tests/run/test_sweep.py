@@ -102,13 +102,15 @@ def test_each_point_is_an_ordinary_run(settings: dict[str, Any], swept: Path) ->
     assert adapter_bytes(by_hand, 2) == adapter_bytes(folder / NAMES[1], 2) != adapter_bytes(folder / NAMES[0], 2)
 
 
-def test_what_is_finished_is_not_done_again(settings: dict[str, Any], swept: Path) -> None:
+def test_what_is_finished_is_not_done_again(settings: dict[str, Any], swept: Path, tmp_path: Path) -> None:
     """Nothing for the same command; a lost evaluation alone; other gaps are judged, and another seed or value is added."""
     folder = swept
     before = read(folder)
     assert do(settings) == [] and read(folder)["tables"] == before["tables"]
     (folder / NAMES[2] / "evaluation/evaluation.json").unlink()
+    pointer = (folder / NAMES[2] / "LATEST").rename(tmp_path / "LATEST")  # as after a kill just before it is written
     assert do(settings) == [f"evaluate {NAMES[2]}"]
+    pointer.rename(folder / NAMES[2] / "LATEST")
     assert do(settings, "{lora.rank: [4, 2, 1]}", seeds=1) == ["train rank-1_seed-0", "evaluate rank-1_seed-0"]
     assert do(settings, "{lora.rank: [1]}", seeds=1, gaps=[]) == ["evaluate rank-1_seed-0"]
     # how it is judged is told by its recipe, which a start writes anew: it has nothing to train

@@ -26,7 +26,7 @@ from toolkit.config import RunConfig, dump_config, load_config, parse_yaml, read
 from toolkit.data.index import open_sources
 from toolkit.data.parallel import parse_part
 from toolkit.errors import UserError
-from toolkit.run.checkpoint import replace_text
+from toolkit.run.checkpoint import list_checkpoints, replace_text
 from toolkit.run.curves import intervals, stack_charts
 from toolkit.run.doctor import examine, list_ranks
 from toolkit.run.folder import check_folder
@@ -260,9 +260,10 @@ def judge_point(point: Point, gaps: Sequence[int], requests: Requests) -> bool:
 
 
 def is_judged(point: Point, gaps: Sequence[int]) -> bool:
-    """Whether a run was evaluated at these gaps after its last checkpoint."""
+    """Whether a finished run was evaluated at these gaps after its last checkpoint."""
     run, found = point.config.folder, point.evaluation
-    if not found.exists() or found.stat().st_mtime <= max((run / n).stat().st_mtime for n in ("config.yaml", "LATEST")):
+    made = run / "config.yaml", list_checkpoints(run)[-1]  # not LATEST, before which a kill can come
+    if not found.exists() or found.stat().st_mtime <= max(file.stat().st_mtime for file in made):
         return False
     return set(json.loads(found.read_text())["gaps"]) == {str(gap) for gap in gaps or own_gaps(point.config)}
 
