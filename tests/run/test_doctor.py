@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.launching import RECIPE, ROOT, run
+from tests.launching import RECIPE, ROOT, TINY, run
 from toolkit.config import load_config
 from toolkit.errors import UserError
 from toolkit.model.sources import TINY_FOLDER
+from toolkit.run.cache import cache_shards
 from toolkit.run.doctor import examine
 
 SPEC = ROOT / "launch/recipes/sign_576.yaml"
@@ -64,6 +65,25 @@ def test_doctor_refuses_what_the_run_would_refuse() -> None:
     ):
         with pytest.raises(UserError, match=message):
             examine(load_config(RECIPE, {f"engine.{key}": value for key, value in engine.items()}), ranks)
+
+
+def test_doctor_refuses_looks_and_caches_as_the_run_would(tiny_shards: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """No clips held out, a gap that none fills, weights of LPIPS that are not there, latents of another size."""
+    alone, cached = (tmp_path / name for name in ("alone", "cached"))
+    shutil.copytree(tiny_shards, alone, ignore=shutil.ignore_patterns("val-*"))
+    cache_shards(str(tiny_shards), str(tiny_base), str(cached), height=32, width=32)
+    ours = TINY | {"model.base": str(tiny_base), "data.shards": str(tiny_shards)}
+    figures = {"validation.figures_every_steps": 1, "data.height": 64, "data.width": 64}
+    for changes, message in (
+        ({"data.shards": str(alone), "validation.every_steps": 1}, "val"),
+        (figures | {"validation.gaps": [1000]}, "no held-out clip .* a gap of 1000 source frames"),
+        (figures | {"validation.lpips": "nowhere"}, "cannot read LPIPS weights from nowhere"),
+        ({"data.shards": str(cached), "data.height": 64}, "cached otherwise .data.height is 64, was 32"),
+    ):
+        with pytest.raises(UserError, match=message):
+            examine(load_config(RECIPE, ours | changes), ranks=1)
+    for changes in ({"data.shards": str(alone)}, {"data.shards": str(cached), "validation.every_steps": 1}):
+        examine(load_config(RECIPE, ours | changes), ranks=1)
 
 
 def test_doctor_says_how_the_batch_is_cut() -> None:

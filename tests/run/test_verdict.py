@@ -74,6 +74,7 @@ def test_the_doctor_looks_again_where_something_changed(
         ("model.controlnet", "control", "control/config.json"),
         ("lora.init_from", "run", "run/checkpoints/step_000002/adapter_config.json"),
         ("engine.deepspeed", "mine.json", "mine.json"),
+        ("validation.lpips", "lpips.safetensors", "lpips.safetensors"),
         ("data.shards", "shards", "shards/a.index.json"),
     ],
 )

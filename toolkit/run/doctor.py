@@ -25,9 +25,10 @@ from toolkit.model.controlnet import find_controlnet
 from toolkit.model.lora import dead_targets, match_targets
 from toolkit.model.sources import is_hub_id
 from toolkit.model.tuning import choose_trainable
+from toolkit.run.cache import check_cache
 from toolkit.run.folder import find_adapter
 from toolkit.run.framer import check_objective
-from toolkit.run.job import check_clips, check_engine, total_steps
+from toolkit.run.job import check_clips, check_engine, check_looks, total_steps
 from toolkit.run.memory import (
     PLANS,
     SHARED_BYTES,
@@ -38,6 +39,7 @@ from toolkit.run.memory import (
 )
 
 
+
 def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
     """Count what a recipe trains, and how its batches fall on the ranks.
 
@@ -46,8 +48,8 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
              encoders_gb, notes}; clips and optimizer_steps are None where the shards are not on this machine; weights_gb are
              the frozen UNet's, step_gb what a step takes beside them under each plan of model.memory, encoders_gb what VAE
              and image encoder take beside both with what encoding takes, 0 where a run needs neither; in 1e9 bytes
-    raises   UserError for what a run of so many ranks would refuse about its engine, batch, data, objective, and weights
-             where they are on this machine
+    raises   UserError for what a run of so many ranks would refuse about its engine, batch, data, looks at held-out clips,
+             objective, and weights where they are on this machine
     """
     per_rank = check_engine(config, ranks)
     model = config.model
@@ -98,6 +100,9 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
     if not absent:
         index = open_sources(config.data, "train")
         check_clips(config, index)
+        check_looks(config)
+        if index.cached and not away:
+            check_cache(config)
         report["clips"], cached = len(index), index.cached
         report["optimizer_steps"] = total_steps(config, len(index))
     else:

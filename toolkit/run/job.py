@@ -104,11 +104,7 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     parts = choose_parts(config)
     index = open_sources(config.data, "train")
     check_clips(config, index)
-    held_out = open_held_out(config)
-    if config.validation.figures_every_steps is not None:
-        check_gaps(config, own_gaps(config))
-        read_lpips(config, config.validation.lpips)
-        recipe_sampling(config)
+    held_out = check_looks(config)
     changed = "" if fresh else check_folder(config, allow_change)
     begun = not fresh and list_checkpoints(config.folder)  # its own adapter is further than the one it started from
     start = find_adapter(Path(config.lora.init_from)) if config.lora.init_from is not None and not begun else None
@@ -221,6 +217,15 @@ def make_engine(config: RunConfig, unet: torch.nn.Module, adapter: FlatAdapter, 
 def adam_settings(config: RunConfig) -> AdamSettings:
     """What a recipe says of AdamW beside the learning rate."""
     return AdamSettings(**config.optimizer.model_dump(include={field.name for field in fields(AdamSettings)}))
+
+
+def check_looks(config: RunConfig) -> DatasetIndex | None:
+    """Refuse looks at held-out clips that cannot be taken; returns the validation split, where there are losses on it."""
+    if config.validation.figures_every_steps is not None:
+        check_gaps(config, own_gaps(config))
+        read_lpips(config, config.validation.lpips)
+        recipe_sampling(config)
+    return open_held_out(config)
 
 
 def open_held_out(config: RunConfig) -> DatasetIndex | None:

@@ -39,7 +39,8 @@ def stamp_files(config: RunConfig) -> list[Any] | None:
     if any(map(is_remote, config.data.sources)):
         return None
     named = chain.from_iterable(NAMED_BASES.values())  # a folder of that name comes before the hub
-    places = [*bases, *named, model.controlnet, config.lora.init_from, config.engine.deepspeed, *config.data.sources]
+    places = [*bases, *named, model.controlnet, config.lora.init_from, config.engine.deepspeed, config.validation.lpips,
+              *config.data.sources]  # fmt: skip
     files = chain.from_iterable(_list_files(Path(place).absolute()) for place in places if place is not None)
     try:
         stamps = [(str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
