@@ -305,6 +305,18 @@ def test_a_place_that_cannot_be_written_is_told_first(trained: Path, tmp_path: P
         evaluate_run(str(trained), 1, 1, out=str(tmp_path / "results.json"))
 
 
+def test_a_folder_of_somebody_else_is_told_first(
+    trained: Path, tmp_path: Path, no_network: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run, or its pictures, that may be read and not written; the answer is made up, since modes do not stop root."""
+    for closed in (tmp_path / "run", tmp_path / "run/samples"):
+        (tmp_path / "run/samples").mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr("os.access", lambda place, mode, closed=closed: Path(place) != closed)
+        with pytest.raises(UserError, match=f"cannot write to {closed}; give another folder: --out FOLDER"):
+            evaluate_run(str(trained), out=str(tmp_path / "run"))
+    assert not list((tmp_path / "run/samples").iterdir())
+
+
 def test_a_run_without_adapter_is_its_own_base(trained: Path) -> None:
     """Whole weights have no scale to sweep; the other fields can be."""
     source = replace(read_source(str(trained)), adapters=())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +121,9 @@ def evaluate_run(
             "--fvd compares sets of clips, and one is judged; give more --clips, pack more videos, or leave it out"
         )
     (folder / "samples").mkdir(parents=True, exist_ok=True)  # what cannot be written is not worth generating
+    closed = next((place for place in (folder, folder / "samples") if not os.access(place, os.W_OK)), None)
+    if closed is not None:  # a colleague's run, for one
+        raise UserError(f"cannot write to {closed}; give another folder: --out FOLDER")
     results: dict[int, dict[str, Result]] = {}
     for gap, own in windows.items():
         results[gap] = {
