@@ -18,6 +18,7 @@ from toolkit.config import (
     field_names,
     load_config,
     load_deepspeed_json,
+    parse_yaml,
 )
 from toolkit.errors import UserError
 
@@ -195,6 +196,18 @@ def test_missing_required_is_named(recipe: Path, missing: str) -> None:
     recipe.write_text(yaml.safe_dump(tree))
     with pytest.raises(UserError, match=f"{missing} is missing; .*--{missing}"):
         load_config(recipe)
+
+
+@pytest.mark.parametrize("text", ["lora: {rank: 4}\nlora: {alpha: 8}\n", "lora:\n  lora: 1\n  rank: 4\n  rank: 8\n"])
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path, text: str) -> None:
+    """Of two sections, or two values, YAML would keep the last alone; the same word elsewhere is no second one."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{text}name: a\ndata: {{shards: a}}\n")
+    with pytest.raises(UserError, match="gives (lora|rank) twice, the second time in line [24]; put the two together"):
+        load_config(path)
+    with pytest.raises(UserError, match="--grid .*gives lora.rank twice"):
+        parse_yaml("{lora.rank: [1], lora.rank: [2]}", "--grid")
+    assert parse_yaml("{a: {b: 1}, b: {a: 1, b: 2}}", "--grid") == {"a": {"b": 1}, "b": {"a": 1, "b": 2}}
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "name: [", "just words"])

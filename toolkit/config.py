@@ -416,6 +416,19 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError("it uses an alias; write the value out")
         return super().compose_node(parent, index)
 
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if (
+                isinstance(key, yaml.ScalarNode) and key.value in seen
+            ):  # YAML keeps the last, and drops the others unseen
+                raise yaml.YAMLError(
+                    f"it gives {key.value} twice, the second time in line {key.start_mark.line + 1}; put the two together"
+                )
+            seen.add(str(key.value))
+        return node
+
 
 def _load_yaml(text: str) -> Any:
     """Read YAML of plain values. Raises yaml.YAMLError, whatever is wrong."""
