@@ -6,13 +6,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.launching import RECIPE, ROOT, run
-from toolkit.config import ModelConfig, RunConfig, load_config
+from toolkit.config import ModelConfig, RunConfig, dump_config, load_config
 from toolkit.errors import UserError
 from toolkit.model.base import check_weights
 from toolkit.model.sources import TINY_FOLDER
@@ -108,6 +109,18 @@ def test_values_that_would_be_more_are_refused(config: RunConfig, tmp_path: Path
         with pytest.raises(UserError, match="which a job's script cannot hold; give "):
             attempt()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_submitted_again_without_what_it_started_from(config: RunConfig) -> None:
+    """Once it has a checkpoint the adapter of lora.init_from may be gone, as for the run; not where it begins anew."""
+    lora = config.lora.model_copy(update={"init_from": "gone"})
+    config = config.model_copy(update={"lora": lora})
+    for begun, fresh, refused in ((False, False, True), (True, False, False), (True, True, True)):
+        if begun:
+            (config.folder / "checkpoints/step_000002").mkdir(parents=True, exist_ok=True)
+            (config.folder / "config.yaml").write_text(dump_config(config))
+        with pytest.raises(UserError, match="no adapter at gone") if refused else nullcontext():
+            assert_sound(submit_run(config, Resources(), 60, fresh, dry_run=True))
 
 
 def test_what_could_not_run_is_refused_before_it_is_queued(

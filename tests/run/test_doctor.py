@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,23 @@ def test_doctor_refuses_looks_and_caches_as_the_run_would(tiny_shards: Path, tin
             examine(load_config(RECIPE, ours | changes), ranks=1)
     for changes in ({"data.shards": str(alone)}, {"data.shards": str(cached), "validation.every_steps": 1}):
         examine(load_config(RECIPE, ours | changes), ranks=1)
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("changes", "differs"),
+    [({"lora.rank": 8, "lora.alpha": 8}, "in rank: "), ({"lora.dora": True}, "in lora.dora: it has False"),
+     ({"lora.targets": "spatial"}, "in modules: "), ({}, "")],
+)  # fmt: skip
+def test_doctor_refuses_an_adapter_that_a_run_cannot_start_from(
+    reference_run: Path, changes: dict[str, Any], differs: str
+) -> None:
+    """Of another rank, kind or place: told before the base's weights are read, and before a job waits in a queue."""
+    recipe = load_config(
+        reference_run / "config.yaml", {"name": "next", "lora.init_from": str(reference_run)} | changes
+    )
+    with pytest.raises(UserError, match=f"lora.init_from .* differs {differs}") if differs else nullcontext():
+        examine(recipe, ranks=1)
 
 
 def test_doctor_says_how_the_batch_is_cut() -> None:

@@ -300,15 +300,18 @@ def merge_adapters(unet: Any) -> None:
     _unwrap(unet)
 
 
-def start_from(unet: nn.Module, parameters: dict[str, nn.Parameter], source: Path, signature: Sequence[float]) -> None:
+def start_from(
+    unet: nn.Module, parameters: dict[str, nn.Parameter], source: Path, signature: Sequence[float] | None
+) -> None:
     """Copy an adapter's values, of any format, into freshly injected parameters of the same modules, ranks and scaling.
 
     parameters  those of inject_lora
-    signature   of the loaded base
+    signature   of the loaded base; None of one on meta, which has no values to tell it from others by
     raises      UserError naming what differs, or where the adapter was trained on another base
     """
     adapter = read_adapter(source, unet)
-    refuse_other_base(adapter.metadata, signature, source)
+    if signature is not None:
+        refuse_other_base(adapter.metadata, signature, source)
     refuse_misfit(adapter, unet, source)
     kind, wanted = adapter.kind, _find_kind(unet, "default")
     for what, theirs, ours in (

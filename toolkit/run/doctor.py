@@ -22,7 +22,7 @@ from toolkit.model.base import (
     read_parameterization,
 )
 from toolkit.model.controlnet import find_controlnet
-from toolkit.model.lora import dead_targets, match_targets
+from toolkit.model.lora import dead_targets, match_targets, start_from
 from toolkit.model.sources import is_hub_id
 from toolkit.model.tuning import choose_trainable
 from toolkit.run.cache import check_cache
@@ -40,23 +40,23 @@ from toolkit.run.memory import (
 
 
 
-def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
+def examine(config: RunConfig, ranks: int, begun: bool = False) -> dict[str, Any]:
     """Count what a recipe trains, and how its batches fall on the ranks.
 
+    begun    the run has a checkpoint, and goes on from that, whatever became of the adapter that it started from
     returns  {name, base_params, lora_modules, lora_params, dead_modules, extra_params, adapter_mb_fp32, engine,
              global_batch, micro_batch, ranks, accumulation, possible_ranks, clips, optimizer_steps, weights_gb, step_gb,
              encoders_gb, notes}; clips and optimizer_steps are None where the shards are not on this machine; weights_gb are
              the frozen UNet's, step_gb what a step takes beside them under each plan of model.memory, encoders_gb what VAE
              and image encoder take beside both with what encoding takes, 0 where a run needs neither; in 1e9 bytes
     raises   UserError for what a run of so many ranks would refuse about its engine, batch, data, looks at held-out clips,
-             objective, and weights where they are on this machine
+             objective, adapter to start from, and weights where they are on this machine
     """
     per_rank = check_engine(config, ranks)
     model = config.model
     check_objective(config.diffusion, read_parameterization(model))
     away = check_weights(model)
-    if config.lora.init_from is not None:
-        find_adapter(Path(config.lora.init_from))
+    start = find_adapter(Path(config.lora.init_from)) if config.lora.init_from is not None and not begun else None
     if config.diffusion.control and model.controlnet is not None:
         if is_hub_id(model.controlnet):
             away.append(model.controlnet)  # its gigabytes are fetched by the run
@@ -69,6 +69,8 @@ def examine(config: RunConfig, ranks: int) -> dict[str, Any]:
     modules = match_targets(unet, config.lora.targets) if config.tuning == "lora" else []
     dead = find_dead(modules, config)
     parameters = choose_trainable(unet, config)
+    if start is not None:
+        start_from(unet, parameters, start, signature=None)
     lora_params = sum(p.numel() for name, p in parameters.items() if ".lora_" in name)
     trainable = sum(p.numel() for p in parameters.values())
     weight_bytes = 1 if config.model.quantize else PRECISIONS[config.engine.precision].itemsize

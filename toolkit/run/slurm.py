@@ -22,7 +22,7 @@ from pathlib import Path
 from toolkit.cli import refuse_unknown_flags
 from toolkit.config import RunConfig, dump_config
 from toolkit.errors import UserError
-from toolkit.run.checkpoint import replace_text
+from toolkit.run.checkpoint import list_checkpoints, replace_text
 from toolkit.run.doctor import examine
 from toolkit.run.folder import COMMIT_FILE, check_folder, describe_code, prepare_folder
 
@@ -103,7 +103,8 @@ def submit_run(
     values = {"PYTHON": sys.executable, "CODE": str(code), "RUN": str(folder)}
     text = render(options, values, "train.sh", ["--allow_change"] if allow_change else [])
     ranks = resources.nodes * resources.tasks
-    notes = [f"note: {note}" for note in examine(config, ranks)["notes"]]
+    begun = not fresh and bool(list_checkpoints(config.folder))
+    notes = [f"note: {note}" for note in examine(config, ranks, begun)["notes"]]
     changed = "" if fresh else check_folder(config, allow_change)
     if changed:
         notes.append(f"note: going on with another recipe, so not as the run was begun: {changed}")
