@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 from launch.interpolate import interpolate as launch_interpolate
-from tests.launching import RECIPE, launch, run, train_here
+from tests.launching import RECIPE, free_port, launch, run, start, train_here
 from toolkit.config import load_config
 from toolkit.data.pack import pack
 from toolkit.engine.world import World
@@ -236,3 +237,31 @@ def test_every_rank_ends_when_one_refuses(mine: dict[str, Any]) -> None:
     assert done.returncode != 0 and "engine.kind plain runs one process, not 2" in done.stderr
     assert 'File "toolkit/' not in done.stderr and "/toolkit/run/" not in done.stderr
     assert not Path(mine["runs_dir"]).exists()
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [("--optimizer.lr=0.5", r"optimizer\.lr is 0\.5 there, 0\.01 on rank 0"), ("--fresh", "fresh is True there, False"),
+     ("--data.shards={others}", "data_fingerprint is '.*' there, '.*' on rank 0"), ("--data.shards={same}", "")],
+)  # fmt: skip
+def test_ranks_that_were_started_otherwise_are_refused(
+    mine: dict[str, Any], tiny_shards: Path, tmp_path: Path, flag: str, says: str
+) -> None:
+    """One of two machines with another rate, flag, or other clips: all say which. The same clips may lie elsewhere there."""
+    same, others = (shutil.copytree(tiny_shards, tmp_path / name) for name in ("same", "others"))
+    index = others / "train-000000.index.json"
+    index.write_text(index.read_text().replace('"start_s": 0.0', '"start_s": 1.0'))
+    flags = [f"--{name}={value}" for name, value in (mine | {"engine.kind": "zero2", "schedule.steps": 1}).items()]
+    group = ["WORLD_SIZE=2", "MASTER_ADDR=127.0.0.1", f"MASTER_PORT={free_port()}"]
+    ranks = [
+        start(["env", *group, f"RANK={rank}", f"LOCAL_RANK={rank}", sys.executable, "launch/train.py", "--config",
+               str(RECIPE), *flags, *[flag.format(same=same, others=others)] * rank])
+        for rank in (0, 1)
+    ]  # fmt: skip
+    for process in ranks:
+        stdout, stderr = process.communicate(timeout=90)
+        done = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+        if says:
+            assert re.search(f"rank 1 was started with something else than rank 0 .*{says}", one_sentence(done))
+        assert (done.returncode == 2) == bool(says) == (not (Path(mine["runs_dir"]) / "mine").exists()), stderr

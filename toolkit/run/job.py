@@ -9,14 +9,14 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from toolkit.config import ZERO_STAGES, RunConfig, load_config, load_deepspeed_json
+from toolkit.config import ZERO_STAGES, RunConfig, flatten_config, load_config, load_deepspeed_json
 from toolkit.data.clips import ClipSettings
 from toolkit.data.index import DatasetIndex, open_sources
 from toolkit.data.loader import Batch, make_loader
@@ -68,6 +68,10 @@ LICENCE_NOTE = (
 )
 
 
+# fields that may differ from one machine of a run to another: where the same things lie, and how they are fetched
+PLACES = ("runs_dir", "data.shards", "data.mix", "data.cache_", "data.workers", "model.base", "model.unet",
+          "model.controlnet", "lora.init_from", "validation.lpips", "engine.deepspeed")  # fmt: skip
+
 Engine = PlainEngine | ZeroEngine | Fsdp2Engine
 
 
@@ -99,6 +103,8 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
 
     Arguments as train has them.
     """
+    recipe = {name: value for name, value in flatten_config(config).items() if not name.startswith(PLACES)}
+    refuse_other_ranks(recipe | {"fresh": fresh, "allow_change": allow_change}, world)
     fresh = fresh and not goes_on_by_itself(config.folder, world)
     per_rank = check_engine(config, world.size)
     parts = choose_parts(config)
@@ -125,6 +131,7 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     computed_by = f"attention {attention}, blocks {tell_parts(parts)}{compiled}, memory {plan}"
     trainable = adapter.flat.numel()
     identity, look = identify(config, base, index), look_of(config)
+    refuse_other_ranks(identity | {"held-out clips": look.get("held_out")}, world)
     check_space(config.folder, base.unet, adapter.shapes, checkpoints=2, ema=config.checkpoint.ema)
     lock = prepare_folder(config, fresh) if world.is_main else None  # last: nothing is moved aside for a faulty recipe
     resume = find_resume(config, identity, adapter.shapes, look, world, allow_change)
@@ -175,6 +182,23 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
         writer=writer,
         lock=lock,
     )
+
+
+def refuse_other_ranks(own: Mapping[str, Any], world: World) -> None:
+    """Refuse a rank that was started with something else than the main one, naming it. All ranks call it, and all refuse.
+
+    own  what has to be the same on all, as JSON has it
+    """
+    main, *others = map(json.loads, world.gather_texts(json.dumps(own)))
+    for rank, other in enumerate(others, start=1):
+        rows = [
+            f"{name} is {other[name]!r} there, {main[name]!r} on rank 0" for name in own if other[name] != main[name]
+        ]
+        if rows:
+            raise UserError(
+                f"rank {rank} was started with something else than rank 0 ({'; '.join(rows)}); give the same command on "
+                "every machine, and the same data and weights"
+            )
 
 
 def goes_on_by_itself(folder: Path, world: World) -> bool:
