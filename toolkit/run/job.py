@@ -103,10 +103,10 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
 
     Arguments as train has them.
     """
+    per_rank = check_engine(config, world.size)
     recipe = {name: value for name, value in flatten_config(config).items() if not name.startswith(PLACES)}
     refuse_other_ranks(recipe | {"fresh": fresh, "allow_change": allow_change}, world)
     fresh = fresh and not goes_on_by_itself(config.folder, world)
-    per_rank = check_engine(config, world.size)
     parts = choose_parts(config)
     index = open_sources(config.data, "train")
     check_clips(config, index)
