@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from launch.interpolate import interpolate as launch_interpolate
-from tests.launching import RECIPE, free_port, launch, run, start, train_here
+from tests.launching import RECIPE, free_port, kill_tree, launch, run, start, train_here
 from toolkit.config import load_config
 from toolkit.data.pack import pack
 from toolkit.engine.world import World
@@ -259,9 +259,13 @@ def test_ranks_that_were_started_otherwise_are_refused(
                str(RECIPE), *flags, *[flag.format(same=same, others=others)] * rank])
         for rank in (0, 1)
     ]  # fmt: skip
-    for process in ranks:
-        stdout, stderr = process.communicate(timeout=90)
-        done = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-        if says:
-            assert re.search(f"rank 1 was started with something else than rank 0 .*{says}", one_sentence(done))
-        assert (done.returncode == 2) == bool(says) == (not (Path(mine["runs_dir"]) / "mine").exists()), stderr
+    try:
+        for process in ranks:
+            stdout, stderr = process.communicate(timeout=90)
+            done = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+            if says:
+                assert re.search(f"rank 1 was started with something else than rank 0 .*{says}", one_sentence(done))
+            assert (done.returncode == 2) == bool(says) == (not (Path(mine["runs_dir"]) / "mine").exists()), stderr
+    finally:
+        for process in ranks:
+            kill_tree(process.pid)
