@@ -39,7 +39,6 @@ from toolkit.run.memory import (
 )
 
 
-
 def examine(config: RunConfig, ranks: int, begun: bool = False) -> dict[str, Any]:
     """Count what a recipe trains, and how its batches fall on the ranks.
 
