@@ -420,9 +420,8 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
-            if (
-                isinstance(key, yaml.ScalarNode) and key.value in seen
-            ):  # YAML keeps the last, and drops the others unseen
+            # YAML keeps the last, and drops the others unseen
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.YAMLError(
                     f"it gives {key.value} twice, the second time in line {key.start_mark.line + 1}; put the two together"
                 )

@@ -14,8 +14,10 @@ from tests.launching import RECIPE, ROOT, TINY, run
 from toolkit.config import load_config
 from toolkit.errors import UserError
 from toolkit.model.sources import TINY_FOLDER
+from toolkit.model.tiny import build_unet
 from toolkit.run.cache import cache_shards
 from toolkit.run.doctor import examine
+from toolkit.run.memory import predict_bytes
 
 SPEC = ROOT / "launch/recipes/sign_576.yaml"
 
@@ -168,6 +170,19 @@ def test_doctor_counts_what_trains_once(part: str, frozen: int | None) -> None:
     left = report["base_params"] - report["extra_params"]
     assert (left == frozen) if frozen is not None else 0 < left < report["base_params"]
     assert report["weights_gb"] == pytest.approx(4 * left / 1e9, abs=0.005)
+
+
+def test_a_mask_token_alone_trains_where_it_enters() -> None:
+    """Its gradient goes through the whole network, so that a step takes what LoRA leaves of it; elsewhere it is refused."""
+    alone = {"tuning": "full", "full.parameters": "mask_token", "data.frames": 3}
+    clip, middle = (load_config(RECIPE, alone | {"diffusion.layout": name}) for name in ("framer_clip", "spec_middle"))
+    whole = load_config(RECIPE, {"data.frames": 3, "diffusion.layout": "framer_clip", "model.blocks": "stock"})
+    taken = [predict_bytes(config, build_unet().config, 2, "fast", 1) for config in (clip, whole)]
+    assert taken[1] / 2 < taken[0] < taken[1] and examine(clip, 1)["extra_params"] == 4
+    with pytest.raises(
+        UserError, match="full.parameters is mask_token, .* never enters the network in layout spec_middle"
+    ):
+        examine(middle, 1)
 
 
 def test_doctor_says_what_keeps_steps_from_being_replayed() -> None:

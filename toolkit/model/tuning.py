@@ -25,7 +25,12 @@ ABOUT_FILE = "framer_toolkit.json"  # beside a whole UNet, whose weights' header
 def check_tuning(unet: nn.Module, config: RunConfig) -> None:
     """Refuse a recipe that tunes nothing of a UNet, which may be on meta, so that no weights need be read for it."""
     if config.tuning == "full":
-        match_parameters(unet, config.full)
+        names = match_parameters(unet, config.full)
+        if names == ["mask_token"] and config.diffusion.layout == "spec_middle":
+            raise UserError(
+                f"full.parameters is {config.full.parameters}, the mask token, which never enters the network in layout "
+                "spec_middle; take another diffusion.layout, or other parameters"
+            )
     else:
         choose_kind(unet, config.lora)
 

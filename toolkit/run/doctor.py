@@ -24,7 +24,7 @@ from toolkit.model.base import (
 from toolkit.model.controlnet import find_controlnet
 from toolkit.model.lora import dead_targets, match_targets, start_from
 from toolkit.model.sources import is_hub_id
-from toolkit.model.tuning import choose_trainable
+from toolkit.model.tuning import check_tuning, choose_trainable
 from toolkit.run.cache import check_cache
 from toolkit.run.folder import find_adapter
 from toolkit.run.framer import check_objective
@@ -64,6 +64,7 @@ def examine(config: RunConfig, ranks: int, begun: bool = False) -> dict[str, Any
     unet, channels = build_unet_on_meta(model), describe_unet(model).get("in_channels", 8)
     vae, clip = describe_encoders(model)
     base_params = sum(p.numel() for p in unet.parameters())
+    check_tuning(unet, config)
     unet.requires_grad_(False)
     modules = match_targets(unet, config.lora.targets) if config.tuning == "lora" else []
     dead = find_dead(modules, config)

@@ -235,6 +235,7 @@ def _count_bytes(
 def count_step(unet: Any, shape: Shape, trainable: Trainable | None = None) -> dict[str, Cost]:
     """Count one micro-step, forward and backward, of a UNet on meta tensors; trainable: where prepare_unet made it ready."""
     inputs = make_inputs(unet, shape)
+    inputs[0].requires_grad_(trainable is not None and "mask_token" in trainable.adapter.shapes)  # a part of it
     target = torch.empty(shape.clips, shape.frames, 4, shape.height, shape.width, device="meta")
     trained = trainable.adapter.parameters() if trainable else ()
     given = [*unet.parameters(), *unet.buffers(), *inputs, target, *trained]
