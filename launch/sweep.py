@@ -27,7 +27,7 @@ def sweep(
                settings by name, "{rank: {low: {lora.rank: 4, lora.alpha: 4}, high: {lora.rank: 64, lora.alpha: 64}}}"; or a
                YAML file
     seeds      runs of each combination, from the recipe's seed on
-    gaps       source frames between the two ends at which all are judged, with commas between; default the recipe's gap
+    gaps       source frames between the two ends at which all are judged, with commas between; default the recipe's
     ranks      processes of a run; default as many as there are GPUs, or two on a CPU
     part       train and judge part i of N alone, as one of N machines that share runs_dir, like 3/8
     overrides  any field of the recipe by its dotted name

@@ -1,4 +1,4 @@
-"""What keeps a clip out of a data set: too short, near-static, near-black, blurred, combed, or the same as another.
+"""What keeps a clip out of a data set and takes a look at its pictures: blur, combs, and being the same as another.
 
 Test: pytest tests/data/test_screen.py
 """

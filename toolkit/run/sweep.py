@@ -75,7 +75,7 @@ def run_sweep(
 
     grid     see SYNTAX
     seeds    runs of each combination, from the recipe's seed on
-    gaps     source frames between the two ends, at which all are judged; default the gap that each run trains on
+    gaps     source frames between the two ends, at which all are judged; default those of the recipe
     ranks    processes of a run; default as many as there are GPUs, or two, where its batch can be shared out so
     part     i/N: only the i-th run of every N, as one of N machines; whoever ends sums up what there is by then
     returns  the sweep's folder

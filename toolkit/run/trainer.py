@@ -38,7 +38,7 @@ COMPILING_S = 1800  # what a slow host may take for all modules, beside engine.h
 
 
 def train(config: RunConfig, fresh: bool = False, allow_change: bool = False, requests: Requests | None = None) -> Path:
-    """Train a recipe's LoRA to the end, resuming where an earlier start of it stopped.
+    """Train what a recipe names to the end, resuming where an earlier start of it stopped.
 
     fresh         start anew, and keep the old run folder aside
     allow_change  go on although the data or the recipe are not those that the run was begun with
