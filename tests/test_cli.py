@@ -3,18 +3,26 @@
 import contextlib
 import errno
 import gc
+import inspect
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from pydantic import BaseModel, PositiveInt, ValidationError, validate_call
 
+from shards.cache import cache
+from shards.pack import pack
+from shards.synth import synth
 from tests.launching import HEAVY, ROOT, run
 from toolkit.cli import importing, main
 from toolkit.config import load_config
+from toolkit.data.plan import PackSettings
+from toolkit.data.synth import synth as make_videos
+from toolkit.run.cache import cache_shards
 
 CALLS: list[tuple] = []
 
@@ -299,3 +307,17 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys, error):
     monkeypatch.setattr(sys, "argv", ["job.py", "other"])
     with pytest.raises(ZeroDivisionError):
         main(fill)
+
+
+def test_defaults_stand_on_both_sides_alike() -> None:
+    """Fire reads them off an entry point, Python off what it calls; settings checked by pydantic have theirs."""
+
+    def defaults(function: Callable[..., Any]) -> dict[str, Any]:
+        parameters = inspect.signature(function).parameters.values()
+        return {it.name: it.default for it in parameters if it.default is not it.empty}
+
+    packing = defaults(pack)
+    assert {name: packing[name] for name in PackSettings.model_fields} == PackSettings().model_dump()
+    for entry, behind in ((cache, cache_shards), (synth, make_videos)):
+        own, called = defaults(entry), defaults(behind)
+        assert called and {name: own[name] for name in called} == called
