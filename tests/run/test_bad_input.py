@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,10 +11,12 @@ import sys
 import tarfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from launch.interpolate import interpolate as launch_interpolate
@@ -24,6 +27,7 @@ from toolkit.engine.world import World
 from toolkit.errors import UserError
 from toolkit.model.tiny import make_tiny_base
 from toolkit.run.job import build_job
+from toolkit.run.trainer import train
 
 
 def one_sentence(done: subprocess.CompletedProcess[str]) -> str:
@@ -71,6 +75,16 @@ def test_wrong_setting_is_named(mine: dict[str, Any], key: str, value: Any, mess
     if torch.cuda.is_available() and value == "xformers":
         pytest.skip("xformers may run here")
     refused(mine | {key: value}, message)
+
+
+def test_a_refusal_leaves_nothing_behind(mine: dict[str, Any]) -> None:
+    """Called again in one process, as in a notebook, a training is refused for the same reason."""
+    config = load_config(RECIPE, mine | {"data.shards": "no/such/folder"})
+    with mock.patch.dict(os.environ):
+        for _ in range(2):
+            with pytest.raises(UserError, match="there is no folder no/such/folder"):
+                train(config)
+        dist.destroy_process_group()
 
 
 def test_wrong_recipe_file_is_named(mine: dict[str, Any], tmp_path: Path) -> None:

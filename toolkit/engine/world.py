@@ -89,6 +89,8 @@ def init_world(join: bool = True, hang_timeout_s: float = 0) -> World:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     if join:
+        if size == 1 and dist.is_initialized():  # left by a call that ended in an error, in a notebook for one
+            dist.destroy_process_group()
         # alone, without a launcher's address: a store in memory serves DeepSpeed, which insists on a group
         store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
         timeout = timedelta(seconds=max(1800, 2 * hang_timeout_s))
