@@ -112,14 +112,14 @@ def test_compiling_is_no_hang(forked: Warm, small_run: dict[str, Any], call: int
     assert forked.start(overrides, wounds=wounds).wait() == codes
 
 
-def watch_alone(folder: Path, lines: str) -> subprocess.Popen[str]:
-    """Start a process of one rank on some lines of Python, watched with little patience; returns when the watch began."""
+def watch_alone(folder: Path, lines: str, ranks: int = 1) -> subprocess.Popen[str]:
+    """Start a process of rank 0 on some lines of Python, watched with little patience; returns when the watch began."""
     code = f"""
 import ctypes, os, sys, time
 from pathlib import Path
 from toolkit.run import watchdog
 watchdog._BACKSTOP_S = 0.5
-with watchdog.Watchdog(Path({str(folder)!r}), 0, 1, timeout_s=1.5) as watch:
+with watchdog.Watchdog(Path({str(folder)!r}), 0, {ranks}, timeout_s=1.5) as watch:
     print("watched", flush=True)
     {lines}
 """
@@ -162,3 +162,18 @@ def test_a_lone_rank_may_pause(tmp_path: Path) -> None:
     time.sleep(2.5)  # in which it would be taken for one that hangs
     process.communicate(timeout=30)
     assert process.returncode == 0
+
+
+def test_one_that_was_woken_to_report_does(tmp_path: Path) -> None:
+    """Stopped until another rank gave up and continued by it: it gives up too, though its main thread beats at once."""
+    process = watch_alone(tmp_path, "while True: watch.beat()", ranks=2)
+    process.send_signal(signal.SIGSTOP)
+    report = "rank 1 elsewhere 1\nat toolkit/engine/world.py:33, all_reduce for 2 s\n"
+    (tmp_path / "stacks/rank_00001.txt").write_text(report)
+    time.sleep(2)
+    process.send_signal(signal.SIGCONT)
+    try:
+        _, said = process.communicate(timeout=15)
+    finally:
+        process.kill()
+    assert process.returncode == HANG and "rank 1 waits at toolkit/engine/world.py:33" in said

@@ -72,8 +72,11 @@ class Watchdog:
         while not self._over.wait(pause_s):
             now_s = time.monotonic()  # once, since a pause may come between any two calls
             slept_s, woken_s = now_s - woken_s, now_s
-            if slept_s > self.timeout_s / 2 and not self._others():
-                # the whole process was stopped, as by Ctrl-Z: no hang, unless another rank gave up meanwhile
+            if slept_s > self.timeout_s / 2:
+                # The whole process was stopped, as by Ctrl-Z: no hang, unless another rank gave up meanwhile. That one has
+                # woken it, and is about to go, whether the main thread has beaten since or not.
+                if self._others():
+                    self._give_up(slept_s)
                 self.beat(self._allowed_s - self.timeout_s)
             elif woken_s - self._beat_s > self._allowed_s:
                 self._give_up(woken_s - self._beat_s)
