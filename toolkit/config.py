@@ -63,7 +63,12 @@ class Section(BaseModel):
         return value
 
 
-# What makes the network's blocks lean, each by itself but for what it needs
+# What makes the network's blocks lean (model/prepare.py):
+#   cross        attention to a few tokens, by tables
+#   projections  queries, keys, values and their LoRA, in one
+#   passes       forward passes that leave frames where they are in memory and compute constants once
+#   norms        these and gates, in Triton kernels, on a GPU
+#   frames       attention along them, in a Triton kernel, on a GPU
 Part = Literal["cross", "projections", "passes", "norms", "frames"]
 LEAN: tuple[Part, ...] = get_args(Part)
 NEEDS: dict[Part, set[Part]] = {"passes": {"cross", "projections"}, "norms": {"passes"}, "frames": {"passes"}}
@@ -88,9 +93,7 @@ class ModelConfig(Section):
     # on a card, and Triton's along frames
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     # lean: the network in fewer operations; stock: as diffusers and PEFT compute it, and so DoRA, dropout, zero3 and
-    # quantized weights always; or a list of lean's parts, to leave one out: cross, attention to few tokens by tables;
-    # projections, of one input and their LoRA in one; passes, frames left in place and constants computed once, which
-    # needs these two; norms and gates in Triton kernels, frames attending in one: both need passes and a GPU
+    # quantized weights always; or a list of those of lean's parts (Part) that shall be on
     blocks: Literal["lean", "stock"] | list[Part] = "lean"
     # fast keeps all activations, balanced computes the largest of them a second time, small most of them; auto takes the
     # first of these that fits
@@ -178,9 +181,8 @@ class DataConfig(Section):
     random_crop: float = Field(0.0, ge=0, le=0.5)  # a crop is drawn whose sides are up to this share shorter
     workers: int = Field(2, ge=0, le=64)  # decoding processes per rank
     debug: bool = False  # draw the first clips as the network is fed them: samples/batch.png in the run folder
-    max_bad_fraction: float = Field(
-        0.05, ge=0, le=1
-    )  # more bad clips than this share, and than one, stop the run; 0: any
+    # more unreadable clips than this share of the data stop the run; one is put up with, but for a share of 0
+    max_bad_fraction: float = Field(0.05, ge=0, le=1)
 
     @field_validator("mix", "remote", "stride", mode="before")
     @classmethod

@@ -106,10 +106,10 @@ def install_parts(unet: Any, attention: str, parts: Collection[Part]) -> tuple[l
     assert all(NEEDS.get(part, set()) <= set(parts) for part in parts)
     kernel, stacks = KERNELS[attention], []
     tables = [CrossTables(layers) for layers in group_layers(unet)] if "cross" in parts else []
-    adapted = {name: module for name, module in unet.named_modules() if name.endswith(".attn1")}
+    attending = {name: module for name, module in unet.named_modules() if name.endswith(".attn1")}
     if "passes" in parts:
         install_blocks(unet, "norms" in parts)
-    for name, layer in adapted.items() if "projections" in parts else ():
+    for name, layer in attending.items() if "projections" in parts else ():
         processor = SelfAttention(name, layer, kernel)
         stacks += processor.stacks
         layer.set_processor(processor)
