@@ -8,6 +8,7 @@ matrices keep their names.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,8 +57,15 @@ class FlatAdapter(nn.Module):
         stacks      of some of them, to be filled at each spread as well
         """
         super().__init__()
-        stacked = [name for stack in stacks for name in stack.names]
-        self.shapes = {name: parameters[name].shape for name in dict.fromkeys((*stacked, *parameters))}
+        stacked = {name for stack in stacks for name in stack.names}
+        alike: dict[torch.Size, list[str]] = defaultdict(
+            list
+        )  # the others, by shape: one view of many costs the host least
+        for name, parameter in parameters.items():
+            if name not in stacked:
+                alike[parameter.shape].append(name)
+        stacks = [*stacks, *map(Stack, alike.values())]
+        self.shapes = {name: parameters[name].shape for stack in stacks for name in stack.names}
         self.dtype = dtypes[next(iter(self.shapes))] if len({*dtypes.values()}) == 1 else torch.float32
         self.flat = nn.Parameter(torch.cat([parameters[name].detach().float().flatten() for name in self.shapes]))
         places = {name: _take_out(network, name, dtypes[name]) for name in self.shapes}
@@ -69,9 +77,7 @@ class FlatAdapter(nn.Module):
             )
             for stack in stacks
         ]
-        self._singles = [(self.shapes[name], place) for name, place in places.items() if name not in stacked]
-        sizes = (*(size for _, size, _ in self._stacks), *(size for size, _ in self._singles))
-        self._lengths = [size.numel() for size in sizes]
+        self._lengths = [size.numel() for _, size, _ in self._stacks]
         self.spread(self())
 
     def spread(self, flat: Tensor) -> None:
@@ -81,8 +87,6 @@ class FlatAdapter(nn.Module):
             stack.value = next(parts).view(size)
             for place, value in zip(places, stack.value.unbind(), strict=True):
                 place.put(value)
-        for size, place in self._singles:
-            place.put(next(parts).view(size))
 
     def forward(self) -> Tensor:
         """The parameter in the network's precision, (n,); a call, because an engine that shards it fetches it for a call."""
