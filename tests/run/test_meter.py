@@ -56,6 +56,31 @@ def test_what_is_read_again_and_again_counts_once() -> None:
     assert meter.costs["forward"].moved_bytes == 4 * (D + N * D)
 
 
+def test_what_was_seen_before_costs_the_same() -> None:
+    """Layers of one size after another: values, layouts and costs as torch gives them the first time, and none on a CPU."""
+    mixed, strided = make(N, D).half(), make(D, N).T
+
+    def compute(x_ND: torch.Tensor) -> list[torch.Tensor | None]:
+        normed, whole = F.layer_norm(x_ND, (D,)), x_ND.int()
+        grads = torch.ops.aten.convolution_backward(
+            *(torch.empty(1, 2, 5, device=x_ND.device) for _ in range(2)), torch.empty(2, 2, 1, device=x_ND.device),
+            None, [1], [0], [1], False, [0], 1, [False, True, False],
+        )  # fmt: skip
+        return [normed, x_ND * 2, whole * 2, whole * 2.0, x_ND.bool() * 1, x_ND.bool() * True, *grads]
+
+    def look(tensors: list[torch.Tensor | None]) -> list[object]:
+        return [x if x is None else (x.shape, x.stride(), x.dtype, x.device.type) for x in tensors]
+
+    wanted = [look(compute(x)) for x in (strided, mixed.float(), mixed)]
+    runs = []
+    for _ in range(2):
+        with Meter([strided, mixed]) as meter:
+            runs.append(([look(compute(x)) for x in (strided, mixed.float(), mixed)], meter.costs["forward"]))
+    assert runs[0] == runs[1] and runs[0][0] == wanted
+    with Meter([]):
+        assert {x.device.type for x in compute(torch.ones(N, D)) if x is not None} == {"cpu"}
+
+
 @pytest.mark.parametrize("keys", [5, 11])
 def test_attention_is_one_kernel(keys: int) -> None:
     """Forward and backward of attention: one operation each, FLOPs of the two and of the five products, no scores kept."""

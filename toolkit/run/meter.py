@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 # what starts no kernel: views, and memory without content
@@ -36,6 +36,33 @@ class Cost:
     flop: int = 0  # two per multiply-add
     peak_bytes: int = 0  # of tensors alive at once that were made while counting
     ops_by_name: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """All that there is to a meta tensor."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def make(self) -> Tensor:
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What an operation made, with layouts in place of tensors, and what it cost."""
+
+    outputs: Any
+    moved_bytes: int
+    flop: int
+
+
+# By operation and what it was given: networks ask the same again and again, and to work out what becomes of a meta tensor
+# takes most of the time of counting.
+_SEEN: dict[Any, _Seen] = {}
 
 
 class Meter(TorchDispatchMode):
@@ -61,16 +88,27 @@ class Meter(TorchDispatchMode):
         self._patch.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outputs = func(*args, **(kwargs or {}))
+        name = func._overloadpacket.__name__
+        makes = name not in _FREE and not func._schema.is_mutable  # tensors of its own
+        question = (func, _describe(args), _describe(kwargs or {})) if makes else None
+        seen = _SEEN.get(question)
+        outputs = func(*args, **(kwargs or {})) if seen is None else tree_map_only(_Layout, _Layout.make, seen.outputs)
         made = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
         for tensor in made:
             self._see(tensor)
-        name = func._overloadpacket.__name__
-        if self._counting and name not in _FREE:
+        if seen is None:
             read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             formula = flop_registry.get(getattr(torch.ops.aten, name.removesuffix("_"), None))  # in place or not
             flop = int(formula(*args, **(kwargs or {}), out_val=outputs)) if formula else 0
-            self._book(name, sum(map(_whole_bytes, made)) + sum(map(_distinct_bytes, read)), flop)
+            seen = _Seen(
+                tree_map_only(Tensor, _layout, outputs),
+                sum(map(_whole_bytes, made)) + sum(map(_distinct_bytes, read)),
+                flop,
+            )
+            if makes and made and all(tensor.is_meta for tensor in (*made, *read)):
+                _SEEN[question] = seen
+        if self._counting and name not in _FREE:
+            self._book(name, seen.moved_bytes, seen.flop)
         return outputs
 
     @property
@@ -132,6 +170,21 @@ class _Attention(torch.autograd.Function):
             made = [torch.empty_like(tensor) for tensor in (query, key, value)]
             torch.empty(query.shape, dtype=torch.float32, device=query.device)  # the kernel's sum of query gradients
         return None, *made
+
+
+def _layout(tensor: Tensor) -> _Layout:
+    return _Layout(tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
+def _describe(given: Any) -> Any:
+    """Arguments, with layouts in place of tensors, to look up; a number with its type, since True == 1 == 1.0."""
+    if isinstance(given, Tensor):
+        return _layout(given)
+    if isinstance(given, list | tuple):
+        return tuple(map(_describe, given))
+    if isinstance(given, dict):
+        return tuple((name, _describe(value)) for name, value in given.items())
+    return (type(given), given)
 
 
 def _whole_bytes(tensor: Tensor) -> int:
