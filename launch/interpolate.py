@@ -28,6 +28,7 @@ def interpolate(
     out           .mp4, .gif, or a folder for PNG
     run           a run folder
     adapter       instead of run: an exported folder or file of any format, or several with commas between
+    first, last   a picture each, or a video: of one before the gap its last frame, of one after it its first
     stills        instead of first and last: two pictures or more with commas between, a video through all of them
     frames        of each gap, its two stills included: 3, 5, 9, 17, ..., or the window of the recipe, which is the default
                   where the recipe generates it at once (5 for layout spec_middle)

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.data.conftest import frame_numbers, numbered_frames
 from toolkit.data.stills import read_still, read_stills, to_rgb
 from toolkit.errors import UserError
 
@@ -96,3 +98,35 @@ def test_stills_of_one_video_have_one_size(tmp_path: Path) -> None:
     assert read_stills(paths[:2]).shape == (2, 16, 16, 3)
     with pytest.raises(UserError, match="different sizes, 16x16 and 16x8"):
         read_stills(paths)
+
+
+def film(path: Path, frames_THWC: np.ndarray) -> str:
+    """Write a video with what its kind of file usually holds, B-frames in most."""
+    codec = {".webm": "libvpx-vp9", ".avi": "mpeg4", ".mpg": "mpeg1video"}.get(path.suffix, "libx264")
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = *frames_THWC.shape[1:3], "yuv420p"
+        for frame_HWC in frames_THWC:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
+@pytest.mark.parametrize("extension", ["mp4", "mkv", "webm", "avi", "mpg", "ts"])
+def test_a_video_at_an_end_gives_its_frame_beside_the_gap(tmp_path: Path, extension: str) -> None:
+    """The last frame of the one before, the first of the one after; a picture between them is itself."""
+    before, after = (film(tmp_path / f"{n}.{extension}", numbered_frames(range(n, n + 40))) for n in (3, 90))
+    Image.fromarray(numbered_frames([7])[0]).save(tmp_path / "between.png")
+    assert frame_numbers(read_stills([before, str(tmp_path / "between.png"), after])) == [42, 7, 90]
+
+
+def test_a_video_elsewhere_or_without_frames_is_refused(tmp_path: Path) -> None:
+    """Between other stills no one frame of it is meant."""
+    paths = [film(tmp_path / name, numbered_frames(range(3))) for name in ("a.mp4", "b.MOV", "c.mp4")]
+    with pytest.raises(UserError, match=r"b\.MOV is a video between other stills"):
+        read_stills(paths)
+    (tmp_path / "c.mp4").write_bytes(b"no video")
+    with pytest.raises(UserError, match=r"cannot read the first frame of .*c\.mp4: .*; give it as a picture"):
+        read_stills([paths[0], paths[2]])
+    with pytest.raises(UserError, match=r"cannot read the last frame of .*gone\.mov: .*; give it as a picture"):
+        read_stills([str(tmp_path / "gone.mov"), paths[0]])
