@@ -29,13 +29,15 @@ def interpolate(
     run           a run folder
     adapter       instead of run: an exported folder or file of any format, or several with commas between
     first, last   a picture each, or a video: of one before the gap its last frame, of one after it its first
-    stills        instead of first and last: two pictures or more with commas between, a video through all of them
+    stills        instead of first and last: two pictures or more with commas between, a video through all of them; or one
+                  video, between whose frames all is filled
     frames        of each gap, its two stills included: 3, 5, 9, 17, ..., or the window of the recipe, which is the default
                   where the recipe generates it at once (5 for layout spec_middle)
     lora_scale    multiplies alpha / rank: 0 is the untuned base
     ema           0.1 for the average over the training of this sigma_rel, of a run with checkpoint.ema; 0 is none
     weights       one per adapter, with commas between
-    fps, motion   frame rate of the result and motion bucket, which the network is told; default those of the training clips
+    fps, motion   frame rate of the result and motion bucket, which the network is told; default those of the training clips,
+                  and for one video the rate at which it is as long as it was
     steps         sampler steps; default the recipe's
     sampler       default the recipe's; lcm takes few steps, on bases distilled to it
     min_guidance, max_guidance  classifier-free guidance, rising over the gap; 1 and 1 is none; default the recipe's

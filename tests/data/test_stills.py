@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.data.conftest import frame_numbers, numbered_frames
+from toolkit.data.clips import resize_cover
 from toolkit.data.stills import read_still, read_stills, to_rgb
 from toolkit.errors import UserError
 
@@ -95,9 +96,11 @@ def test_stills_of_one_video_have_one_size(tmp_path: Path) -> None:
     for i, height in enumerate((16, 16, 8)):
         Image.fromarray(RGB[:height]).save(tmp_path / f"{i}.png")
     paths = [str(tmp_path / f"{i}.png") for i in range(3)]
-    assert read_stills(paths[:2]).shape == (2, 16, 16, 3)
+    assert np.array_equal(read_stills(paths[:2], 16, 16).cut_NHWC, [RGB, RGB])
+    wide = read_stills(paths[:2], 8, 16)
+    assert wide.cut_NHWC.shape == (2, 8, 16, 3) and wide[1:] == (16, 16, None)
     with pytest.raises(UserError, match="different sizes, 16x16 and 16x8"):
-        read_stills(paths)
+        read_stills(paths, 16, 16)
 
 
 def film(path: Path, frames_THWC: np.ndarray) -> str:
@@ -117,16 +120,31 @@ def test_a_video_at_an_end_gives_its_frame_beside_the_gap(tmp_path: Path, extens
     """The last frame of the one before, the first of the one after; a picture between them is itself."""
     before, after = (film(tmp_path / f"{n}.{extension}", numbered_frames(range(n, n + 40))) for n in (3, 90))
     Image.fromarray(numbered_frames([7])[0]).save(tmp_path / "between.png")
-    assert frame_numbers(read_stills([before, str(tmp_path / "between.png"), after])) == [42, 7, 90]
+    stills = read_stills([before, str(tmp_path / "between.png"), after], 48, 64)
+    assert frame_numbers(stills.cut_NHWC) == [42, 7, 90] and stills.fps is None
+
+
+@pytest.mark.parametrize("extension", ["mp4", "avi"])
+def test_a_video_alone_gives_all_its_frames(tmp_path: Path, extension: str) -> None:
+    """In order, cut as pictures are, with its rate."""
+    path = film(tmp_path / f"a.{extension}", numbered_frames(range(5, 25)))
+    stills = read_stills([path], 48, 64)
+    assert frame_numbers(stills.cut_NHWC) == list(range(5, 25)) and stills[1:] == (48, 64, 25)
+    square = read_stills([path], 24, 24)
+    assert np.array_equal(square.cut_NHWC, resize_cover(stills.cut_NHWC, 24, 24)) and square[1:] == (48, 64, 25)
 
 
 def test_a_video_elsewhere_or_without_frames_is_refused(tmp_path: Path) -> None:
     """Between other stills no one frame of it is meant."""
     paths = [film(tmp_path / name, numbered_frames(range(3))) for name in ("a.mp4", "b.MOV", "c.mp4")]
     with pytest.raises(UserError, match=r"b\.MOV is a video between other stills"):
-        read_stills(paths)
+        read_stills(paths, 48, 64)
     (tmp_path / "c.mp4").write_bytes(b"no video")
     with pytest.raises(UserError, match=r"cannot read the first frame of .*c\.mp4: .*; give it as a picture"):
-        read_stills([paths[0], paths[2]])
+        read_stills([paths[0], paths[2]], 48, 64)
     with pytest.raises(UserError, match=r"cannot read the last frame of .*gone\.mov: .*; give it as a picture"):
-        read_stills([str(tmp_path / "gone.mov"), paths[0]])
+        read_stills([str(tmp_path / "gone.mov"), paths[0]], 48, 64)
+    with pytest.raises(UserError, match=r"cannot read .*c\.mp4: .*; give a video that plays"):
+        read_stills([paths[2]], 48, 64)
+    with pytest.raises(UserError, match=r"one\.mp4 has 1 frames; a video to be filled has 2 to 5,000"):
+        read_stills([film(tmp_path / "one.mp4", numbered_frames([0]))], 48, 64)

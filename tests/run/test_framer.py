@@ -661,6 +661,8 @@ def test_pairs_are_filled_together_as_one_by_one(
     assert torch.allclose(made[1], made[2], atol=1e-3)
     alone = framer.interpolate(stills[:2], frames, 7, 127, Sampling(2, sampler), [3], steering[:1])
     assert torch.equal(alone, made[1][:frames])
+    rest = framer.interpolate(stills[1:], frames, 7, 127, Sampling(2, sampler), [4, 5], steering[1:], first_gap=1)
+    assert torch.equal(rest, made[1][frames - 1 :]), "a part of a video is what it is in the whole"
     other = framer.interpolate(stills, frames, 7, 127, Sampling(2, sampler), [3, 4, 6], steering)
     assert torch.equal(other[: 2 * frames - 1], made[1][: 2 * frames - 1]), "the seed is the last gap's own"
     assert not torch.allclose(other[-2], made[1][-2], atol=1e-2)

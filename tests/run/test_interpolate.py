@@ -22,7 +22,7 @@ from launch.interpolate import interpolate
 from tests.launching import ROOT, train_here
 from tests.model.control import make_controlnet
 from toolkit.config import ModelConfig
-from toolkit.data.video import probe
+from toolkit.data.video import probe, read_frames, write_video
 from toolkit.errors import UserError
 from toolkit.model.base import load_base
 from toolkit.model.unet import FramerUNet
@@ -110,6 +110,24 @@ def test_video_through_many_stills(trained: Path, stills: list[str], frames_of: 
     for place, still in zip((0, 4, 8), stills, strict=True):
         assert (made[place] == np.asarray(Image.open(still))).all()
     assert (made[:5] == frames_of(run=str(trained), frames=5)).all()
+
+
+def test_a_video_is_filled_between_its_frames(
+    trained: Path, stills: list[str], frames_of: Frames, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As its frames as pictures are, in parts or not; it plays as long as before, in more frames a second."""
+    film = tmp_path / "film.mp4"
+    write_video(film, np.stack([np.asarray(Image.open(still)) for still in stills]), 8)
+    for i, frame in enumerate(read_frames(film)):
+        Image.fromarray(frame).save(tmp_path / f"{i}.png")
+    pictures = ",".join(str(tmp_path / f"{i}.png") for i in range(3))
+    for batch in (1, 2):
+        made = frames_of(run=str(trained), stills=str(film), frames=5, batch=batch)
+        assert (made == frames_of(run=str(trained), stills=pictures, frames=5, fps=32, batch=batch)).all()
+    assert "3 frames at 8 fps become 9 at 32, without sound" in capsys.readouterr().out
+    interpolate(str(tmp_path / "out.mp4"), run=str(trained), stills=str(film), frames=3, steps=1)
+    filled = probe(tmp_path / "out.mp4")
+    assert (filled.frames, filled.fps) == (5, 16)
 
 
 def test_every_frame_has_noise_of_its_own(trained: Path, stills: list[str], frames_of: Frames) -> None:
@@ -384,8 +402,7 @@ def test_a_folder_keeps_what_it_is(trained: Path, stills: list[str], tmp_path: P
 
 def test_pictures_sort_as_their_frames_do(tmp_path: Path) -> None:
     """Also where there are a thousand and more of them."""
-    frames_THWC = torch.arange(1001).view(-1, 1, 1, 1).expand(-1, 1, 1, 3) // 4
-    write_frames(tmp_path, frames_THWC.to(torch.uint8), 25)
+    write_frames(tmp_path, (np.full((1, 1, 3), i // 4, np.uint8) for i in range(1001)), 1001, 25)
     shown = [np.asarray(Image.open(path))[0, 0, 0] for path in sorted(tmp_path.iterdir())]
     assert shown == [i // 4 for i in range(1001)]
 

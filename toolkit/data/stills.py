@@ -6,37 +6,72 @@ Test: pytest tests/data/test_stills.py
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from toolkit.data.clips import resize_cover
 from toolkit.data.sources import SOURCE_EXTENSIONS
 from toolkit.data.video import VideoError, probe, read_frames
 from toolkit.errors import UserError, in_one_line
 
 VIDEOS = {*SOURCE_EXTENSIONS} - {".gif"}  # which is a picture to most
+MOST_FRAMES = 5000  # of a video that is filled: they are kept in memory, and take hours
 
 
-def read_stills(paths: Sequence[str]) -> np.ndarray:
-    """Read pictures of one size as uint8 (N, H, W, 3).
+class Stills(NamedTuple):
+    """Stills as the network sees them, and what they were."""
+
+    cut_NHWC: np.ndarray  # uint8
+    height_px: int
+    width_px: int
+    fps: float | None  # of the video that they are all frames of
+
+
+def read_stills(paths: Sequence[str], height_px: int, width_px: int) -> Stills:
+    """Read pictures of one size, scaled and cropped to height x width.
 
     A video in the first place gives its last frame, one in the last place its first: what is between goes from where one
-    stops to where the other starts.
+    stops to where the other starts. A video alone gives all its frames.
     """
-    stills = []
+    if len(paths) == 1 and is_video(paths[0]):
+        return read_all(paths[0], height_px, width_px)
+    cut, sizes = [], {}
     for number, path in enumerate(paths):
-        if Path(path).suffix.lower() not in VIDEOS:
-            stills.append(read_still(path))
+        if not is_video(path):
+            still_HWC = read_still(path)
         elif number in (0, len(paths) - 1):
-            stills.append(read_end(path, number == 0))
+            still_HWC = read_end(path, last=number == 0)
         else:
             raise UserError(
                 f"{path} is a video between other stills; only the first and the last may be one, so give a picture"
             )
-    sizes = {f"{s.shape[1]}x{s.shape[0]}": None for s in stills}
+        cut.append(resize_cover(still_HWC[None], height_px, width_px)[0])
+        sizes[still_HWC.shape[:2]] = f"{still_HWC.shape[1]}x{still_HWC.shape[0]}"
     if len(sizes) > 1:
-        raise UserError(f"the stills have different sizes, {' and '.join(sizes)}; give pictures of one size")
-    return np.stack(stills)
+        raise UserError(f"the stills have different sizes, {' and '.join(sizes.values())}; give pictures of one size")
+    height, width = next(iter(sizes))
+    return Stills(np.stack(cut), height, width, fps=None)
+
+
+def is_video(path: str) -> bool:
+    return Path(path).suffix.lower() in VIDEOS
+
+
+def read_all(path: str, height_px: int, width_px: int) -> Stills:
+    """Read all frames of a video, scaled and cropped as they come."""
+    place = os.path.expanduser(path)
+    try:
+        facts = probe(place)
+        if not 2 <= facts.frames <= MOST_FRAMES:
+            raise UserError(
+                f"{path} has {facts.frames:,} frames; a video to be filled has 2 to {MOST_FRAMES:,}, so cut it"
+            )
+        cut_THWC = read_frames(place, transform=lambda frame_HWC: resize_cover(frame_HWC[None], height_px, width_px)[0])
+    except (OSError, VideoError) as error:
+        raise UserError(f"cannot read {path}: {in_one_line(error)}; give a video that plays to its end") from None
+    return Stills(cut_THWC, facts.height_px, facts.width_px, facts.fps)
 
 
 def read_still(path: str) -> np.ndarray:

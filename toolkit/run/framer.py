@@ -350,6 +350,7 @@ class Framer:
         steering: Sequence[Steering | None] | None = None,
         batch: int = 1,
         on_step: OnStep | None = None,
+        first_gap: int = 0,
     ) -> Tensor:
         """Fill the gaps between neighbouring stills of a video.
 
@@ -358,11 +359,13 @@ class Framer:
         seeds     of each gap; default the framer's own
         steering  of each gap; default none
         batch     pairs of stills that the network is asked about at once: more take more memory, and round otherwise
+        first_gap  number of the first gap, of a video that is filled part by part
         returns   frames_TCHW fp32 in [-1, 1], T = gaps * (frames - 1) + 1; the stills are untouched. A frame made by halving
-                  at place k draws the noise of position k, a window filled at once that of its first still's place
+                  at place k of the video draws the noise of position k, a window filled at once that of its first still's
         raises    ValueError for another number of frames
         """
         reach = frames - 1
+        start = first_gap * reach
         gaps = len(stills_NCHW) - 1
         seeds = seeds or [self.seed] * gaps
         steering = steering or [None] * gaps
@@ -379,7 +382,7 @@ class Framer:
                 stills_B2CHW = torch.stack([torch.stack(pairs[i]) for i in own])
                 fps_B, motion_B = (torch.full((len(own),), float(value)) for value in (fps, motion))
                 places, points = [positions[i] for i in own], [part for i in own if (part := parts[i]) is not None]
-                own_seeds = [seeds[place // reach] for place in places]
+                own_seeds = [seeds[place // reach - first_gap] for place in places]
                 made |= zip(own, self.generate(
                     stills_B2CHW, fps_B, motion_B, sampling, places, points or None, on_step, own_seeds
                 ).cpu(), strict=True)  # fmt: skip
@@ -387,7 +390,7 @@ class Framer:
 
         stills = list(stills_NCHW)
         if self.fills_at_once(frames):
-            windows = fill(list(pairwise(stills)), range(0, gaps * reach, reach), steering, fps)
+            windows = fill(list(pairwise(stills)), range(start, start + gaps * reach, reach), steering, fps)
             parts = [torch.cat([still[None], window[1:-1]]) for still, window in zip(stills, windows, strict=False)]
             return torch.cat([*parts, stills_NCHW[-1:]])
         if self.layout.window % 2 == 0:
@@ -400,7 +403,9 @@ class Framer:
                 whole, inside = steering[place // reach], place % reach
                 parts.append(whole and whole.cut((inside - half) / reach, (inside + half) / reach))
             # the network sees a whole window between the two: its frames are spaced by gap / (window - 1)
-            windows = fill(pairs, places, parts, fps * (self.layout.window - 1) / (2 * half))
+            windows = fill(
+                pairs, [start + place for place in places], parts, fps * (self.layout.window - 1) / (2 * half)
+            )
             return windows[:, self.layout.frames // 2].unbind(0)
 
         return torch.stack(bisect(frames, midpoints, stills))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,8 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from toolkit.config import RunConfig
-from toolkit.data.clips import resize_cover
-from toolkit.data.stills import read_stills
+from toolkit.data.stills import is_video, read_stills
 from toolkit.data.trajectory import match_stills, read_trajectories
 from toolkit.data.video import write_gif, write_video
 from toolkit.errors import UserError
@@ -45,9 +44,9 @@ def interpolate_stills(
 ) -> Path:
     """Write a video through pictures to out: .mp4, .gif, or a folder of PNG.
 
-    paths         two pictures or more
+    paths         two pictures or more, of which the first and the last may be videos, or one video (see read_stills)
     frames        of each gap between two pictures, both included; None: the recipe's window, or 5 for layout spec_middle
-    fps, motion   None: what the adapter says its clips had
+    fps, motion   None: what the adapter says its clips had; a video alone is as long afterwards as it was
     seeds         one for all gaps, or one per gap; none: the recipe's
     trajectories  "auto" to match features of the stills, or a JSON file for the one gap between two; None: no steering
     controlnet    as it was named for this video, to refuse it where nothing steers; the source holds it too
@@ -55,32 +54,35 @@ def interpolate_stills(
     batch         pairs of pictures that the network is asked about at once
     compiled      worth its minutes for many pictures
     """
-    if len(paths) < 2:
-        raise UserError("give --first and --last, or --stills with two pictures or more")
-    config, gaps = source.config, len(paths) - 1
+    if len(paths) < 2 and not (paths and is_video(paths[0])):
+        raise UserError("give --first and --last, or --stills with two pictures or more, or with one video")
+    config = source.config
     if trajectories is None and config.diffusion.control:
         trajectories = "auto"
         print("the run was trained with trajectories found between the stills, so they are found here too")
-    stills, place = read_stills(paths), Path(os.path.expanduser(out)).resolve()
     if frames is None:
         frames = 5 if config.diffusion.layout == "spec_middle" else config.data.frames
     refuse_frames(frames, config)
+    stills = read_stills(paths, config.data.height, config.data.width)
+    gaps, place = len(stills.cut_NHWC) - 1, Path(os.path.expanduser(out)).resolve()
     told = told_of(source.about)
-    fps = fps if fps is not None else told.fps
+    if fps is None:
+        fps = told.fps if stills.fps is None else stills.fps * (frames - 1)
     motion = motion if motion is not None else told.motion
     refuse_ending(place, fps)
     refuse_steering(config, trajectories, control_scale, controlnet, gaps)
     if len(seeds) not in (0, 1, gaps):
         raise UserError(f"{len(seeds)} seeds for {gaps} gaps; give one --seed for all, or one per gap")
-    height_px, width_px = stills.shape[1:3]
-    size_px = (config.data.height, config.data.width)
-    if (height_px, width_px) != size_px:
+    count = gaps * (frames - 1) + 1
+    if stills.fps is not None:
+        print(f"{gaps + 1:,} frames at {stills.fps:g} fps become {count:,} at {fps:g}, without sound")
+    source_px, (height_px, width_px) = (stills.height_px, stills.width_px), stills.cut_NHWC.shape[1:3]
+    if source_px != (height_px, width_px):
         print(
-            f"the stills are scaled and cropped from {width_px}x{height_px} to {size_px[1]}x{size_px[0]}, "
+            f"the stills are scaled and cropped from {stills.width_px}x{stills.height_px} to {width_px}x{height_px}, "
             "the size the run was trained at"
         )
-    cut = resize_cover(stills, *size_px)
-    points = find_points(trajectories, cut, (height_px, width_px), config.diffusion.control)
+    points = find_points(trajectories, stills.cut_NHWC, source_px, config.diffusion.control)
     with appearing(place) as aside:
         framer = load_framer(source, any(p is not None for p in points), compiled)
         note_unguided(sampling, config)
@@ -88,27 +90,33 @@ def interpolate_stills(
             control_scale = FOUND_SCALE if trajectories == "auto" else 1.0
         steering = [None if p is None else Steering(p, control_scale) for p in points]
         seeds = [*seeds] * gaps if len(seeds) == 1 else seeds or [framer.seed] * gaps
-        video_TCHW = fill_gaps(framer, cut, frames, fps, motion, sampling, seeds, steering, batch)
-        write_frames(aside, to_uint8(video_TCHW), fps)
+        made = fill_gaps(framer, stills.cut_NHWC, frames, fps, motion, sampling, seeds, steering, batch)
+        write_frames(aside, made, count, fps)
     return place
 
 
 def fill_gaps(
     framer: Framer, stills_NHWC: np.ndarray, frames: int, fps: float, motion: float, sampling: Sampling,
     seeds: Sequence[int], steering: Sequence[Steering | None], batch: int = 1,
-) -> Tensor:  # fmt: skip
-    """Framer.interpolate under a progress bar."""
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """Yield the frames of a video, uint8 (H, W, 3), `batch` gaps of it after another, under a progress bar."""
     from tqdm import tqdm
 
-    total = (len(stills_NHWC) - 1) * framer.count_samplings(frames) * sampling.steps
-    with tqdm(total=total, unit="step", desc="sampling") as bar:
+    gaps = len(stills_NHWC) - 1
+    with tqdm(total=gaps * framer.count_samplings(frames) * sampling.steps, unit="step", desc="sampling") as bar:
 
         def on_step(step: int, latents_BTCHW: Tensor) -> Tensor:
             bar.update(len(latents_BTCHW))
             return latents_BTCHW
 
-        signed_NCHW = to_signed(torch.from_numpy(stills_NHWC))
-        return framer.interpolate(signed_NCHW, frames, fps, motion, sampling, seeds, steering, batch, on_step)
+        for gap in range(0, gaps, batch):
+            own = slice(gap, gap + batch)
+            signed_NCHW = to_signed(torch.from_numpy(stills_NHWC[gap : gap + batch + 1]))
+            filled_TCHW = framer.interpolate(
+                signed_NCHW, frames, fps, motion, sampling, seeds[own], steering[own], batch, on_step, gap
+            )
+            yield from to_uint8(filled_TCHW[:-1]).numpy()
+    yield stills_NHWC[-1]
 
 
 def find_points(
@@ -206,14 +214,13 @@ def appearing(out: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
 
 
-def write_frames(out: Path, frames_THWC: Tensor, fps: float) -> None:
-    """Write uint8 frames as a video, an animation, or numbered pictures, by the ending of out."""
-    pictures = frames_THWC.numpy()
+def write_frames(out: Path, frames: Iterable[np.ndarray], count: int, fps: float) -> None:
+    """Write uint8 frames (H, W, 3) as a video, an animation, or numbered pictures, by the ending of out."""
     if out.suffix == ".mp4":
-        write_video(out, pictures, fps)
+        write_video(out, frames, fps)
     elif out.suffix == ".gif":
-        write_gif(out, pictures, fps)
+        write_gif(out, np.stack([*frames]), fps)
     else:
-        digits = max(3, len(str(len(pictures) - 1)))  # so that names sort as the frames do
-        for i, picture in enumerate(pictures):
-            Image.fromarray(picture).save(out / f"{i:0{digits}d}.png")
+        digits = max(3, len(str(count - 1)))  # so that names sort as the frames do
+        for i, frame_HWC in enumerate(frames):
+            Image.fromarray(frame_HWC).save(out / f"{i:0{digits}d}.png")
