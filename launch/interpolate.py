@@ -66,6 +66,8 @@ def interpolate(
         )
     if stills and (first or last):
         raise UserError("both --stills and --first or --last are given; give all pictures as --stills, or just two")
+    if (first is None) != (last is None):
+        raise UserError(f"--{'last' if first else 'first'} is missing; give both ends of the gap, or --stills")
     source = read_source(run, split(adapter), split(weights), lora_scale, config, unet)
     source = source.with_model(base=base, unet=unet, controlnet=controlnet).averaged(ema)
     given = {"steps": steps, "sampler": sampler, "min_guidance": min_guidance, "max_guidance": max_guidance}
