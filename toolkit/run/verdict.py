@@ -4,6 +4,7 @@ Test: pytest tests/run/test_verdict.py
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -21,6 +22,7 @@ def report(config: RunConfig, ranks: int) -> dict[str, Any]:
     """What doctor.examine says of a recipe; it looks again where a file is new, gone or changed, and where it refused."""
 
     def examine() -> dict[str, Any]:
+        print("counting what a step takes: some seconds, the first time", file=sys.stderr, flush=True)
         from toolkit.run import doctor  # takes seconds
 
         return doctor.examine(config, ranks)
