@@ -4,6 +4,7 @@ Test: pytest tests/data/test_stills.py
 """
 
 import os
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,10 +14,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from toolkit.data.clips import resize_cover
 from toolkit.data.sources import SOURCE_EXTENSIONS
-from toolkit.data.video import VideoError, probe, read_frames
+from toolkit.data.video import VideoError, iter_frames, probe
 from toolkit.errors import UserError, in_one_line
 
 VIDEOS = {*SOURCE_EXTENSIONS} - {".gif"}  # which is a picture to most
+CUT_OFF = 25  # frames that a video which was cut off may lack
 MOST_FRAMES = 5000  # of a video that is filled: they are kept in memory, and take hours
 
 
@@ -24,8 +26,7 @@ class Stills(NamedTuple):
     """Stills as the network sees them, and what they were."""
 
     cut_NHWC: np.ndarray  # uint8
-    height_px: int
-    width_px: int
+    source_px: tuple[int, int]  # height and width
     fps: float | None  # of the video that they are all frames of
 
 
@@ -48,11 +49,15 @@ def read_stills(paths: Sequence[str], height_px: int, width_px: int) -> Stills:
                 f"{path} is a video between other stills; only the first and the last may be one, so give a picture"
             )
         cut.append(resize_cover(still_HWC[None], height_px, width_px)[0])
-        sizes[still_HWC.shape[:2]] = f"{still_HWC.shape[1]}x{still_HWC.shape[0]}"
+        sizes[size_of(still_HWC)] = f"{still_HWC.shape[1]}x{still_HWC.shape[0]}"
     if len(sizes) > 1:
         raise UserError(f"the stills have different sizes, {' and '.join(sizes.values())}; give pictures of one size")
-    height, width = next(iter(sizes))
-    return Stills(np.stack(cut), height, width, fps=None)
+    return Stills(np.stack(cut), next(iter(sizes)), fps=None)
+
+
+def size_of(frame_HWC: np.ndarray) -> tuple[int, int]:
+    height, width, _ = frame_HWC.shape
+    return height, width
 
 
 def is_video(path: str) -> bool:
@@ -61,17 +66,21 @@ def is_video(path: str) -> bool:
 
 def read_all(path: str, height_px: int, width_px: int) -> Stills:
     """Read all frames of a video, scaled and cropped as they come."""
-    place = os.path.expanduser(path)
+    place, cut, sizes = os.path.expanduser(path), [], []
     try:
         facts = probe(place)
         if not 2 <= facts.frames <= MOST_FRAMES:
             raise UserError(
                 f"{path} has {facts.frames:,} frames; a video to be filled has 2 to {MOST_FRAMES:,}, so cut it"
             )
-        cut_THWC = read_frames(place, transform=lambda frame_HWC: resize_cover(frame_HWC[None], height_px, width_px)[0])
+        for frame_HWC in iter_frames(place):
+            sizes.append(size_of(frame_HWC))
+            cut.append(resize_cover(frame_HWC[None], height_px, width_px)[0])
+        if len(cut) < facts.frames:
+            raise VideoError(f"{len(cut)} of {facts.frames} frames decode")
     except (OSError, VideoError) as error:
-        raise UserError(f"cannot read {path}: {in_one_line(error)}; give a video that plays to its end") from None
-    return Stills(cut_THWC, facts.height_px, facts.width_px, facts.fps)
+        raise UserError(f"cannot read {path}: {in_one_line(error)}; give a video that plays from end to end") from None
+    return Stills(np.stack(cut), sizes[0], facts.fps)
 
 
 def read_still(path: str) -> np.ndarray:
@@ -86,9 +95,14 @@ def read_still(path: str) -> np.ndarray:
 
 def read_end(path: str, last: bool) -> np.ndarray:
     """Read the last frame of a video, or the first, as uint8 (H, W, 3)."""
+    place = os.path.expanduser(path)
     try:
-        place = os.path.expanduser(path)
-        return read_frames(place, [probe(place).frames - 1 if last else 0])[0]
+        count = probe(place).frames
+        # some before the last one too, for where that one does not decode; not all, since to convert them takes longest
+        ends = deque(iter_frames(place, range(count)[-CUT_OFF:]), 1) if last else [next(iter_frames(place))]
+        if not ends:
+            raise VideoError(f"its last {CUT_OFF} frames do not decode")
+        return ends[0]
     except (OSError, VideoError) as error:
         end = "last" if last else "first"
         raise UserError(f"cannot read the {end} frame of {path}: {in_one_line(error)}; give it as a picture") from None

@@ -76,13 +76,14 @@ def interpolate_stills(
     count = gaps * (frames - 1) + 1
     if stills.fps is not None:
         print(f"{gaps + 1:,} frames at {stills.fps:g} fps become {count:,} at {fps:g}, without sound")
-    source_px, (height_px, width_px) = (stills.height_px, stills.width_px), stills.cut_NHWC.shape[1:3]
-    if source_px != (height_px, width_px):
+    size_px = (config.data.height, config.data.width)
+    if stills.source_px != size_px:
+        (height, width), (own_height, own_width) = stills.source_px, size_px
         print(
-            f"the stills are scaled and cropped from {stills.width_px}x{stills.height_px} to {width_px}x{height_px}, "
+            f"the stills are scaled and cropped from {width}x{height} to {own_width}x{own_height}, "
             "the size the run was trained at"
         )
-    points = find_points(trajectories, stills.cut_NHWC, source_px, config.diffusion.control)
+    points = find_points(trajectories, stills.cut_NHWC, stills.source_px, config.diffusion.control)
     with appearing(place) as aside:
         framer = load_framer(source, any(p is not None for p in points), compiled)
         note_unguided(sampling, config)
