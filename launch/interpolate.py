@@ -14,8 +14,8 @@ Guidance = Annotated[float, Field(ge=1, le=30)]
 
 def interpolate(
     out: str, run: str | None = None, adapter: Names = None, first: str | None = None, last: str | None = None,
-    stills: Names = None, frames: int | None = None, lora_scale: FiniteFloat = 1.0,
-    weights: FiniteFloat | tuple[FiniteFloat, ...] = (), fps: Rate | None = None,
+    stills: Names = None, pairs: str | None = None, part: str = "1/1", frames: int | None = None,
+    lora_scale: FiniteFloat = 1.0, weights: FiniteFloat | tuple[FiniteFloat, ...] = (), fps: Rate | None = None,
     motion: Amount | None = None, steps: PositiveInt | None = None, sampler: Literal["euler", "lcm"] | None = None,
     min_guidance: Guidance | None = None, max_guidance: Guidance | None = None,
     seed: NonNegativeInt | tuple[NonNegativeInt, ...] = (), trajectories: str | None = None,
@@ -25,12 +25,15 @@ def interpolate(
 ) -> None:  # fmt: skip
     """Interpolate with a run's newest adapter, or with exported adapters.
 
-    out           .mp4, .gif, or a folder for PNG
+    out           .mp4, .gif, or a folder for PNG; for pairs the folder of the videos
     run           a run folder
     adapter       instead of run: an exported folder or file of any format, or several with commas between
     first, last   a picture each, or a video: of one before the gap its last frame, of one after it its first
     stills        instead of first and last: two pictures or more with commas between, a video through all of them; or one
                   video, between whose frames all is filled
+    pairs         instead of these: a CSV of first,last or first,last,name, with paths within its folder, for a video a row;
+                  those that are there are not made again, so the same command goes on
+    part          of the rows, 3/8 for the third of eight processes
     frames        of each gap, its two stills included: 3, 5, 9, 17, ..., or the window of the recipe, which is the default
                   where the recipe generates it at once (5 for layout spec_middle)
     lora_scale    multiplies alpha / rank: 0 is the untuned base
@@ -58,16 +61,19 @@ def interpolate(
 
     with importing():
         from toolkit.run.inference import read_source, recipe_sampling
-        from toolkit.run.interpolate import interpolate_stills
+        from toolkit.run.interpolate import interpolate_stills, settle
+        from toolkit.run.pairs import interpolate_pairs
 
     if compile and batch > 1:
         raise UserError(
             "--compile is for one pair at a time, since each number of pairs would be compiled; drop --batch"
         )
-    if stills and (first or last):
-        raise UserError("both --stills and --first or --last are given; give all pictures as --stills, or just two")
+    if (pairs is not None) + (stills is not None) + (first is not None or last is not None) > 1:
+        raise UserError("--first and --last, --stills and --pairs are three ways to name stills; give one of them")
     if (first is None) != (last is None):
         raise UserError(f"--{'last' if first else 'first'} is missing; give both ends of the gap, or --stills")
+    if part != "1/1" and pairs is None:
+        raise UserError("--part is for --pairs, whose rows it shares out; leave it out")
     source = read_source(run, split(adapter), split(weights), lora_scale, config, unet)
     source = source.with_model(base=base, unet=unet, controlnet=controlnet).averaged(ema)
     given = {"steps": steps, "sampler": sampler, "min_guidance": min_guidance, "max_guidance": max_guidance}
@@ -76,12 +82,12 @@ def interpolate(
         **{name: value for name, value in given.items() if value is not None},
         chunk_frames=chunk_frames,
     )
+    filling = settle(source, sampling, frames, fps, motion, split(seed), trajectories, control_scale, controlnet, batch)
+    if pairs is not None:
+        print(interpolate_pairs(source, pairs, out, filling, part, compile))
+        return
     paths = split(stills) or [path for path in (first, last) if path]
-    written = interpolate_stills(
-        source, paths, out, frames, fps, motion, sampling, split(seed), trajectories, control_scale, controlnet, batch,
-        compile,
-    )  # fmt: skip
-    print(f"wrote {written}")
+    print(f"wrote {interpolate_stills(source, paths, out, filling, compile)}")
 
 
 if __name__ == "__main__":

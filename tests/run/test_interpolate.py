@@ -276,7 +276,7 @@ def test_found_trajectories(adapter: Path, controlnet: str, frames_of: Frames, t
         ({"run": "RUN", "trajectories": "x.json", "controlnet": "y"}, "cannot read the trajectories x.json"),
         ({"adapter": "README.md"}, "README.md is not a .safetensors file"),
         ({"adapter": "README.md,ADAPTER"}, "README.md is not a .safetensors file"),
-        ({"run": "RUN", "stills": "THREE", "first": "x.png"}, "both --stills and --first"),
+        ({"run": "RUN", "stills": "THREE", "first": "x.png"}, "are three ways to name stills"),
         ({"run": "RUN", "controlnet": "x"}, "--controlnet is for trajectories, but none are given"),
         ({"run": "RUN", "control_scale": 0.5}, "--control_scale is for trajectories, but none"),
         ({"run": "RUN", "config": "x.yaml"}, "both --run and --config are given"),

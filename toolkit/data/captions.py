@@ -3,16 +3,15 @@
 Test: pytest tests/data/test_captions.py
 """
 
-import csv
-import io
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from toolkit.data.table import read_rows, read_text
 from toolkit.errors import UserError
 
-_COLUMNS = ("video", "caption", "label")
+_SAID = ("caption", "label")
 _MAX_CHARACTERS = 10_000
 
 
@@ -36,7 +35,7 @@ def read_words(folder: Path, names: Sequence[str], table: Path | None) -> tuple[
     for name in names:
         path = (folder / name).with_suffix(".txt")
         if path.is_file():
-            words[name] = Words(caption=_clean(_read(path), str(path)))
+            words[name] = Words(caption=_clean(read_text(path), str(path)))
     if table is not None:
         rows = _read_table(table, names)
         absent = sorted(rows.keys() - set(names))
@@ -53,40 +52,18 @@ def _read_table(table: Path, names: Sequence[str]) -> dict[str, Words]:
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(unicodedata.normalize("NFC", name), []).append(name)
-    rows = csv.DictReader(io.StringIO(_read(table), newline=""), strict=True)
     words: dict[str, Words] = {}
-    try:
-        header = rows.fieldnames or []
-        if "video" not in header or len(header) < 2 or len(set(header)) < len(header) or set(header) - set(_COLUMNS):
-            raise UserError(
-                f"{table} starts with {', '.join(header) or 'nothing'}; its first line must be video,caption,label, or "
-                "video and one of the others"
-            )
-        for row in rows:
-            where, name = f"{table}, line {rows.reader.line_num}", row["video"]
-            if not any(row.values()):
-                continue
-            if None in row or None in row.values():
-                raise UserError(f"{where}: not {len(header)} fields; put text that holds commas in double quotes")
-            if not name:
-                raise UserError(f"{where}: names no video; give its path within the folder of the videos")
-            fits = alike.get(unicodedata.normalize("NFC", name), [])
-            name = fits[0] if len(fits) == 1 else name
-            if name in words:
-                raise UserError(f"{where}: {name} comes twice; give each video once")
-            words[name] = Words(*(_clean(row.get(column) or "", where) for column in _COLUMNS[1:]))
-    except csv.Error as error:
-        raise UserError(f"{table}, line {rows.reader.line_num}: {error}; save it as CSV with commas") from error
+    columns = [{"video", *others} for others in (_SAID, _SAID[:1], _SAID[1:])]
+    for where, row in read_rows(table, columns, "video,caption,label, or video and one of the others"):
+        name = row["video"]
+        if not name:
+            raise UserError(f"{where}: names no video; give its path within the folder of the videos")
+        fits = alike.get(unicodedata.normalize("NFC", name), [])
+        name = fits[0] if len(fits) == 1 else name
+        if name in words:
+            raise UserError(f"{where}: {name} comes twice; give each video once")
+        words[name] = Words(*(_clean(row.get(column) or "", where) for column in _SAID))
     return words
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")  # lines end as they are written, also inside quotes
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _clean(text: str, where: str) -> str | None:
