@@ -10,6 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from toolkit.cli import importing
 from toolkit.config import RunConfig
 from toolkit.data.remote import is_remote
 from toolkit.model.sources import NAMED_BASES
@@ -23,7 +24,8 @@ def report(config: RunConfig, ranks: int) -> dict[str, Any]:
 
     def examine() -> dict[str, Any]:
         print("counting what a step takes: some seconds, the first time", file=sys.stderr, flush=True)
-        from toolkit.run import doctor  # takes seconds
+        with importing():
+            from toolkit.run import doctor  # takes seconds
 
         return doctor.examine(config, ranks)
 
