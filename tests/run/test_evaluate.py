@@ -29,7 +29,7 @@ from toolkit.run.contenders import Result, list_contenders, read_sources
 from toolkit.run.evaluate import draw_extremes, evaluate_run, recommend
 from toolkit.run.framer import Sampling
 from toolkit.run.inference import load_framer, read_source
-from toolkit.run.judge import Windows, load_held_out, load_windows
+from toolkit.run.judge import Windows, describe, load_held_out, load_windows, main_figure
 from toolkit.run.report import frame_charts, to_text
 from toolkit.run.strip import TILE_PX
 
@@ -186,7 +186,9 @@ def test_a_still_clip_gains_neither_most_nor_least(gains: list[float], shown: li
         label: Result({"psnr_moving": own_B, "psnr": torch.full((3,), 20.0)}, {}, frames_BTHWC[:, 1], None)
         for label, own_B in (psnr_moving | {"true": torch.ones(3)}).items()
     }
-    sheet = draw_extremes(results, Windows(2, list("abc"), frames_BTHWC, torch.ones(3), torch.ones(3)), "tuned")
+    windows = Windows(2, list("abc"), frames_BTHWC, torch.ones(3), torch.ones(3))
+    figure = main_figure({"psnr_moving": describe(psnr_moving["linear"], 0)})
+    sheet = draw_extremes(results, windows, "tuned", figure)
     row_px = TILE_PX + 4 + 16
     assert sheet.height == 20 + len(shown) * row_px
     assert [sheet.getpixel((50, 60 + i * row_px)) for i in range(len(shown))] == [(50 + 50 * row,) * 3 for row in shown]

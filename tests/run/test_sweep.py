@@ -209,7 +209,7 @@ def test_figures_are_those_of_the_clips(swept: Path) -> None:
 
 
 def per_clip(tuned: list[Any], base: list[Any], linear: list[Any]) -> dict[str, Any]:
-    figures = ("psnr_moving_middle", "psnr_middle", "psnr")
+    figures = ("psnr_moving", "psnr_moving_middle", "psnr_middle", "psnr")
     own = {"tuned": tuned, "base": base, "linear": linear}
     return {label: dict.fromkeys(figures, values) for label, values in own.items()}
 
@@ -256,6 +256,20 @@ def test_settings_are_compared_clip_by_clip(settings: dict[str, Any], tmp_path: 
     assert "gain on rank" not in to_markdown(sum_up(points[:2]))
     (chart,), (alone,) = list_charts(summary), list_charts(sum_up(points[:2]))
     assert "on rank-1" in chart and "on rank-1" not in alone
+
+
+@pytest.mark.parametrize(("moves", "label"), [((), "middle PSNR"), (("second",), "middle moving PSNR")])
+def test_where_nothing_moves_the_whole_frame_is_compared(moves: tuple[str, ...], label: str) -> None:
+    """In all rows of a table alike, and only where no clip moves in any of them."""
+    clips = [(0, per_clip([21.0], [20.0], [19.0]))]
+    row = sum_up_row(clips, 0, first=clips)
+    rows = {name: json.loads(json.dumps(row)) for name in ("first", "second")}
+    for name in rows.keys() - {*moves}:
+        for figures in rows[name]["figures"].values():
+            figures["psnr_moving"]["mean"] = figures["psnr_moving_middle"]["mean"] = None
+    table = {"gap": 8, "size_px": [32, 32], "keys": ["a"], "rows": rows}
+    told = to_markdown({"tables": [table], "command": ""})
+    assert f"; {label}, dB" in told and f"gain in {label}, dB" in list_charts({"tables": [table]})[0]
 
 
 @pytest.mark.parametrize("part", [[], ["--part", "1/3"], ["--part=1/3"]])

@@ -48,6 +48,7 @@ from toolkit.run.judge import (
     compare,
     describe,
     load_windows,
+    main_figure,
     own_gaps,
     read_lpips,
     rounded,
@@ -133,6 +134,7 @@ def evaluate_run(
     for label, gap, result in run_contenders(contenders, windows, networks, compiled):
         results[gap][label] = result
     by_gap = {str(gap): sum_up(results[gap], contenders, own, config.seed, tuned) for gap, own in windows.items()}
+    ranked_by = {gap: main_figure(by_gap[str(gap)]["figures"]["linear"]) for gap in windows}
     gap, own = next(iter(windows.items()))
     report: dict[str, Any] = {
         "judged": {name: str(own.place) for name, own in sources.items() if own.place is not None},
@@ -153,9 +155,9 @@ def evaluate_run(
         "gaps": by_gap,
     }
     if sweep is not None:
-        report["sweep"] = sum_up_sweep(sweep, results, contenders, config.seed)
+        report["sweep"] = sum_up_sweep(sweep, results, contenders, ranked_by, config.seed)
     replace_text(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
-    extremes = {str(gap): draw_extremes(results[gap], own, tuned) for gap, own in windows.items()}
+    extremes = {str(gap): draw_extremes(results[gap], own, tuned, ranked_by[gap]) for gap, own in windows.items()}
     write_page(folder, [Path(name).expanduser() for name in runs], report, extremes)
     return report
 
@@ -230,15 +232,22 @@ def sum_up(
 
 
 def sum_up_sweep(
-    sweep: str, results: dict[int, dict[str, Result]], contenders: dict[str, Contender], seed: int
+    sweep: str,
+    results: dict[int, dict[str, Result]],
+    contenders: dict[str, Contender],
+    ranked_by: dict[int, str],
+    seed: int,
 ) -> dict[str, Any]:
-    """What evaluation.json holds of a sweep: field, values, their labels and bases, and the value to take at each gap."""
+    """What evaluation.json holds of a sweep: field, values, their labels and bases, and the value to take at each gap.
+
+    ranked_by  the main figure of each gap
+    """
     field, values = parse_sweep(sweep)
     labels = {value: f"{field} {value:g}" for value in values}
     recommended = {}
     for gap, own in results.items():
-        figure = main_figure(own)
-        recommended[str(gap)] = recommend({value: own[label].figures[figure] for value, label in labels.items()}, seed)
+        scores = {value: own[label].figures[ranked_by[gap]] for value, label in labels.items()}
+        recommended[str(gap)] = recommend(scores, seed)
     bases = [contenders[label].base for label in labels.values()]
     return {
         "field": field,
@@ -263,14 +272,8 @@ def recommend(values: dict[float, Tensor], seed: int) -> float:
     return best
 
 
-def main_figure(results: dict[str, Result]) -> str:
-    """What clips are ranked by: PSNR where it moves, or of the whole frames where no clip moves."""
-    return "psnr_moving" if results["linear"].figures["psnr_moving"].isfinite().any() else "psnr"
-
-
-def draw_extremes(results: dict[str, Result], windows: Windows, tuned: str) -> Image.Image:
-    """Draw the middle frames of the clips in which the tuned network gains most and least on the base."""
-    figure = main_figure(results)
+def draw_extremes(results: dict[str, Result], windows: Windows, tuned: str, figure: str) -> Image.Image:
+    """Draw the middle frames of the clips in which the tuned network gains most and least on the base, by a figure."""
     gain_B = results[tuned].figures[figure] - results["base"].figures[figure]
     # a clip in which nothing moves has no gain, and is neither
     rows = list(dict.fromkeys([int(gain_B.nan_to_num(-math.inf).argmax()), int(gain_B.nan_to_num(math.inf).argmin())]))

@@ -56,6 +56,15 @@ def find_figure(name: str) -> Figure:
     return figure._replace(label=f"middle {figure.label}") if name.endswith("_middle") else figure
 
 
+def main_figure(*described: Mapping[str, Mapping[str, Any]]) -> str:
+    """What clips are ranked by: PSNR where it moves, or of the whole frames where no clip moves.
+
+    described  figures of the blend, as `describe` has them, in all that is ranked alike
+    """
+    moves = any(figures["psnr_moving"]["mean"] is not None for figures in described)
+    return "psnr_moving" if moves else "psnr"
+
+
 def read_lpips(config: RunConfig, weights: str | None) -> metrics.Distance | None:
     """Read LPIPS where weights are given. Raises UserError where the pictures of a recipe are too small for it."""
     if weights is None:

@@ -17,7 +17,7 @@ from PIL import Image
 from toolkit.data.page import document, table, text
 from toolkit.run.checkpoint import replace_text
 from toolkit.run.curves import Point, chart, training_charts
-from toolkit.run.judge import FIGURES, find_figure
+from toolkit.run.judge import FIGURES, find_figure, main_figure
 
 NAMES = {"linear": "linear blend", "base": "untuned base", "true": "true frames"}
 UNITS = (
@@ -137,8 +137,7 @@ def swept_by(report: dict[str, Any]) -> list[str]:
 def sweep_table(report: dict[str, Any], own: dict[str, Any]) -> list[tuple[str, str, str]]:
     """A head, then a row for each value of a sweep: what it gains on the untuned base, and how often."""
     sweep = report["sweep"]
-    # as evaluate.main_figure has it
-    figure = "psnr_moving" if own["figures"]["linear"]["psnr_moving"]["mean"] is not None else "psnr"
+    figure = main_figure(own["figures"]["linear"])
     pairs = zip(sweep["labels"], sweep["bases"], strict=True)
     gains = [own["against"][label][base][figure] for label, base in pairs]
     rows = [(f"{value:g}", _gain(gain), _often(gain)) for value, gain in zip(sweep["values"], gains, strict=True)]

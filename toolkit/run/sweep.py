@@ -31,7 +31,7 @@ from toolkit.run.curves import intervals, stack_charts
 from toolkit.run.doctor import examine, list_ranks
 from toolkit.run.folder import check_folder
 from toolkit.run.job import is_finished
-from toolkit.run.judge import check_gaps, compare, describe, find_figure, own_gaps
+from toolkit.run.judge import check_gaps, compare, describe, find_figure, main_figure, own_gaps
 from toolkit.run.launcher import default_ranks, program, training_command
 from toolkit.run.report import NAMES
 from toolkit.run.signals import REQUEUE, STOP_FILE, Requests
@@ -383,7 +383,7 @@ def to_markdown(summary: dict[str, Any]) -> str:
     """A table for each gap and set of clips, a row for each combination."""
     lines = []
     for table in summary["tables"]:
-        figure = main_figure(table)
+        figure = figure_of(table)
         head = ["", "seeds", *(NAMES.get(label, label) for label in ("linear", "base", "tuned"))]
         head += [f"gain on {NAMES[other]} [95 %]" for other in OTHERS] + [f"better than {NAMES['base']}"]
         first, *others = table["rows"]
@@ -426,17 +426,16 @@ def title_of(table: dict[str, Any]) -> str:
     return f"Gap of {table['gap']} source frames, {len(table['keys'])} held-out clips of {height}x{width}"
 
 
-def main_figure(table: dict[str, Any]) -> str:
-    """What a table shows of the middle frame, which every layout makes: PSNR where it moves; of all where no clip moves."""
-    moves = any(row["figures"]["linear"]["psnr_moving_middle"]["mean"] is not None for row in table["rows"].values())
-    return "psnr_moving_middle" if moves else "psnr_middle"
+def figure_of(table: dict[str, Any]) -> str:
+    """What a table shows: the main figure, of the middle frame, which every layout makes."""
+    return main_figure(*(row["figures"]["linear"] for row in table["rows"].values())) + "_middle"
 
 
 def list_charts(summary: dict[str, Any]) -> list[str]:
     """For each table the gains of its combinations, with their intervals."""
     charts = []
     for table in summary["tables"]:
-        figure = main_figure(table)
+        figure = figure_of(table)
         labels = {other: NAMES[other] for other in OTHERS} | {"first": next(iter(table["rows"]))}
         gains = {
             f"on {label}": {
