@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
 
@@ -15,11 +16,13 @@ from tests.launching import RECIPE, adapter_bytes, launch, read_numbers, train_h
 from tests.run.test_monitor import read_board, read_charts
 from tests.test_metrics import lpips_weights
 from toolkit.config import load_config
+from toolkit.engine.world import World
 from toolkit.errors import UserError
 from toolkit.run.cache import cache_shards
 from toolkit.run.checkpoint import best_checkpoint, list_checkpoints
 from toolkit.run.evaluate import evaluate_run
 from toolkit.run.framer import NotFinite
+from toolkit.run.gallery import Gallery
 from toolkit.run.judge import own_gaps
 from toolkit.run.manifest import write_manifest
 from toolkit.run.rows import read_rows
@@ -66,6 +69,14 @@ def test_figures_are_those_of_evaluate(shown: Path, tmp_path: Path) -> None:
     assert abs(rows[-1]["psnr"]["tuned"] - rows[-1]["psnr"]["start"]) > 0.01, "nothing was tuned, so nothing is shown"
     for name in ("lighting_luma", "lighting_colour"):  # which a blend follows by definition: the true frames tell
         assert rows[-1][name]["true"] == pytest.approx(judged["figures"]["true"][name]["mean"], abs=1e-3) != 0
+
+
+def test_what_no_weight_changes_is_scored_by_the_rank_that_reports_it(plain: dict[str, Any]) -> None:
+    """The blend and the true frames, by the main rank alone: the others would score them for nobody."""
+    config = load_config(RECIPE, plain | LOOKS)
+    main, other = (Gallery(config, None, World(rank, 2, torch.device("cpu"))) for rank in (0, 1))
+    assert main.baselines["psnr"]["linear"] > 0 and main.baselines["lighting_luma"]["true"] > 0
+    assert not other.baselines
 
 
 def test_several_gaps_and_lpips(plain: dict[str, Any], tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class Gallery:
         shown = self.windows.frames_BTHWC.shape[1]
         self.rate_share = (shown - 1) / (config.data.frames - 1)  # fewer frames than the window's last as long
         self.baselines: dict[str, dict[str, float]] = {}  # {figure: {contender: its mean}} that no weight changes
-        for own in self.by_gap.values():
+        for own in self.by_gap.values() if world.is_main else ():  # which reports them
             for contender, make, figures in (("linear", blend_window, None), ("true", Windows.true, DRIFTS)):
                 scored = [score(make(own, i), own.true(i), self.lpips) for i in range(len(own))]
                 for name in figures or scored[0]:
