@@ -295,12 +295,12 @@ def test_a_comparison_is_cut_back_too(monitors: Any, tmp_path: Path) -> None:
 
 
 def test_pictures_are_shown(monitors: Any, tmp_path: Path) -> None:
-    """A picture, from memory or a file, comes back pixel for pixel; a video as a GIF of its frames, which browsers play."""
+    """A picture comes back pixel for pixel; a video as a GIF of its frames, which browsers play."""
     monitor, generator = monitors(0), np.random.default_rng(0)
     pixels = generator.integers(0, 256, (2, 5, 8, 3), dtype=np.uint8)
-    Image.fromarray(pixels[1]).save(tmp_path / "strip.png")
-    monitor.show_strip(1, Image.fromarray(pixels[0]))
-    monitor.show_strip(2, tmp_path / "strip.png")
+    for step, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / "strip.png")
+        monitor.show_strip(step, tmp_path / "strip.png")
     frames_TCHW = torch.zeros(4, 3, 6, 10, dtype=torch.uint8)
     frames_TCHW[[0, 1, 2, 3], 0] = torch.tensor([0, 80, 160, 240], dtype=torch.uint8)[:, None, None]
     monitor.show_video(2, "samples/first clip", frames_TCHW, fps=8)

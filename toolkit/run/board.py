@@ -104,18 +104,16 @@ class Board:
         """Show a sentence, on the tab of texts."""
         self.writer.add_text(tag, text, step)
 
-    def add_picture(self, step: int, tag: str, picture: Path | Image.Image) -> None:
-        """Show a picture, or one from a file."""
-        image = Image.open(picture) if isinstance(picture, Path) else picture
-        content = io.BytesIO()
-        image.convert("RGB").save(content, "PNG")
-        self._add_image(step, tag, image.size, content)
+    def add_picture(self, step: int, tag: str, picture: Path) -> None:
+        """Show a PNG file."""
+        with Image.open(picture) as image:
+            self._add_image(step, tag, image.size, picture.read_bytes())
 
     def add_video(self, step: int, tag: str, frames_TCHW: Tensor, fps: float) -> None:
         """Show uint8 frames moving: a browser plays a GIF where TensorBoard has it show a picture."""
         content = io.BytesIO()
         write_gif(content, frames_TCHW.movedim(1, 3).cpu().numpy(), fps)
-        self._add_image(step, tag, (frames_TCHW.shape[3], frames_TCHW.shape[2]), content)
+        self._add_image(step, tag, (frames_TCHW.shape[3], frames_TCHW.shape[2]), content.getvalue())
 
     def add_recipe(self, recipe: Mapping[str, Any]) -> None:
         """List a recipe's fields beside those of others, with the last values of losses and figures.
@@ -152,11 +150,11 @@ class Board:
     def _writer(self) -> Any:
         return self.writer._get_file_writer()
 
-    def _add_image(self, step: int, tag: str, size_px: tuple[int, int], content: io.BytesIO) -> None:
+    def _add_image(self, step: int, tag: str, size_px: tuple[int, int], content: bytes) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         width_px, height_px = size_px
-        image = Summary.Image(height=height_px, width=width_px, colorspace=3, encoded_image_string=content.getvalue())
+        image = Summary.Image(height=height_px, width=width_px, colorspace=3, encoded_image_string=content)
         self._writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def _lay_out(self) -> None:

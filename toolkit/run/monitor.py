@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from toolkit.engine.world import World
@@ -167,8 +166,8 @@ class Monitor:
                 file.write(json.dumps(without_infinities({"step": step, **figures})) + "\n")
             self.board.add_figures(step, figures)
 
-    def show_strip(self, step: int, strip: Path | Image.Image) -> None:
-        """Show pictures of held-out clips, a file or an image."""
+    def show_strip(self, step: int, strip: Path) -> None:
+        """Show pictures of held-out clips, a PNG file."""
         if self.is_main:
             self.board.add_picture(step, "samples/strip", strip)
 
