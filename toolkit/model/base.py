@@ -131,9 +131,8 @@ def _read_encoders(
     from diffusers import AutoencoderKLTemporalDecoder
     from transformers import CLIPVisionModelWithProjection
 
-    upcast = read_json(places["vae"] / "config.json").get("force_upcast", True)  # diffusers' default
-    vae_dtype = torch.float32 if upcast else dtype
-    vae = load_part(AutoencoderKLTemporalDecoder, places["vae"], variant, dtype=vae_dtype).to(device)
+    own_dtype = vae_dtype(read_json(places["vae"] / "config.json"), dtype)
+    vae = load_part(AutoencoderKLTemporalDecoder, places["vae"], variant, dtype=own_dtype).to(device)
     encoder = load_part(CLIPVisionModelWithProjection, places["image_encoder"], variant, dtype=dtype).to(device)
     if encoder.config.image_size != CLIP_SIZE_PX:
         raise UserError(
@@ -307,6 +306,11 @@ def _complete(vae: dict[str, Any]) -> Mapping[str, Any]:
 
     config: Mapping[str, Any] = build_on_meta(AutoencoderKLTemporalDecoder, vae).config
     return config
+
+
+def vae_dtype(vae: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """What a VAE of this configuration computes in, beside a network in dtype."""
+    return torch.float32 if vae.get("force_upcast", True) else dtype  # diffusers' default
 
 
 def latent_px(vae: Mapping[str, Any]) -> int:

@@ -18,7 +18,7 @@ from toolkit.config import ZERO_STAGES, Part, RunConfig
 from toolkit.diffusion.layout import make_layout
 from toolkit.engine.world import World
 from toolkit.errors import UserError
-from toolkit.model.base import PRECISIONS
+from toolkit.model.base import PRECISIONS, vae_dtype
 from toolkit.model.encoders import DECODED_NUMBERS, USABLE, encode_frames
 from toolkit.model.prepare import Plan, Trainable, prepare_frozen, prepare_unet
 from toolkit.model.quiet import quiet_libraries
@@ -187,20 +187,16 @@ def count_encoder_bytes(config: RunConfig, vae: Mapping[str, Any], clip: Mapping
     from diffusers import AutoencoderKLTemporalDecoder
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+    dtype = PRECISIONS[config.engine.precision]
     with quiet_libraries(), torch.device("meta"):
         encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**clip))
-        parts = ((build_on_meta(AutoencoderKLTemporalDecoder, vae), _vae_dtype(config, vae)),
-                 (encoder, PRECISIONS[config.engine.precision]))  # fmt: skip
-    return sum(dtype.itemsize * sum(p.numel() for p in part.parameters()) for part, dtype in parts)
-
-
-def _vae_dtype(config: RunConfig, vae: Mapping[str, Any]) -> torch.dtype:
-    return torch.float32 if vae["force_upcast"] else PRECISIONS[config.engine.precision]
+        parts = ((build_on_meta(AutoencoderKLTemporalDecoder, vae), vae_dtype(vae, dtype)), (encoder, dtype))
+    return sum(own.itemsize * sum(p.numel() for p in part.parameters()) for part, own in parts)
 
 
 def predict_encoding_bytes(config: RunConfig, vae: Mapping[str, Any]) -> int:
     """Peak bytes of encoding a frame beside the weights of a VAE, by its configuration."""
-    dtype = _vae_dtype(config, vae)
+    dtype = vae_dtype(vae, PRECISIONS[config.engine.precision])
     size = (config.data.height, config.data.width)
     known = {name: value for name, value in vae.items() if not name.startswith("_")}
     return recall(
