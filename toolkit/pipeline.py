@@ -59,6 +59,7 @@ from toolkit.model.unet import FramerUNet
 from toolkit.run.folder import find_adapter
 from toolkit.run.framer import Framer, Sampling, Steering, to_signed
 from toolkit.run.inference import (
+    Told,
     list_differences,
     load_control,
     read_merged,
@@ -68,6 +69,7 @@ from toolkit.run.inference import (
 )
 
 SAMPLERS = {"EulerDiscreteScheduler": "euler", "LCMScheduler": "lcm", "CMStochasticIterativeScheduler": "lcm"}
+TOLD = Told()  # where nobody says otherwise
 Images = PIL.Image.Image | list[PIL.Image.Image] | Tensor
 
 
@@ -108,8 +110,8 @@ class FramerPipeline(DiffusionPipeline):
         num_inference_steps: int = 25,
         min_guidance_scale: float = 1.0,
         max_guidance_scale: float = 3.0,
-        fps: float = 7,
-        motion_bucket_id: float = 127,
+        fps: float = TOLD.fps,
+        motion_bucket_id: float = TOLD.motion,
     ) -> None:
         super().__init__()
         if not hasattr(unet, "mask_token") or unet.config.in_channels != 9:
