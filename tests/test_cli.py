@@ -150,7 +150,7 @@ def test_a_text_of_a_recipe_stays_as_it_was_written(monkeypatch, text):
         (("c", "--lora.rnak", "8"), "did you mean lora.rank?"),
         (("c", "--rank", "8"), "did you mean lora.rank?"),
         (("c", "--lora.ranks", "8"), "did you mean lora.rank?"),
-        (("c", "--optimizer", "{lr: 0}"), "optimizer.lr is 0"),
+        (("c", "--optimizer", "{lr: 1}"), "set its fields one by one, such as optimizer.lr"),
         (("c", "--data.shards", "--fresh"), "--data.shards is given without a value"),
     ],
 )

@@ -341,6 +341,14 @@ def test_wrong_sources_are_refused(recipe: Path, overrides: dict[str, Any], said
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [{"rank": 4}, {"rank": 4, "alpha": 4}, {}, "{rank: 4", None, True])
+def test_a_whole_section_is_no_override(recipe: Path, value: Any) -> None:
+    """It would drop the section's other fields unseen; the answer names one as it is set. A field may hold a mapping."""
+    with pytest.raises(UserError, match=r"lora is .*, in place of a whole section .*; set .*, such as lora\.rank"):
+        load_config(recipe, {"lora": value})
+    assert load_config(recipe, {"lora.rank_pattern": {"attn1": 4}}).lora.rank == 8
+
+
 def test_override_reaches_an_empty_section(recipe: Path) -> None:
     """`lora:` with nothing under it in the file is an empty section, not an unknown key."""
     recipe.write_text("name: a\ndata: {shards: s}\nlora:\n")

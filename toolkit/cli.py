@@ -135,7 +135,7 @@ def refuse_unknown_flags(function: Callable[..., Any], arguments: list[str]) -> 
         if name and flag not in taken:
             near = difflib.get_close_matches(flag, flags, 1)
             if fields and (not near or "." in flag or flag in parts):
-                continue  # load_config takes whole sections, and says which field may be meant
+                continue  # load_config says which field may be meant
             known = f"did you mean --{near[0]}?" if near else f"flags are {', '.join('--' + flag for flag in flags)}"
             raise UserError(f"unknown flag --{flag}; {known}")
 

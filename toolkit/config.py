@@ -529,6 +529,11 @@ def load_deepspeed_json(engine: EngineConfig) -> dict[str, Any]:
 
 
 def _set_dotted(tree: dict[str, Any], name: str, value: Any) -> None:
+    if own := [field for field in field_names() if field.startswith(f"{name}.")]:
+        raise UserError(
+            f"{name} is {value!r}, in place of a whole section and all that the recipe says there; set its fields one by "
+            f"one, such as {own[0]}"
+        )
     *sections, key = name.split(".")
     for section in sections:
         if tree.get(section) is None:  # absent, or `lora:` with nothing under it
