@@ -394,10 +394,12 @@ def test_a_checkpoint_of_a_run_can_be_named(trained: Path, tmp_path: Path, no_ne
 
 
 def test_what_was_judged_is_told(judged: tuple[Path, dict[str, Any], list[tuple]], trained: Path) -> None:
-    """On the terminal, on the page and in evaluation.json: which checkpoint, on which clips."""
+    """On the terminal, on the page and in evaluation.json: which checkpoint, on which clips, and there by which recipe."""
     folder, report, _ = judged
-    place, shards = str(trained / "checkpoints/step_000002"), str(load_config(trained / "config.yaml").data.shards)
+    config = load_config(trained / "config.yaml")
+    place, shards = str(trained / "checkpoints/step_000002"), str(config.data.shards)
     assert report["judged"] == {"tuned": place} and report["shards"] == [shards]
+    assert report["recipe"] == config.model_dump(mode="json")
     page = Page((folder / "report.html").read_text()).text
     for told in (to_text(report), page):
         assert f"tuned: {place}" in told and f"clips of {shards}" in told

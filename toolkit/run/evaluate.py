@@ -90,8 +90,8 @@ def evaluate_run(
     fvd       a network of video features, see metrics.load_video_features
     checkpoint  of each run: latest, best, or one such as step_000200
     returns   what evaluation.json holds: clips, psnr_linear, psnr_base, psnr_tuned, ssim_..., of the middle frame at the
-              first gap by the recipe's own settings, what was judged on which shards, strip and report, two paths; all
-              else by gap under "gaps"
+              first gap by the recipe's own settings, what was judged on which shards, by which recipe, the first one's,
+              strip and report, two paths; all else by gap under "gaps"
     """
     runs = [run] if isinstance(run, str) else [*run]
     sources = read_sources(runs, adapters, base, checkpoint)
@@ -139,6 +139,7 @@ def evaluate_run(
     report: dict[str, Any] = {
         "judged": {name: str(own.place) for name, own in sources.items() if own.place is not None},
         "shards": [*config.data.sources],
+        "recipe": config.model_dump(mode="json"),
         "clips": len(own),
     }
     for metric in ("psnr", "ssim"):

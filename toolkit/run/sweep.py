@@ -260,12 +260,16 @@ def judge_point(point: Point, gaps: Sequence[int], requests: Requests) -> bool:
 
 
 def is_judged(point: Point, gaps: Sequence[int]) -> bool:
-    """Whether a finished run was evaluated at these gaps after its last checkpoint."""
-    run, found = point.config.folder, point.evaluation
-    made = run / "config.yaml", list_checkpoints(run)[-1]  # not LATEST, before which a kill can come
-    if not found.exists() or found.stat().st_mtime <= max(file.stat().st_mtime for file in made):
+    """Whether a finished run was evaluated by its recipe, at these gaps, after its last checkpoint."""
+    newest, found = (
+        list_checkpoints(point.config.folder)[-1],
+        point.evaluation,
+    )  # not LATEST, before which a kill can come
+    if not found.exists() or found.stat().st_mtime <= newest.stat().st_mtime:
         return False
-    return set(json.loads(found.read_text())["gaps"]) == {str(gap) for gap in gaps or own_gaps(point.config)}
+    told = json.loads(found.read_text())
+    wanted = {str(gap) for gap in gaps or own_gaps(point.config)}
+    return told.get("recipe") == point.config.model_dump(mode="json") and set(told["gaps"]) == wanted
 
 
 def follow(command: list[str], requests: Requests, ask: Callable[[subprocess.Popen[bytes]], None]) -> int:
