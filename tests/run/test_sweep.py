@@ -108,8 +108,9 @@ def test_what_is_finished_is_not_done_again(settings: dict[str, Any], swept: Pat
     before = read(folder)
     assert do(settings) == [] and read(folder)["tables"] == before["tables"]
     (folder / NAMES[2] / "evaluation/evaluation.json").unlink()
+    (folder / NAMES[3] / "evaluation/evaluation.json").write_bytes(bytes(100))  # as a power cut leaves it
     pointer = (folder / NAMES[2] / "LATEST").rename(tmp_path / "LATEST")  # as after a kill just before it is written
-    assert do(settings) == [f"evaluate {NAMES[2]}"]
+    assert do(settings) == [f"evaluate {NAMES[2]}", f"evaluate {NAMES[3]}"]
     pointer.rename(folder / NAMES[2] / "LATEST")
     for file in folder.glob("*/config.yaml"):  # as a start of a finished run does by hand
         file.write_text(file.read_text())

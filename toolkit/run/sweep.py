@@ -261,15 +261,14 @@ def judge_point(point: Point, gaps: Sequence[int], requests: Requests) -> bool:
 
 def is_judged(point: Point, gaps: Sequence[int]) -> bool:
     """Whether a finished run was evaluated by its recipe, at these gaps, after its last checkpoint."""
-    newest, found = (
-        list_checkpoints(point.config.folder)[-1],
-        point.evaluation,
-    )  # not LATEST, before which a kill can come
-    if not found.exists() or found.stat().st_mtime <= newest.stat().st_mtime:
+    # not LATEST, before which a kill can come
+    newest, found = list_checkpoints(point.config.folder)[-1], point.evaluation
+    try:
+        told, came_later = json.loads(found.read_text()), found.stat().st_mtime > newest.stat().st_mtime
+    except (FileNotFoundError, ValueError):  # none yet, or one that a power cut has spoilt
         return False
-    told = json.loads(found.read_text())
     wanted = {str(gap) for gap in gaps or own_gaps(point.config)}
-    return told.get("recipe") == point.config.model_dump(mode="json") and set(told["gaps"]) == wanted
+    return came_later and told.get("recipe") == point.config.model_dump(mode="json") and set(told["gaps"]) == wanted
 
 
 def follow(command: list[str], requests: Requests, ask: Callable[[subprocess.Popen[bytes]], None]) -> int:
