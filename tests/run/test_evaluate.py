@@ -30,7 +30,7 @@ from toolkit.run.evaluate import draw_extremes, evaluate_run, recommend
 from toolkit.run.framer import Sampling
 from toolkit.run.inference import load_framer, read_source
 from toolkit.run.judge import Windows, describe, load_held_out, load_windows, main_figure
-from toolkit.run.report import frame_charts, to_text
+from toolkit.run.report import frame_charts, to_text, write_page
 from toolkit.run.strip import TILE_PX
 
 SWEEP = "lora_scale=0,0.5,1"
@@ -212,6 +212,22 @@ def test_the_command_prints_one_object(
     assert capsys.readouterr().out == f"wrote {trained}/samples/curves.svg\n"
 
 
+def test_a_page_of_the_folder_one_is_in_is_named(
+    judged: tuple[Path, dict[str, Any], list[tuple]], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the folder's name, as from anywhere else."""
+    _, report, _ = judged
+    pictures = dict.fromkeys(report["gaps"], Image.new("RGB", (8, 8)))
+    pages = []
+    for here, place in ((tmp_path, Path(".")), (tmp_path.parent, tmp_path)):
+        monkeypatch.chdir(here)
+        write_page(place, [trained], report, pictures)
+        pages.append((tmp_path / "report.html").read_text())
+    monkeypatch.chdir(trained)
+    write_page(tmp_path, [Path(".")], report, pictures)
+    assert [*pages, (tmp_path / "report.html").read_text()] == [pages[1]] * 3
+
+
 def test_runs_and_checkpoints_are_judged_on_the_same_clips(
     settings: dict[str, Any], trained: Path, tmp_path: Path
 ) -> None:
@@ -303,7 +319,7 @@ def test_clips_that_were_trained_on_are_told(
 def test_a_place_that_cannot_be_written_is_told_first(trained: Path, tmp_path: Path, no_network: None) -> None:
     """And not once all is generated."""
     (tmp_path / "results.json").touch()
-    with pytest.raises(OSError, match="results.json"):
+    with pytest.raises(UserError, match="cannot write to .*/results.json: .*; give another folder: --out FOLDER"):
         evaluate_run(str(trained), 1, 1, out=str(tmp_path / "results.json"))
 
 

@@ -121,10 +121,7 @@ def evaluate_run(
         raise UserError(
             "--fvd compares sets of clips, and one is judged; give more --clips, pack more videos, or leave it out"
         )
-    (folder / "samples").mkdir(parents=True, exist_ok=True)  # what cannot be written is not worth generating
-    closed = next((place for place in (folder, folder / "samples") if not os.access(place, os.W_OK)), None)
-    if closed is not None:  # a colleague's run, for one
-        raise UserError(f"cannot write to {closed}; give another folder: --out FOLDER")
+    make_folder(folder)  # what cannot be written is not worth generating
     results: dict[int, dict[str, Result]] = {}
     for gap, own in windows.items():
         results[gap] = {
@@ -161,6 +158,18 @@ def evaluate_run(
     extremes = {str(gap): draw_extremes(results[gap], own, tuned, ranked_by[gap]) for gap, own in windows.items()}
     write_page(folder, [Path(name).expanduser() for name in runs], report, extremes)
     return report
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder with one for pictures in it. Raises UserError where nothing can be written into them."""
+    remedy = "give another folder: --out FOLDER"
+    try:
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; {remedy}") from None
+    closed = next((place for place in (folder, folder / "samples") if not os.access(place, os.W_OK)), None)
+    if closed is not None:  # a colleague's run, for one
+        raise UserError(f"cannot write to {closed}; {remedy}")
 
 
 def refuse_lost_shards(sources: dict[str, Source]) -> None:

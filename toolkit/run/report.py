@@ -58,8 +58,9 @@ def write_page(folder: Path, runs: Sequence[Path], report: dict[str, Any], pictu
     runs      those whose training is shown
     pictures  by gap, of the clips with the largest and the smallest gain
     """
+    name = folder.resolve().name  # of `.` too
     judged = "".join(f"<p>{text(line)}</p>" for line in judged_of(report))
-    body = [f"<header><p>Evaluation report</p><h1>{text(folder.name)}</h1>{judged}<p>{units_of(report)}.</p></header>"]
+    body = [f"<header><p>Evaluation report</p><h1>{text(name)}</h1>{judged}<p>{units_of(report)}.</p></header>"]
     if "sweep" in report:
         sweep = report["sweep"]
         rows = [(gap, recommended_of(sweep, gap)) for gap in sweep["recommended"]]
@@ -77,8 +78,8 @@ def write_page(folder: Path, runs: Sequence[Path], report: dict[str, Any], pictu
             body.append(table(f"Gains by {report['sweep']['field']}", first, rest))
         body.append(f"<h2>Largest and smallest gain on the base</h2>{_picture(pictures[gap])}</section>")
         body.append(_charts_section(f"Frame by frame, gap of {gap}", frame_charts(report, gap)))
-    body += [_charts_section(f"Training of {text(run.name)}", training_charts(run)) for run in runs]
-    replace_text(folder / "report.html", document(f"Evaluation of {folder.name}", "\n".join(body)))
+    body += [_charts_section(f"Training of {text(run.resolve().name)}", training_charts(run)) for run in runs]
+    replace_text(folder / "report.html", document(f"Evaluation of {name}", "\n".join(body)))
 
 
 def judged_of(report: dict[str, Any]) -> list[str]:
