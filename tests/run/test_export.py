@@ -231,6 +231,13 @@ def test_any_checkpoint_can_be_named(run: Path, tmp_path: Path) -> None:
         assert read_metadata(out / "to_export.safetensors")["step"] == step
 
 
+def test_a_place_that_cannot_be_is_told(run: Path, tmp_path: Path) -> None:
+    """By the name that was given, not that of what is written aside."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write .*/file/out: Not a directory; choose another --out"):
+        export_run(str(run), "peft", str(tmp_path / "file/out"))
+
+
 def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
     """Nothing named, a folder of something else, a damaged one, the best of a run without validation: a sentence each."""
     harmed = shutil.copytree(run / "checkpoints/step_000001", tmp_path / "harmed")
@@ -311,6 +318,6 @@ def test_merged_unet_of_a_pinned_base_is_read(run: Path, tmp_path: Path) -> None
 def test_merged_unet_is_no_adapter(exported: Exported) -> None:
     """Given in an adapter's place, it is told apart."""
     with pytest.raises(
-        UserError, match="holds a whole UNet, such as a merged export, and no adapter; give it as the UNet"
+        UserError, match="holds a whole UNet, such as a merged .* the UNet .*, --unet of interpolate.py"
     ):
         read_source(adapters=[str(exported["merged"])])

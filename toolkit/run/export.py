@@ -98,7 +98,10 @@ def export_run(
     if adapter is not None and values is not None:
         adapter = with_values(adapter, values)
     aside = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
-    aside.mkdir(parents=True)
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
     try:
         if adapter is None or to == "merged":
             _write_merged(aside, source, about | {"precision": precision or "fp16"}, config, values)

@@ -229,10 +229,9 @@ def find_adapter(source: Path) -> Path:
     source = source.expanduser()
     if not source.exists():
         raise UserError(f"no adapter at {source}: give a run folder, a checkpoint, or an exported folder or file")
+    as_unet = "give it as the UNet (model.unet of a recipe, --unet of interpolate.py)"
     if (source / "unet").is_dir():
-        raise UserError(
-            f"{source} holds a whole UNet, such as a merged export, and no adapter; give it as the UNet: --unet"
-        )
+        raise UserError(f"{source} holds a whole UNet, such as a merged export, and no adapter; {as_unet}")
     if (source / "config.yaml").exists():
         place = newest_adapter(source)
     elif changed := find_changed(source, PEFT_FILES):
@@ -241,8 +240,8 @@ def find_adapter(source: Path) -> Path:
         place = source
     if (place / ABOUT_FILE).is_file():
         raise UserError(
-            f"{place} holds a whole UNet, of tuning full, and no adapter; give it as the UNet (model.unet of a recipe, "
-            "--unet of interpolate.py), or evaluate it by --run and --checkpoint"
+            f"{place} holds a whole UNet, of tuning full, and no adapter; {as_unet}, or evaluate it by --run and "
+            "--checkpoint"
         )
     find_file(place)
     return place
