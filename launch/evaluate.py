@@ -78,7 +78,7 @@ def evaluate(
     if json:
         print(dumps(report, indent=2))
     else:
-        tuned = next(iter(report["judged"]), "tuned")
+        tuned = next(iter(report["judged"]))
         print(
             f"{to_text(report)}\npictures: {report['strip']}  (first | linear | base | {tuned} | true | last)\n"
             f"report: {report['report']}"

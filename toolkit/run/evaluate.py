@@ -134,7 +134,7 @@ def evaluate_run(
     ranked_by = {gap: main_figure(by_gap[str(gap)]["figures"]["linear"]) for gap in windows}
     gap, own = next(iter(windows.items()))
     report: dict[str, Any] = {
-        "judged": {name: str(own.place) for name, own in sources.items() if own.place is not None},
+        "judged": {name: str(own.place) for name, own in sources.items()},
         "shards": [*config.data.sources],
         "recipe": config.model_dump(mode="json"),
         "clips": len(own),
@@ -142,12 +142,8 @@ def evaluate_run(
     for metric in ("psnr", "ssim"):
         for name, label in (("linear", "linear"), ("base", "base"), ("tuned", tuned)):
             report[f"{metric}_{name}"] = by_gap[str(gap)]["figures"][label][f"{metric}_middle"]["mean"]
-    first_BCHW, *_, last_BCHW = to_signed(own.frames_BTHWC).unbind(1)
-    shown = ("linear", contenders[tuned].base, tuned, "true")
-    middles = {label: to_signed(results[gap][label].middle_BHWC) for label in shown}
-    columns = {"first": first_BCHW, **middles, "last": last_BCHW}
     report |= {
-        "strip": str(draw_strip(folder / "samples/strip.png", columns)),
+        "strip": str(draw_strip(folder / "samples/strip.png", show_clips(results[gap], own, tuned, range(len(own))))),
         "report": str(folder / "report.html"),
         "sampling": vars(sampling),
         "gaps": by_gap,
@@ -287,12 +283,16 @@ def draw_extremes(results: dict[str, Result], windows: Windows, tuned: str, figu
     gain_B = results[tuned].figures[figure] - results["base"].figures[figure]
     # a clip in which nothing moves has no gain, and is neither
     rows = list(dict.fromkeys([int(gain_B.nan_to_num(-math.inf).argmax()), int(gain_B.nan_to_num(math.inf).argmin())]))
-    ends_BTCHW = to_signed(windows.frames_BTHWC[rows])
-    middles = {label: to_signed(results[label].middle_BHWC[rows]) for label in ("linear", "base", tuned, "true")}
-    columns = {"first": ends_BTCHW[:, 0], **middles, "last": ends_BTCHW[:, -1]}
     captions = [
         f"{name} gain, {windows.keys[row]}: "
         + ", ".join(f"{label} {results[label].figures[figure][row]:.2f} dB" for label in ("linear", "base", tuned))
         for name, row in zip(("largest", "smallest"), rows, strict=False)
     ]
-    return compose_strip(columns, captions)
+    return compose_strip(show_clips(results, windows, tuned, rows), captions)
+
+
+def show_clips(results: dict[str, Result], windows: Windows, tuned: str, rows: Sequence[int]) -> dict[str, Tensor]:
+    """Columns of a strip: the ends of clips, and between them the middle frames."""
+    windows_BTCHW = to_signed(windows.frames_BTHWC[rows])
+    middles = {label: to_signed(results[label].middle_BHWC[rows]) for label in ("linear", "base", tuned, "true")}
+    return {"first": windows_BTCHW[:, 0], **middles, "last": windows_BTCHW[:, -1]}
