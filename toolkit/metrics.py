@@ -17,6 +17,7 @@ from toolkit.errors import UserError, in_one_line
 
 LEVELS = 127.5  # of 255 in one unit of [-1, 1]
 ROUNDING = 1 / 12 / LEVELS**2  # mean squared error of rounding to 8 bits, as every picture here once was: PSNR 58.9 dB
+MOVING = 0.2  # in [-1, 1]: a pixel moves where some channel's largest and smallest value differ by more
 Distance = Callable[[Tensor, Tensor], Tensor]  # of two batches of images, (B,)
 Features = Callable[[Tensor], Tensor]  # of videos, (B, D)
 
@@ -29,13 +30,10 @@ def psnr_db(image_BCHW: Tensor, true_BCHW: Tensor) -> Tensor:
     return _psnr_db((image_BCHW - true_BCHW).square().mean((1, 2, 3)))
 
 
-def moving_mask(frames_BTCHW: Tensor, threshold: float = 0.1) -> Tensor:
-    """Where the true colours vary over a video, (B, H, W) bool; it depends on no generated frame, so it favours none.
-
-    threshold  share of the range: a pixel moves where some channel's largest and smallest value differ by more
-    """
+def moving_mask(frames_BTCHW: Tensor) -> Tensor:
+    """Where the true colours vary over a video, (B, H, W) bool; it depends on no generated frame, so it favours none."""
     span_BCHW = frames_BTCHW.amax(1) - frames_BTCHW.amin(1)
-    return span_BCHW.amax(1) > 2 * threshold
+    return span_BCHW.amax(1) > MOVING
 
 
 def psnr_moving_db(image_BCHW: Tensor, true_BCHW: Tensor, mask_BHW: Tensor) -> Tensor:
