@@ -349,6 +349,22 @@ def test_a_whole_section_is_no_override(recipe: Path, value: Any) -> None:
     assert load_config(recipe, {"lora.rank_pattern": {"attn1": 4}}).lora.rank == 8
 
 
+def test_none_on_the_command_line_takes_nobody_s_place(recipe: Path) -> None:
+    """A mix that is none leaves the shards of the recipe, however none is spelt."""
+    for none in ("null", "None", None):
+        data = load_config(recipe, {"data.mix": none}).data
+        assert (data.shards, data.mix) == ("shards/a", None)
+
+
+def test_an_override_into_what_is_no_section_names_that(recipe: Path) -> None:
+    """And not the field, which is known."""
+    recipe.write_text(yaml.safe_dump({"name": "a", "data": {"shards": "shards/a"}, "lora": 8}))
+    with pytest.raises(UserError, match="lora.rank is given, but lora is 8 in the recipe; let it hold fields"):
+        load_config(recipe, {"lora.rank": 4})
+    with pytest.raises(UserError, match="unknown key data.shards.a; did you mean data.shards"):
+        load_config(recipe, {"data.shards.a": 4})
+
+
 def test_override_reaches_an_empty_section(recipe: Path) -> None:
     """`lora:` with nothing under it in the file is an empty section, not an unknown key."""
     recipe.write_text("name: a\ndata: {shards: s}\nlora:\n")

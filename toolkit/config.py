@@ -382,7 +382,8 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
     tree = read_yaml(path, "the recipe", "recipes are in launch/recipes")
     if not isinstance(tree, dict):
         raise UserError(f"{path} is not a recipe: it must hold `section: {{key: value}}`, see launch/recipes")
-    overrides = overrides or {}
+    given_none = ("null", "None")  # as text: recipes say the one, Python the other
+    overrides = {name: None if value in given_none else value for name, value in (overrides or {}).items()}
     for given, other in (("mix", "shards"), ("shards", "mix")):  # the one takes the other's place
         data = tree.get("data")
         if overrides.get(f"data.{given}") is not None and f"data.{other}" not in overrides and isinstance(data, dict):
@@ -529,7 +530,8 @@ def load_deepspeed_json(engine: EngineConfig) -> dict[str, Any]:
 
 
 def _set_dotted(tree: dict[str, Any], name: str, value: Any) -> None:
-    if own := [field for field in field_names() if field.startswith(f"{name}.")]:
+    known = field_names()
+    if own := [field for field in known if field.startswith(f"{name}.")]:
         raise UserError(
             f"{name} is {value!r}, in place of a whole section and all that the recipe says there; set its fields one by "
             f"one, such as {own[0]}"
@@ -540,8 +542,12 @@ def _set_dotted(tree: dict[str, Any], name: str, value: Any) -> None:
             tree[section] = {}
         tree = tree[section]
         if not isinstance(tree, dict):
+            if name in known:
+                raise UserError(
+                    f"{name} is given, but {section} is {tree!r} in the recipe; let it hold fields, or leave it out"
+                )
             raise UserError(_unknown(name))
-    tree[key] = None if value in ("null", "None") else value  # left as text: recipes say the one, Python the other
+    tree[key] = value
 
 
 def flatten_config(section: Section, prefix: str = "") -> dict[str, Any]:
