@@ -1,7 +1,7 @@
 """Small trainings on the engines alone, each on ranks forked from one warm process: ranks.py FOLDER, then cases as JSON.
 
 A launch pays for its imports on every rank; here they are paid once. Each rank of a case writes FOLDER/<case>.<rank>.json,
-what it computed and saw, and two gathered states, .half.safetensors after two steps and .end.safetensors.
+what it computed and saw; the main one also gathered states, <case>.half.safetensors and <case>.end.safetensors.
 """
 
 import contextlib
@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+from toolkit.engine import pieces  # noqa: E402
 from toolkit.engine.fsdp2 import Fsdp2Engine  # noqa: E402
 from toolkit.engine.plain import STATE_KEYS, AdamSettings, PlainEngine, State  # noqa: E402
 from toolkit.engine.zero import ZeroEngine  # noqa: E402
 
 ADAM = AdamSettings(weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, max_grad_norm=0.5)
 GLOBAL_BATCH, STEPS, HALF = 8, 4, 2
+AT_ONCE = 32  # elements of a reduction when state is gathered, of the 106 there are
 COLLECTIVES = (
     "all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "_reduce_scatter_base",
     "all_gather", "all_gather_into_tensor", "all_gather_single", "_all_gather_base", "broadcast",
@@ -75,7 +77,7 @@ def run_case(case: Case, rank: int, folder: Path) -> None:
     network = Network()
     engine = make_engine(case, network)
     if case.resume is not None:
-        engine.scatter(read_state(folder / f"{case.resume}.0.half.safetensors"), HALF)
+        engine.scatter(read_state(folder / f"{case.resume}.half.safetensors"), HALF)
     losses, norms, collectives, still, half = [], [], [], [], None
     phases: list[dict[str, list[tuple[str, int]]]] = []  # of each step, with the collectives in them
     for step in range(0 if case.resume is None else HALF, STEPS):
@@ -99,17 +101,16 @@ def run_case(case: Case, rank: int, folder: Path) -> None:
     collectives.append(called[:])
     report = {
         "losses": losses, "norms": norms, "updates": engine.updates, "collectives": collectives, "still": still,
-        "phases": phases, "agrees": agrees(engine, end),
+        "phases": phases, "gathered": [*end], "agrees": agrees(engine, end),
     }  # fmt: skip
-    place = folder / f"{case.name}.{rank}"
-    Path(f"{place}.json").write_text(json.dumps(report))
+    (folder / f"{case.name}.{rank}.json").write_text(json.dumps(report))
     for name, state in (
         ("half", half),
         ("end", end),
     ):  # the first only now: what is gathered must not follow the training
-        if state is not None:
+        if state:
             flat = {f"{parameter}/{key}": tensor for parameter, saved in state.items() for key, tensor in saved.items()}
-            save_file(flat, f"{place}.{name}.safetensors")
+            save_file(flat, folder / f"{case.name}.{name}.safetensors")
     engine.close()
 
 
@@ -140,17 +141,17 @@ def accumulate(case: Case, engine: Engine, network: Network, step: int, rank: in
     return total.item()
 
 
-def look(engine: Engine, network: Network) -> list[list[float]]:
-    """All that a step changes: masters, moments, Adam's own counts, and what the network computes."""
+def look(engine: Engine, network: Network) -> list[bytes]:
+    """All bits that a step changes on this rank: its masters, moments, Adam's own counts, and what the network computes."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     with torch.no_grad():
         output = network(torch.ones(1, 5) + network.token)
-    state = [t.flatten().tolist() for saved in engine.gather().values() for t in saved.values()]
-    return [*state, [float(saved["step"]) for saved in optimizer.state.values()], output.flatten().tolist()]
+    own = [tensor for master, saved in optimizer.state.items() for tensor in (master, *saved.values())]
+    return [tensor.detach().numpy().tobytes() for tensor in (*own, output)]
 
 
 def agrees(engine: Engine, state: State) -> bool:
-    """Whether DeepSpeed's own functions, of one collective per tensor, gather the same bits."""
+    """Whether DeepSpeed's own functions, of one collective per tensor, gather the bits that the main rank has."""
     if not isinstance(engine, ZeroEngine):
         return True
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -158,7 +159,7 @@ def agrees(engine: Engine, state: State) -> bool:
     for name, parameter in engine.parameters.items():
         own = [safe_get_full_fp32_param(parameter)]
         own += [safe_get_full_optimizer_state(parameter, key) for key in STATE_KEYS[1:]]
-        if not all(torch.equal(state[name][key], tensor) for key, tensor in zip(STATE_KEYS, own, strict=True)):
+        if state and not all(torch.equal(state[name][key], t) for key, t in zip(STATE_KEYS, own, strict=True)):
             return False
     return True
 
@@ -205,6 +206,7 @@ def fork_rank(case: Case, rank: int, folder: Path) -> int:
 
 
 def main(folder: Path, cases: list[Case]) -> None:
+    pieces.AT_ONCE = AT_ONCE
     for name in COLLECTIVES:
         if hasattr(dist, name):
             count(name)

@@ -1,5 +1,6 @@
 """One flat parameter is the many that it is made of. Run: pytest tests/model/test_flat.py"""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -110,3 +111,12 @@ def test_join_is_the_reverse_of_split(kind: str) -> None:
     assert {name: part["master"].shape for name, part in named.items()} == {n: v.shape for n, v in values.items()}
     joined = adapter.join({name: named[name] for name in reversed(named)})
     assert all(torch.equal(joined[NAME][key], state[NAME][key]) for key in STATE_KEYS)
+    assert {*joined[NAME]} == {*STATE_KEYS}
+
+
+def test_join_holds_nothing_whole() -> None:
+    """A whole tensor lives as long as who asked for it wants it: as many ranks as a host has would each hold all of them."""
+    _, adapter, _ = make_flat("plain")
+    joined = adapter.join(adapter.split({NAME: {key: torch.randn_like(adapter.flat) for key in STATE_KEYS}}))
+    lives = [weakref.ref(joined[NAME][key]) for key in STATE_KEYS]
+    assert [whole() for whole in lives] == [None] * len(STATE_KEYS)

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from toolkit.engine.pieces import Piece, cut, join
-from toolkit.engine.plain import STATE_KEYS, AdamSettings, State, Timing, make_adamw, update
+from toolkit.engine.plain import STATE_KEYS, AdamSettings, Saved, State, Timing, make_adamw, update
 
 
 class Fsdp2Engine:
@@ -74,9 +74,9 @@ class Fsdp2Engine:
 
     def gather(self) -> State:
         whole = {key: join(self._pieces(key), self.shapes, self.device, self.group) for key in STATE_KEYS}
-        return {name: {key: whole[key][name] for key in STATE_KEYS} for name in self.shapes}
+        return {name: {key: whole[key][name] for key in STATE_KEYS} for name in whole["master"]}
 
-    def scatter(self, state: State, updates: int) -> None:
+    def scatter(self, state: Saved, updates: int) -> None:
         self._set_updates(updates)
         for key in STATE_KEYS:
             cut(state, key, self._pieces(key))

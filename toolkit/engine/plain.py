@@ -6,7 +6,7 @@ Test: pytest tests/engine. An engine has five verbs, and so have zero.py and fsd
                              any rank, nothing is updated on any; skip only clears, and returns nan. Another argument,
                              timing, is entered around its phases, "reduce" (where ranks' gradients are) and "optimizer"
     gather()                 {parameter name: {master, exp_avg, exp_avg_sq}}: whole fp32 tensors of one's own, on the CPU
-                             of every rank
+                             of the main rank; {} on the others
     scatter(state, updates)  the reverse, into a fresh engine
     close()
 and `updates`, the number of updates made so far, which Adam counts: fewer than steps where some were skipped.
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 State = dict[str, dict[str, Tensor]]
+Saved = Mapping[str, Mapping[str, Tensor]]  # the same, which may make each tensor when it is asked for
 Timing = Callable[[str], AbstractContextManager[Any]]
 STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -90,15 +91,14 @@ class PlainEngine:
             state[name] = {key: t.detach().cpu().clone() for key, t in zip(STATE_KEYS, tensors, strict=True)}
         return state
 
-    def scatter(self, state: State, updates: int) -> None:
+    def scatter(self, state: Saved, updates: int) -> None:
         self.updates = updates
         for name, parameter in self.parameters.items():
-            saved = {key: tensor.to(parameter.device) for key, tensor in state[name].items()}
-            parameter.data.copy_(saved["master"])
+            parameter.data.copy_(state[name]["master"])
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(updates), device=parameter.device),
-                "exp_avg": saved["exp_avg"].clone(),
-                "exp_avg_sq": saved["exp_avg_sq"].clone(),
+                "exp_avg": state[name]["exp_avg"].to(parameter.device, copy=True),
+                "exp_avg_sq": state[name]["exp_avg_sq"].to(parameter.device, copy=True),
             }
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.engine.pieces import Piece, cut, join
-from toolkit.engine.plain import STATE_KEYS, AdamSettings, State, Timing, make_adamw
+from toolkit.engine.plain import STATE_KEYS, AdamSettings, Saved, State, Timing, make_adamw
 
 
 class ZeroEngine:
@@ -86,9 +86,9 @@ class ZeroEngine:
 
     def gather(self) -> State:
         whole = {key: join(self._pieces(key), self.shapes, self.device, None) for key in STATE_KEYS}
-        return {name: {key: whole[key][name] for key in STATE_KEYS} for name in self.shapes}
+        return {name: {key: whole[key][name] for key in STATE_KEYS} for name in whole["master"]}
 
-    def scatter(self, state: State, updates: int) -> None:
+    def scatter(self, state: Saved, updates: int) -> None:
         self._set_updates(updates)
         for key in STATE_KEYS:
             cut(state, key, self._pieces(key))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,10 +98,25 @@ class FlatAdapter(nn.Module):
         parts = {key: tensor.split(sizes) for key, tensor in state[NAME].items()}
         return {n: {key: parts[key][i].view(self.shapes[n]) for key in parts} for i, n in enumerate(names)}
 
-    def join(self, state: State) -> State:
-        """The reverse of split."""
-        keys = next(iter(state.values())).keys()
-        return {NAME: {key: torch.cat([state[name][key].flatten() for name in self.shapes]) for key in keys}}
+    def join(self, state: State) -> Mapping[str, Mapping[str, Tensor]]:
+        """The reverse of split; each tensor is put together when it is asked for, and held by who asked."""
+        return {NAME: _Joined([state[name] for name in self.shapes])}
+
+
+class _Joined(Mapping[str, Tensor]):
+    """What is kept of the one parameter, a tensor at a time: the ranks of a host might not have room for all of them."""
+
+    def __init__(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
+        self.parts = parts
+
+    def __getitem__(self, key: str) -> Tensor:
+        return torch.cat([part[key].flatten() for part in self.parts])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts[0])
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
 
 
 def _take_out(network: nn.Module, name: str, dtype: torch.dtype) -> _Place:

@@ -194,7 +194,7 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, total: int) 
 def save(
     config: RunConfig, job: Job, world: World, step: int, skipped_in_a_row: int, score: float | None, misses: int
 ) -> None:
-    """Gather on every rank, and hand over to the main rank's writer.
+    """Gather on the main rank, and hand over to its writer; every rank takes part.
 
     score   of a look at this step, if there was one
     misses  looks since the best, see best.py
