@@ -13,7 +13,17 @@ from typing import Any
 
 import pytest
 
-from tests.faults.forked import ROOT, Warm, Wound, goes_on, same_run, wait_for, wait_for_steps
+from tests.faults.forked import (
+    ROOT,
+    Warm,
+    Wound,
+    goes_on,
+    newest,
+    run_folder,
+    same_run,
+    wait_for,
+    wait_for_steps,
+)
 from toolkit.run.watchdog import HANG
 
 TIMEOUT_S = 5.0
@@ -110,6 +120,21 @@ def test_compiling_is_no_hang(forked: Warm, small_run: dict[str, Any], call: int
     # compiling itself would take a minute
     wounds = [("drop", {"place": "run.job:compile_blocks"}), stick(0, "run.framer:Framer.compute_loss", call, 7)]
     assert forked.start(overrides, wounds=wounds).wait() == codes
+
+
+SAVE = "run.writer:save_checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("wound", "codes"),
+    [(("drag", {"place": SAVE, "calls": [1, 4], "seconds": 7}), [0, 0]), (stick(0, SAVE, 1, 60), [HANG, HANG])],
+)
+def test_a_slow_write_is_no_hang(forked: Warm, small_run: dict[str, Any], wound: Wound, codes: list[int]) -> None:
+    """Of the first checkpoint and of the last, for longer than engine.hang_timeout_s; one that stands still is one."""
+    overrides = small_run | {"name": f"written_{codes[0]}", "engine.hang_timeout_s": 3}
+    trial = forked.start(overrides, wounds=[wound])
+    assert trial.wait() == codes, trial.stderr()
+    assert newest(run_folder(overrides)) == (8 if codes == [0, 0] else 0)
 
 
 def watch_alone(folder: Path, lines: str, ranks: int = 1) -> subprocess.Popen[str]:

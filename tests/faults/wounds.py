@@ -75,6 +75,18 @@ def stick(rank: int, victims: list[int], place: str, call: int, seconds: float |
         wrap(place, strike)
 
 
+def drag(rank: int, place: str, calls: list[int], seconds: float) -> None:
+    """At some calls of a function, take longer, little by little, as a slow disk has a write do."""
+
+    def strike(count: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        until_s = time.monotonic() + seconds * (count in calls)
+        while time.monotonic() < until_s:
+            time.sleep(0.05)
+        return function(*args, **kwargs)
+
+    wrap(place, strike)
+
+
 def crowd(rank: int, place: str) -> None:
     """At the first call of a function, leave gloo's threads with sums over the ranks that they will not be rid of."""
 

@@ -32,6 +32,7 @@ from toolkit.run.signals import REQUEUE, REQUEUE_FILE, Requests, Wishes
 from toolkit.run.skips import Skips
 from toolkit.run.validate import Losses
 from toolkit.run.watchdog import Watchdog
+from toolkit.run.writer import Write
 
 DEBUG_PICTURE = "samples/batch.png"
 COMPILING_S = 1800  # what a slow host may take for all modules, beside engine.hang_timeout_s
@@ -115,10 +116,12 @@ def run_steps(config: RunConfig, job: Job, world: World, requests: Requests, wat
             ends = wishes.stop or wishes.yields or over or step + 1 == job.total
             if ends or wishes.save or better or is_due(config.checkpoint.every_steps, step + 1, job.total):
                 with monitor.paused():
+                    await_write(job, world, watchdog)
                     save(config, job, world, step + 1, skips.in_a_row, score, best.misses)
             if ends:
                 break
         watchdog.beat()
+        await_write(job, world, watchdog)
         if job.writer is not None:
             job.writer.wait()
         monitor.conclude(over)
@@ -189,6 +192,16 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int, total: int) 
         return peak
     progress = (step - schedule.warmup_steps) / max(1, total - schedule.warmup_steps)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def await_write(job: Job, world: World, watchdog: Watchdog) -> None:
+    """Wait on every rank until the checkpoint before is written, however long that takes, as long as the write moves.
+
+    Else the main rank alone would wait, and the others, at the next step, would take it for one that hangs.
+    """
+    while how := world.broadcast_int(job.writer.look() if job.writer is not None else Write.OVER):
+        if how == Write.MOVES:
+            watchdog.beat()
 
 
 def save(
