@@ -113,6 +113,15 @@ def test_finished_run_says_so_and_changes_nothing(
     assert {p: p.read_bytes() for part in ("checkpoints", "log.jsonl", "LATEST") for p in files(folder / part)} == kept
 
 
+def test_pointers_that_a_kill_left_behind_are_put_right(copied: tuple[dict[str, Any], Path]) -> None:
+    """Killed between its last checkpoint and LATEST, a run is finished: started again, it names what there is."""
+    overrides, folder = copied
+    (folder / "LATEST").write_text("step_000002\n")
+    (folder / "BEST").write_text('{"step": 9, "by": "loss", "score": 0.1, "clips": 8}\n')  # which was set aside, say
+    train_here(overrides)
+    assert (folder / "LATEST").read_text() == "step_000006\n" and not (folder / "BEST").exists()
+
+
 def test_fresh_keeps_the_old_run_aside(
     copied: tuple[dict[str, Any], Path], finished_run: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,12 +70,20 @@ def save_checkpoint(
     if not folder.is_dir() or find_fault(folder):
         check_space(run, unet, {n: saved["master"].shape for n, saved in tensors.items()}, ema=_has_averages(tensors))
         _publish(folder, tensors, unet, {"step": step, **state}, about | {"step": step})
-    replace_text(run / "LATEST", folder.name + "\n")
+    _prune(run, settings, point(run))
+    return folder
+
+
+def point(run: Path) -> Scored | None:
+    """Have LATEST and BEST say which checkpoints are that now, as after a kill they may not; returns the best."""
+    if found := list_checkpoints(run):
+        replace_text(run / "LATEST", found[-1].name + "\n")
     best = find_best(run)
     if best is not None:
         replace_text(run / "BEST", json.dumps(best._asdict()) + "\n")
-    _prune(run, settings, best)
-    return folder
+    else:
+        (run / "BEST").unlink(missing_ok=True)
+    return best
 
 
 def _publish(folder: Path, tensors: State, unet: nn.Module, state: dict[str, Any], about: dict[str, Any]) -> None:

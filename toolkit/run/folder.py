@@ -36,6 +36,7 @@ from toolkit.run.checkpoint import (
     find_best,
     load_checkpoint,
     newest_good,
+    point,
     refuse_misfit,
     replace_text,
 )
@@ -144,7 +145,7 @@ def find_resume(
 ) -> Resume:
     """Load the newest good checkpoint; the main rank chooses it, so that all ranks load the same.
 
-    The lists of bad clips and of skipped steps are cut back to it, and snapshots of averages.
+    The lists of bad clips and of skipped steps are cut back to it, and snapshots of averages; LATEST names it.
 
     identity      what must not have changed: the data set's, the base's and the code's fingerprints
     shapes        of what trains, by name
@@ -163,6 +164,7 @@ def find_resume(
         cut_ledger(folder, resume.k_next)
         cut_skips(folder, resume.step)
         cut_snapshots(folder, resume.step)
+        point(folder)
         known = find_best(folder, look)
         best, best_step = (known.score, known.step) if known is not None else (math.nan, 0.0)
     # the same on every rank
