@@ -73,6 +73,23 @@ def test_a_kill_at_the_very_start_leaves_a_usable_folder(tmp_path: Path) -> None
         check_folder(config)
 
 
+@pytest.mark.parametrize("allow_change", [False, True])
+def test_another_adapter_to_start_from_is_refused(tmp_path: Path, allow_change: bool) -> None:
+    """As soon as there is a checkpoint, after which it is read no more: taken in silence, it would be taken for trained."""
+    config, other, without = (
+        load_config(RECIPE, {"runs_dir": str(tmp_path)} | start)
+        for start in ({"lora.init_from": "a"}, {"lora.init_from": "b"}, {})
+    )
+    prepare_folder(config, fresh=False).close()
+    record_start(config)
+    assert check_folder(other) == ""
+    (config.folder / "checkpoints/step_000002").mkdir()
+    assert check_folder(config) == ""
+    for changed, new in ((other, "'b'"), (without, "None")):
+        with pytest.raises(UserError, match=rf"another recipe \(lora.init_from was 'a', is {new}\)"):
+            check_folder(changed, allow_change)
+
+
 def test_what_a_kill_left_half_written_goes(tmp_path: Path) -> None:
     """Of the files that the run alone writes; another program may be writing its own at this moment."""
     config = load_config(RECIPE, {"runs_dir": str(tmp_path)})

@@ -47,11 +47,11 @@ from toolkit.run.skips import cut_skips
 
 # Fields that may change between the start of a run and its resumption: they do not change what is computed.
 # The same data may lie elsewhere: its fingerprint is compared, not its place.
-FREE_FIELDS = ("runs_dir", "log_every_steps", "lora.init_from", "checkpoint.", "validation.", "data.shards", "data.mix",
+FREE_FIELDS = ("runs_dir", "log_every_steps", "checkpoint.", "validation.", "data.shards", "data.mix",
                "data.remote", "data.cache_", "data.debug", "data.workers", "data.max_bad_fraction", "engine.kind",
                "engine.deepspeed", "engine.shard_ranks", "engine.hang_timeout_s", "optimizer.max_skipped_steps",
                "model.attention", "model.blocks", "model.memory", "model.compile", "model.cuda_graphs")  # fmt: skip
-SOURCES = ("data.shards", "data.mix", "lora.init_from")  # among these what tells runs apart all the same
+SOURCES = ("data.shards", "data.mix")  # among these what tells runs apart all the same
 _SHARED_DISK_S = 60  # for which a network disk may go on saying that a file is not there
 RATE_FILES = ("find_lr.json", "find_lr.svg")  # which launch/find_lr.py leaves for a run to come
 _OWN_TEXTS = ("config.yaml", "env.json", "LATEST", "BEST", "*.jsonl")  # which the run alone writes
