@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from launch.find_lr import find_lr as command
+from tests.faults.test_checkpoints import fill, small_disk
 from tests.launching import RECIPE, train_here
 from toolkit.config import load_config
 from toolkit.data.index import open_sources
@@ -132,3 +134,21 @@ def test_what_a_run_would_refuse_is_refused(settings: dict[str, Any], tmp_path: 
         with pytest.raises(UserError, match=words):
             command(str(RECIPE), **own | changes)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("harm", ["full", "read-only"])
+def test_a_place_that_takes_no_file_is_refused_first(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    """A full disk, and one that can only be read, though the run's folder is there: not one step is taken."""
+    monkeypatch.setattr(module, "try_rates", lambda *_: pytest.fail("begun all the same"))
+    with small_disk(tmp_path / "disk") as disk:
+        own = settings | {"name": "x", "runs_dir": str(disk)}
+        (disk / "x").mkdir()
+        if harm == "full":
+            fill(disk, 1000)
+        else:
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with pytest.raises(UserError, match=rf"cannot write to {disk}/x: .*; free some space, or choose another"):
+            command(str(RECIPE), **own)
+        assert not list((disk / "x").iterdir())

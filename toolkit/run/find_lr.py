@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
+import tempfile
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
@@ -41,6 +43,7 @@ LOWEST, HIGHEST = 1e-6, 1.0
 WORSE = 4.0  # times the lowest loss so far: there it ends
 BELOW = 10.0  # the suggested rate is so many times lower than the one at which the loss was lowest
 LEAST_CLIPS = 8  # scored after each step
+ROOM_BYTES = 1 << 20  # more than the two files take
 SLIGHT = 1e-3  # a loss that falls by less than this share has not fallen
 
 
@@ -55,7 +58,7 @@ def find_lr(recipe: str, steps: int, overrides: Mapping[str, Any]) -> dict[str, 
     """Let a recipe's rate rise over fresh steps, and suggest one; only two small files are kept, in its run folder.
 
     returns  what find_lr.json holds: {suggested, lowest: {rate, loss}, start_loss, trials: [[rate, loss], ...], command}
-    raises   UserError for what a run would refuse, and where no rate lowers the loss
+    raises   UserError for what a run would refuse, where the files cannot be written, and where no rate lowers the loss
     """
     asked = load_config(recipe, dict(overrides))
     alone = {"kind": "plain", "deepspeed": None, "shard_ranks": None}
@@ -64,7 +67,7 @@ def find_lr(recipe: str, steps: int, overrides: Mapping[str, Any]) -> dict[str, 
     index = open_sources(config.data, "train")
     if index.cached:
         check_cache(config)
-    config.folder.mkdir(parents=True, exist_ok=True)
+    try_place(config.folder)
     start, *trials = show_trials(try_rates(config, index, steps), steps)
     found, drawn = (config.folder / name for name in RATE_FILES)
     replace_text(drawn, stack_charts([draw(start.loss, trials)]))
@@ -97,6 +100,20 @@ def find_lr(recipe: str, steps: int, overrides: Mapping[str, Any]) -> dict[str, 
             f"{SLIGHT:.1%} (see {drawn}); look by launch/doctor.py at what trains, or give it more --steps"
         )
     return report
+
+
+def try_place(folder: Path) -> None:
+    """Make a folder; raises UserError where no files can be written to it, before what shall be in them is worked out."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:  # which is nowhere to be seen, and so never left behind
+            file.write(bytes(ROOM_BYTES))
+            file.flush()
+            os.fsync(file.fileno())  # some disks say only then that they are full
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}; free some space, or choose another --runs_dir"
+        ) from None
 
 
 def try_rates(config: RunConfig, index: DatasetIndex, steps: int) -> Iterator[Trial]:
