@@ -208,7 +208,7 @@ def test_overwrite_replaces_only_when_done(videos: Path, packed: Path, tmp_path:
     (tmp_path / "bad" / "a.mp4").write_text("no video")
     with pytest.raises(UserError, match="none of the 1 videos"):
         pack(tmp_path / "bad", out, overwrite=True)
-    with pytest.raises(UserError, match=r"\(v\d\.mp4: near-black.*move the threshold"):
+    with pytest.raises(UserError, match=r"\(v\d\.mp4: near-black: .*lower --min_brightness and give --over"):
         pack(videos, out, min_brightness=255, overwrite=True)
     assert {name: data for name, data in content(out).items() if not name.startswith(".packing")} == content(packed)
     report = pack(videos, out, short_side=24, overwrite=True)
@@ -220,6 +220,36 @@ def test_overwrite_replaces_only_when_done(videos: Path, packed: Path, tmp_path:
     assert pack(videos, out, short_side=24).summary() == said and load_record(out) == report.record
     (out / "report.html").unlink()
     assert "report.html" not in pack(videos, out, short_side=24).summary()
+
+
+def test_what_is_dropped_is_counted_by_kind_with_the_option_that_decides(tmp_path: Path) -> None:
+    """In the summary, the record and the report alike; what no option decides is told where it happens."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name, frames_THWC in {
+        "good": numbered_frames(range(20)),
+        "twin": numbered_frames(range(20)),
+        "static": np.repeat(numbered_frames([7], 3), 20, 0),
+        "static2": np.repeat(numbered_frames([9], 4), 20, 0),
+        "black": np.zeros((20, 48, 64, 3), np.uint8),
+        "narrow": numbered_frames(range(20), 2)[:, :, :12],
+    }.items():
+        write_video(videos / f"{name}.mp4", frames_THWC, 25)
+    report = pack(videos, tmp_path / "out")
+    assert (
+        "dropped clips: 0 too short (--min_frames 3), 1 near-black (--min_brightness 12), 2 near-static (--min_motion 8), "
+        "0 blurred (--min_sharpness 0.35), 1 duplicate (--duplicate_distance 2.5), 1 too small\n"
+    ) in report.summary()
+    assert report.record.dropped == {"duplicate": 1, "near-black": 1, "near-static": 2, "too small": 1}
+    page = (tmp_path / "out" / "report.html").read_text()
+    for kind, count in report.record.dropped.items():
+        assert f"<bdi>{kind}</bdi> <span>{count} of {count}</span>" in page
+        assert page.count(f"<strong><bdi>{kind}: ") == count
+    for path in videos.iterdir():
+        if path.name != "narrow.mp4":
+            path.unlink()
+    with pytest.raises(UserError, match="too small: 12 x 48 px has a side below 16.; give videos of larger pictures"):
+        pack(videos, tmp_path / "other")
 
 
 @pytest.mark.parametrize("name", ["backup.tar", "train-0.tar", "my-train-000000.tar", "notes.index.json"])

@@ -24,21 +24,13 @@ from toolkit.data.captions import Words, read_words
 from toolkit.data.encode import ShardWork, SourceWork, encode_source, lay_out, write_shard
 from toolkit.data.files import written_aside
 from toolkit.data.parallel import Workers, cores, parse_part
-from toolkit.data.plan import PlannedClip, make_plan, name_hash, read_settings
+from toolkit.data.plan import Kind, PlannedClip, make_plan, name_hash, read_settings
 from toolkit.data.report import Card, write_report
 from toolkit.data.sources import find_videos
 from toolkit.data.staging import RECORD, REPORT, Job, Record, finish_publishing, load_record, open_staging, publish
 from toolkit.data.survey import Survey, survey
 from toolkit.errors import UserError, printable
 
-# Why a clip is dropped, and the option that decides it.
-_THRESHOLDS = {
-    "too short": "min_frames",
-    "near-black": "min_brightness",
-    "near-static": "min_motion",
-    "blurred": "min_sharpness",
-    "duplicate": "duplicate_distance",
-}
 _POOL_BYTES = 1_000_000  # of videos; below this, processes take longer to start than to pack
 Item = TypeVar("Item")
 
@@ -67,12 +59,13 @@ class PackReport:
         lines = [f"skipped {name}: {reason}" for name, reason in record.skipped]
         lines += [f"used in part {name}: {reason}" for name, reason in record.partly]
         dropped = [
-            f"{record.dropped.get(kind, 0)} {kind} (--{option} {settings[option]:g})"
-            for kind, option in _THRESHOLDS.items()
+            f"{record.dropped.get(kind.words, 0)} {kind.words}"
+            + (f" (--{kind.option} {settings[kind.option]:g})" if kind.option else "")
+            for kind in Kind
+            if kind.option or kind.words in record.dropped
         ]
-        others = [f"{count} {kind}" for kind, count in record.dropped.items() if kind not in _THRESHOLDS]
         lines += [
-            f"dropped clips: {', '.join(dropped + others)}",
+            f"dropped clips: {', '.join(dropped)}",
             f"{record.train + record.val} clips ({record.train} train, {record.val} val), {record.seconds:.1f} s, "
             f"from {record.sources} videos, {len(record.partly)} used in part, {len(record.skipped)} skipped, "
             f"in {self.out}",
@@ -210,13 +203,15 @@ class _Packing:
         ]
 
     def _refuse_empty(self, surveys: list[Survey], plan: list[PlannedClip]) -> None:
-        if any(clip.reason is None for clip in plan):
+        reasons = [clip.reason for clip in plan if clip.reason is not None]
+        if len(reasons) < len(plan):
             return
         fault = f"none of the {len(surveys)} videos in {self.videos} gave a clip to train on"
-        if plan:
+        if reasons:
+            option = reasons[0].kind.option
+            remedy = f"lower --{option} and give --overwrite, which does not look through them again"
             raise UserError(
-                f"{fault} ({plan[0].source}: {plan[0].reason}); move the threshold and give --overwrite, which does not "
-                "look through them again"
+                f"{fault} ({plan[0].source}: {reasons[0]}); {remedy if option else 'give videos of larger pictures'}"
             )
         shutil.rmtree(self.staging, ignore_errors=True)
         raise UserError(f"{fault} ({surveys[0].name}: {surveys[0].fault}); give videos that play")
@@ -237,7 +232,7 @@ class _Packing:
             train=splits["train"],
             val=splits["val"],
             seconds=sum(clip.facts.frames / clip.facts.fps for clip in kept),
-            dropped=dict(sorted(Counter(clip.reason.split(":")[0] for clip in plan if clip.reason).items())),
+            dropped=dict(sorted(Counter(clip.reason.kind.words for clip in plan if clip.reason).items())),
             sources=len({clip.source for clip in plan}),
             partly=tuple(partly),
             skipped=tuple(skipped),

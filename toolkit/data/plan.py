@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,31 @@ def read_settings(settings: dict[str, Any]) -> PackSettings:
         raise UserError("; ".join(faults)) from error
 
 
+class Kind(Enum):
+    """What is wrong with a clip that is dropped: how it is told, and the option that decides it, if one does."""
+
+    TOO_SHORT = "too short", "min_frames"
+    NEAR_BLACK = "near-black", "min_brightness"
+    NEAR_STATIC = "near-static", "min_motion"
+    BLURRED = "blurred", "min_sharpness"
+    DUPLICATE = "duplicate", "duplicate_distance"
+    TOO_SMALL = "too small", None
+
+    def __init__(self, words: str, option: str | None) -> None:
+        self.words, self.option = words, option
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a clip is dropped: the kind, by which such clips are counted and shown, and what was measured and is allowed."""
+
+    kind: Kind
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.kind.words}: {self.found}"
+
+
 @dataclass(frozen=True)
 class PlannedClip:
     """One clip of a source: kept if reason is None. box_px is cut from its middle, then scaled to size_px."""
@@ -73,7 +99,7 @@ class PlannedClip:
     facts: ClipFacts
     box_px: tuple[int, int]
     size_px: tuple[int, int]
-    reason: str | None
+    reason: Reason | None
 
 
 def make_plan(surveys: Sequence[Survey], settings: PackSettings) -> list[PlannedClip]:
@@ -146,22 +172,22 @@ def _even(side_px: Fraction) -> int:
     return int(side_px / 2) * 2
 
 
-def _fault(clip: ClipFacts, size_px: tuple[int, int], settings: PackSettings) -> str | None:
+def _fault(clip: ClipFacts, size_px: tuple[int, int], settings: PackSettings) -> Reason | None:
     """Say why a clip cannot be used, judged by itself."""
     if clip.frames < settings.min_frames:
-        return f"too short: {clip.frames} frames is below {settings.min_frames}"
+        return Reason(Kind.TOO_SHORT, f"{clip.frames} frames is below {settings.min_frames}")
     if min(size_px) < _MIN_SIDE_PX:
-        return f"too small: {size_px[1]} x {size_px[0]} px has a side below {_MIN_SIDE_PX}"
+        return Reason(Kind.TOO_SMALL, f"{size_px[1]} x {size_px[0]} px has a side below {_MIN_SIDE_PX}")
     if clip.brightness < settings.min_brightness:
-        return f"near-black: brightness {clip.brightness:g} is below {settings.min_brightness:g}"
+        return Reason(Kind.NEAR_BLACK, f"brightness {clip.brightness:g} is below {settings.min_brightness:g}")
     if clip.motion < settings.min_motion:
-        return f"near-static: motion {clip.motion:g} is below {settings.min_motion:g}"
+        return Reason(Kind.NEAR_STATIC, f"motion {clip.motion:g} is below {settings.min_motion:g}")
     if clip.sharpness < settings.min_sharpness:
-        return f"blurred: sharpness {clip.sharpness:g} is below {settings.min_sharpness:g}"
+        return Reason(Kind.BLURRED, f"sharpness {clip.sharpness:g} is below {settings.min_sharpness:g}")
     return None
 
 
-def _mark_duplicates(found: list[tuple[str, int, ClipFacts]], reasons: list[str | None], distance: float) -> None:
+def _mark_duplicates(found: list[tuple[str, int, ClipFacts]], reasons: list[Reason | None], distance: float) -> None:
     """Give a reason to each clip without one that repeats an earlier clip without one."""
     rest = [i for i, reason in enumerate(reasons) if reason is None]
     if not distance or not rest:
@@ -173,4 +199,4 @@ def _mark_duplicates(found: list[tuple[str, int, ClipFacts]], reasons: list[str 
     )
     for i, gap in zip(rest, find_duplicates(signatures_NP, places_N3, distance), strict=True):
         if gap is not None:
-            reasons[i] = f"duplicate: difference {gap:.2f} is below {distance:g}"
+            reasons[i] = Reason(Kind.DUPLICATE, f"difference {gap:.2f} is below {distance:g}")

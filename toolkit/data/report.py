@@ -4,7 +4,6 @@ Test: pytest tests/data/test_report.py
 """
 
 import math
-import re
 from base64 import b64encode
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ import numpy as np
 
 from toolkit.data.files import written_aside
 from toolkit.data.page import document, histogram, number, table, text
+from toolkit.data.plan import Reason
 
 MAX_PICTURES = 240  # of kept and of dropped clips each: some 4 MB of page
 
@@ -23,7 +23,7 @@ MAX_PICTURES = 240  # of kept and of dropped clips each: some 4 MB of page
 class Card:
     """One clip of the report: its picture is a JPEG of three frames side by side, its size_bytes 0 if it was dropped.
 
-    reason  None where it was kept, else the kind of fault and its value, like "near-static: motion 3 is below 8"
+    reason  None where it was kept
     """
 
     key: str
@@ -36,18 +36,13 @@ class Card:
     motion: float
     split: str
     size_bytes: int
-    reason: str | None
+    reason: Reason | None
     picture: bytes
     text: str = ""
 
     @property
     def seconds(self) -> float:
         return self.frames / self.fps
-
-    @property
-    def kind(self) -> str | None:
-        """What the reason says before its first value: "near-static"."""
-        return self.reason and (re.split(r"[:(]|\s\S*\d", self.reason, maxsplit=1)[0].strip() or self.reason)
 
 
 class Sample:
@@ -88,10 +83,10 @@ def write_report(
     kept, dropped = Sample(MAX_PICTURES), Sample(MAX_PICTURES)
     for card in cards:
         clips.append(replace(card, picture=b"", text=""))
-        if card.kind is None:
+        if card.reason is None:
             kept.add(card.split, card)
         else:
-            dropped.add(card.kind, card)
+            dropped.add(card.reason.kind.words, card)
     reasons = [(kind, f"{count:,}", f"{count / len(clips):.1%}") for kind, count in dropped.totals.most_common()]
     body = [
         f"<header><p>Packing report</p><h1>{text(title)}</h1></header>",
@@ -114,10 +109,10 @@ def write_report(
 
 def find_doubts(clips: list[Card]) -> list[str]:
     """Say in sentences what about a packing looks wrong and what to do about it; empty where nothing does."""
-    kept = [clip for clip in clips if clip.kind is None]
+    kept = [clip for clip in clips if clip.reason is None]
     doubts = []
     if len(kept) < 0.7 * len(clips):
-        kind = Counter(clip.kind for clip in clips if clip.kind is not None).most_common(1)[0][0]
+        kind = Counter(clip.reason.kind.words for clip in clips if clip.reason).most_common(1)[0][0]
         doubts.append(
             f"{1 - len(kept) / len(clips):.0%} of the clips were dropped, most for “{kind}”: look at them below, and "
             "move the threshold if they are what you want to train on."
@@ -154,7 +149,7 @@ def find_doubts(clips: list[Card]) -> list[str]:
 
 
 def _totals(clips: list[Card], skipped: list[tuple[str, str]]) -> str:
-    kept = [clip for clip in clips if clip.kind is None]
+    kept = [clip for clip in clips if clip.reason is None]
     val, dropped = sum(clip.split == "val" for clip in kept), len(clips) - len(kept)
     videos = {clip.source for clip in clips} | {name for name, _ in skipped}
     tiles = (
@@ -196,7 +191,7 @@ def _histograms(clips: list[Card]) -> str:
         "Motion, 1 to 255": [clip.motion for clip in clips],
         "Shorter side, px": [min(clip.height_px, clip.width_px) for clip in clips],
     }
-    is_kept = np.array([clip.kind is None for clip in clips], bool)
+    is_kept = np.array([clip.reason is None for clip in clips], bool)
     plots = "".join(histogram(name, np.array(values, float), is_kept) for name, values in quantities.items())
     legend = "<p class=legend><i class=kept></i>kept<i class=dropped></i>dropped</p>"
     return f"<section><h2>Clips by frame rate, length, motion and size</h2>{legend}<div class=plots>{plots}</div></section>"
@@ -218,7 +213,7 @@ def _contact_sheet(title: str, sample: Sample) -> str:
 def _figure(card: Card) -> str:
     facts = f"{card.seconds:.2f} s · {number(card.fps)} fps · {card.width_px} × {card.height_px} px"
     lines = [
-        f"<strong>{text(card.reason)}</strong>" if card.reason else "",
+        f"<strong>{text(str(card.reason))}</strong>" if card.reason else "",
         f"<b>{text(card.key)}</b>",
         f"<span>{facts} · motion {card.motion:.0f}</span>",
         f"<span>from {card.start_s:.2f} s of {text(card.source)}</span>",
