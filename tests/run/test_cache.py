@@ -26,6 +26,7 @@ from toolkit.config import ModelConfig, load_config
 from toolkit.data.clips import ClipSettings, draw_crop, resize_cover
 from toolkit.data.files import add_member
 from toolkit.data.index import open_shards
+from toolkit.data.latents import CacheInfo, read_cache_info
 from toolkit.data.synth import render_clip
 from toolkit.data.video import read_frames, write_video
 from toolkit.engine.world import init_world
@@ -33,7 +34,7 @@ from toolkit.errors import UserError
 from toolkit.model.base import load_base
 from toolkit.model.encoders import embed_stills, encode_frames
 from toolkit.model.weights import load_part
-from toolkit.run.cache import CacheInfo, cache_shards, encode_share, join_clips, read_info
+from toolkit.run.cache import cache_shards, encode_share, join_clips
 from toolkit.run.framer import to_signed
 from toolkit.run.job import build_job, make_batches
 
@@ -180,7 +181,7 @@ def test_stopped_while_joining(tiny_shards: Path, tiny_base: Path, cached: Path,
     """With all clips encoded and the joining begun, or begun by several at once, the end is the same; nothing is lost."""
     begun = tmp_path / "begun"
     cache_shards(str(tiny_shards), str(tiny_base), str(begun), precision="fp32", part="1/2", **SIZE)
-    info = read_info(cached)
+    info = read_cache_info(cached)
     index, base = open_shards(tiny_shards, "train"), ModelConfig(base=str(tiny_base))
     world = init_world(join=False)
     encode_share(index, range(len(index)), info, base, begun / ".caching", world)
@@ -361,7 +362,7 @@ def test_latents_without_their_facts_are_refused(tiny_run: dict[str, Any], cache
         train_here(tiny_run | {"name": "lost", "data.shards": str(folder), "engine.kind": "plain"})
     (folder / "cache.json").write_text('{"format_version": 1}')
     with pytest.raises(UserError, match="cannot be read"):
-        read_info(folder)
+        read_cache_info(folder)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from toolkit.data.format import (
     split_name,
 )
 from toolkit.data.index import UNFINISHED
-from toolkit.data.latents import LatentsError
+from toolkit.data.latents import CACHE_FILE, LatentsError
 from toolkit.data.parallel import Workers, cores
 from toolkit.data.remote import is_remote
 from toolkit.data.staging import RECORD, load_record
@@ -39,7 +39,6 @@ from toolkit.data.tar import TarFault, walk_tar
 from toolkit.data.video import VideoError, iter_frames, probe
 from toolkit.errors import UserError, printable
 
-CACHE_FILE = "cache.json"  # what the latents of a folder depend on
 _BLOCK_SAMPLES = 16  # checked by one process at a time
 _POOL_BYTES = 64_000_000  # below this, processes take longer to start than to check
 _FPS_TOLERANCE = 0.02

@@ -23,11 +23,12 @@ from toolkit.errors import UserError
 
 Split = Literal["train", "val"]
 # What stands in a folder while it is being written, and who finishes it.
+PACKING, PUBLISHING, CACHING, JOINING = ".packing", ".publishing", ".caching", ".joining"
 UNFINISHED = {
-    ".packing": "shards/pack.py",
-    ".publishing": "shards/pack.py",
-    ".caching": "shards/cache.py",
-    ".joining": "shards/cache.py",
+    PACKING: "shards/pack.py",
+    PUBLISHING: "shards/pack.py",
+    CACHING: "shards/cache.py",
+    JOINING: "shards/cache.py",
 }
 _AT_ONCE = 16  # remote indexes fetched together
 

@@ -10,6 +10,7 @@ Each frame has a crc32 in the index, because reading the whole member to check f
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -21,11 +22,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 from torch import Tensor
 
+from toolkit.errors import UserError
+
+CACHE_FILE = "cache.json"  # beside the shards of a cache
 Name = Literal["mean", "std", "tokens"]
 NAMES: tuple[Name, ...] = ("mean", "std", "tokens")
 MAX_HEADER_BYTES = 1 << 16
@@ -71,6 +75,30 @@ class Encoded:
     embeds_B2D: Tensor
 
 
+class CacheInfo(BaseModel):
+    """All that the latents of a folder depend on, and the content of its cache.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    base: str  # as it was named, for people; the two hashes are what counts
+    vae: str
+    image_encoder: str
+    source: str  # the folder's name, for people
+    source_fingerprint: str
+    height: int
+    width: int
+    variants: int
+    flip: bool
+    random_crop: float
+    precision: Literal["bf16", "fp32"]
+
+    @property
+    def key(self) -> str:
+        """Name a cache by what it depends on: 8 hex digits."""
+        return hashlib.sha256(self.model_dump_json(exclude={"base", "source"}).encode()).hexdigest()[:8]
+
+
 class Window(NamedTuple):
     """One clip's window, as bytes of its shard: nothing is copied before the batch is put together."""
 
@@ -78,6 +106,17 @@ class Window(NamedTuple):
     std_TX: np.ndarray
     embeds_2X: np.ndarray
     info: LatentsInfo
+
+
+def read_cache_info(folder: Path) -> CacheInfo | None:
+    """Read a folder's cache.json; None if there is none. Raises UserError if it is damaged."""
+    path = folder / CACHE_FILE
+    try:
+        return CacheInfo.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise UserError(f"{path} cannot be read ({error.errors()[0]['msg']}); make the cache again") from None
 
 
 def pack_latents(mean_VTCHW: Tensor, std_VTCHW: Tensor, tokens_VTD: Tensor) -> bytes:

@@ -15,7 +15,6 @@ from typing import Any
 from tqdm import tqdm
 
 from toolkit.data.check import (
-    CACHE_FILE,
     CheckReport,
     Fault,
     check,
@@ -42,6 +41,7 @@ from toolkit.data.format import (
     write_index,
 )
 from toolkit.data.index import refuse_unfinished
+from toolkit.data.latents import CACHE_FILE
 from toolkit.data.tar import BLOCK_BYTES, Entry, TarFault, find_header, walk_tar
 from toolkit.errors import UserError
 

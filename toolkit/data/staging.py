@@ -17,13 +17,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from toolkit.data.files import written_aside
 from toolkit.data.format import index_path, read_index
+from toolkit.data.index import PACKING, PUBLISHING
 from toolkit.data.plan import PackSettings
 from toolkit.data.survey import Survey
 from toolkit.errors import UserError
 
 PACK_VERSION = 4  # bump when the same videos and settings would give other clips
-STAGING, RECORD, REPORT = ".packing", "pack.json", "report.html"
-_PUBLISHING, _JOB = ".publishing", "job.json"
+RECORD, REPORT, _JOB = "pack.json", "report.html", "job.json"
 _SHARD = re.compile(r"(train|val)-\d{6,}\.(tar|index\.json)")  # what a packing names its shards and their indexes
 
 
@@ -81,7 +81,7 @@ def open_staging(out: Path, job: Job, overwrite: bool, alone: bool) -> Path | No
             another job
     raises  UserError if `out` holds something else
     """
-    staging, job_file, anew = out / STAGING, out / STAGING / _JOB, overwrite and alone
+    staging, job_file, anew = out / PACKING, out / PACKING / _JOB, overwrite and alone
     if in_the_way := [path for path in (out, *out.parents) if path.exists() and not path.is_dir()]:
         raise UserError(f"{in_the_way[0]} is a file, and shards lie in a folder; give a new or empty folder")
     goes_on = finish_publishing(out)
@@ -106,7 +106,7 @@ def open_staging(out: Path, job: Job, overwrite: bool, alone: bool) -> Path | No
 
 
 def _differs(out: Path, job: Job, alone: bool) -> UserError:
-    staging = out / STAGING
+    staging = out / PACKING
     found = _load_job(staging / _JOB)
     difference = found.difference(job) if found else "another version of this program"
     remedy = "or --overwrite to start anew" if alone else f"or delete {staging} to start anew"
@@ -149,7 +149,7 @@ def _refuse_broken(out: Path, record: Record, alone: bool) -> None:
 def publish(staging: Path, out: Path) -> None:
     """Put a whole packing in place of what is in `out`; of several that try at once, one does."""
     try:
-        os.rename(staging, out / _PUBLISHING)
+        os.rename(staging, out / PUBLISHING)
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
             raise
@@ -161,7 +161,7 @@ def finish_publishing(out: Path) -> bool:
 
     Returns whether there was something to move.
     """
-    publishing = out / _PUBLISHING
+    publishing = out / PUBLISHING
     record = load_record(publishing)
     if record is not None:
         tars = [out / shard for shard in record.shards]
@@ -193,7 +193,7 @@ def _load_job(path: Path) -> Job | None:
 def _refuse_foreign(out: Path, overwrite: bool) -> None:
     present = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     shards = [name for name in present if _SHARD.fullmatch(name)]
-    foreign = [name for name in present if name not in (*shards, STAGING, RECORD, REPORT)]
+    foreign = [name for name in present if name not in (*shards, PACKING, RECORD, REPORT)]
     if foreign:
         raise UserError(
             f"{out} holds files that are not shards of a packing ({foreign[0]}); give a new or empty folder"

@@ -9,7 +9,6 @@ last one to finish joins the files to shards. Clip i of a cached shard is clip i
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import socket
@@ -20,15 +19,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
 from toolkit.config import ModelConfig, RunConfig
 from toolkit.data.clips import ClipSettings, Crop, decode_frames, draw_crop
 from toolkit.data.files import add_member, link_or_copy, written_aside
 from toolkit.data.format import MEMBER_BYTES, BadSample, build_index, load_index, write_index
-from toolkit.data.index import DatasetIndex, open_shards
-from toolkit.data.latents import pack_latents
+from toolkit.data.index import CACHING, JOINING, DatasetIndex, open_shards
+from toolkit.data.latents import CACHE_FILE, CacheInfo, pack_latents, read_cache_info
 from toolkit.data.parallel import parse_part
 from toolkit.engine.world import World, init_world
 from toolkit.errors import UserError
@@ -36,33 +34,6 @@ from toolkit.model.base import PRECISIONS, find_encoder_files, load_encoders
 from toolkit.model.encoders import embed_stills, encode_frames
 from toolkit.model.sources import fingerprint_files
 from toolkit.run.framer import to_signed
-
-INFO_FILE = "cache.json"
-STAGING, CLAIMED = ".caching", ".joining"
-
-
-class CacheInfo(BaseModel):
-    """All that the latents depend on, and the content of cache.json."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: Literal[1] = 1
-    base: str  # as it was named, for people; the two hashes are what counts
-    vae: str
-    image_encoder: str
-    source: str  # the folder's name, for people
-    source_fingerprint: str
-    height: int
-    width: int
-    variants: int
-    flip: bool
-    random_crop: float
-    precision: Literal["bf16", "fp32"]
-
-    @property
-    def key(self) -> str:
-        """Name a cache by what it depends on: 8 hex digits."""
-        return hashlib.sha256(self.model_dump_json(exclude={"base", "source"}).encode()).hexdigest()[:8]
 
 
 def cache_shards(
@@ -111,7 +82,7 @@ def cache_shards(
     share = range((number - 1) * world.size + world.rank, len(index), parts * world.size)
     if world.is_main:
         print(f"{len(index):,} clips, {len(share):,} of them here, to {folder}; the same command resumes", flush=True)
-    if staging.name == STAGING:
+    if staging.name == CACHING:
         encode_share(index, share, info, model, staging, world)
     done = join_clips(index, info, folder, Path(shards))
     return done or f"rank {world.rank} of part {part} is done; whoever ends last joins all clips to shards"
@@ -141,10 +112,10 @@ def refuse_bulk(index: DatasetIndex, height: int, width: int, variants: int, pre
 
 def is_complete(folder: Path, info: CacheInfo) -> bool:
     """Whether a folder is this very cache, joined and tidied up."""
-    found = read_info(folder)
-    if found is None or found.key != info.key or (folder / CLAIMED).exists():
+    found = read_cache_info(folder)
+    if found is None or found.key != info.key or (folder / JOINING).exists():
         return False
-    shutil.rmtree(folder / STAGING, ignore_errors=True)  # of a process that came too late
+    shutil.rmtree(folder / CACHING, ignore_errors=True)  # of a process that came too late
     return True
 
 
@@ -154,19 +125,19 @@ def _tell_complete(folder: Path) -> str:
 
 def open_staging(folder: Path, info: CacheInfo) -> Path:
     """Make or find the folder of single clips. Raises UserError if `folder` holds anything but this very cache."""
-    if not (folder / CLAIMED).exists():
+    if not (folder / JOINING).exists():
         # other ranks and parts may be making theirs at this moment
-        if folder.exists() and any(not path.name.startswith(STAGING) for path in folder.iterdir()):
+        if folder.exists() and any(not path.name.startswith(CACHING) for path in folder.iterdir()):
             raise UserError(f"{folder} holds something else; give another --out, or delete it")
-        aside = folder / f"{STAGING}.{socket.gethostname()}.{os.getpid()}"
+        aside = folder / f"{CACHING}.{socket.gethostname()}.{os.getpid()}"
         aside.mkdir(parents=True, exist_ok=True)
-        (aside / INFO_FILE).write_text(info.model_dump_json(indent=1))
+        (aside / CACHE_FILE).write_text(info.model_dump_json(indent=1))
         try:
-            aside.rename(folder / STAGING)
+            aside.rename(folder / CACHING)
         except OSError:  # it is there already, and not empty
             shutil.rmtree(aside)
-    staging = folder / (CLAIMED if (folder / CLAIMED).exists() else STAGING)
-    found = read_info(staging)
+    staging = folder / (JOINING if (folder / JOINING).exists() else CACHING)
+    found = read_cache_info(staging)
     if found is not None and found.key != info.key:
         raise UserError(f"{folder} was begun with other settings or videos; give another --out, or delete it")
     return staging
@@ -228,7 +199,7 @@ def join_clips(index: DatasetIndex, info: CacheInfo, folder: Path, source: Path)
 
     returns  what came out; None where clips are missing
     """
-    staging, claimed = folder / STAGING, folder / CLAIMED
+    staging, claimed = folder / CACHING, folder / JOINING
     try:
         if not claimed.exists():
             there = {int(path.stem) for path in staging.iterdir() if path.suffix in (".safetensors", ".bad")}
@@ -240,7 +211,7 @@ def join_clips(index: DatasetIndex, info: CacheInfo, folder: Path, source: Path)
     try:
         return _join(index, info, folder, source)
     except FileNotFoundError:  # somebody else ended it, and takes the clips away, or was killed while at it
-        found = read_info(folder)
+        found = read_cache_info(folder)
         if found is None or found.key != info.key:
             raise
         shutil.rmtree(claimed, ignore_errors=True)
@@ -248,7 +219,7 @@ def join_clips(index: DatasetIndex, info: CacheInfo, folder: Path, source: Path)
 
 
 def _join(index: DatasetIndex, info: CacheInfo, folder: Path, source: Path) -> str:
-    claimed = folder / CLAIMED
+    claimed = folder / JOINING
     bad_clips = size_bytes = 0
     for tar, samples in _by_shard(index):
         target = folder / tar.name
@@ -268,7 +239,7 @@ def _join(index: DatasetIndex, info: CacheInfo, folder: Path, source: Path) -> s
         index_of_tar = load_index(tar)  # which has no file where the videos' folder is read-only
         link_or_copy(tar, folder / tar.name)
         write_index(folder / tar.name, index_of_tar)
-    with written_aside(folder / INFO_FILE) as file:  # others may be writing it too
+    with written_aside(folder / CACHE_FILE) as file:  # others may be writing it too
         file.write(info.model_dump_json(indent=1).encode())
     shutil.rmtree(claimed, ignore_errors=True)
     return (
@@ -281,9 +252,11 @@ def check_cache(config: RunConfig) -> None:
     """Refuse a recipe that the cached latents of its sources cannot serve."""
     vae, image_encoder = (fingerprint_files(files) for files in find_encoder_files(config.model))
     for folder in map(Path, config.data.sources):
-        info = read_info(folder)
+        info = read_cache_info(folder)
         if info is None:
-            raise UserError(f"{folder} holds latents without {INFO_FILE}; make the cache again: python shards/cache.py")
+            raise UserError(
+                f"{folder} holds latents without {CACHE_FILE}; make the cache again: python shards/cache.py"
+            )
         _refuse_pixel_settings(config, folder, info)
         data = config.data
         wanted = {"data.height": data.height, "data.width": data.width, "VAE": vae, "image encoder": image_encoder}
@@ -311,17 +284,6 @@ def _refuse_pixel_settings(config: RunConfig, folder: Path, info: CacheInfo) -> 
     ):
         if wanted:
             raise UserError(f"{name} {why}, but {folder} holds latents; switch it off, or train on {info.source}")
-
-
-def read_info(folder: Path) -> CacheInfo | None:
-    """Read a folder's cache.json; None if there is none. Raises UserError if it is damaged."""
-    path = folder / INFO_FILE
-    try:
-        return CacheInfo.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise UserError(f"{path} cannot be read ({error.errors()[0]['msg']}); make the cache again") from None
 
 
 def _command(config: RunConfig, info: CacheInfo) -> str:
