@@ -21,7 +21,10 @@ from toolkit.rng import integer, uniform
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """What a training clip looks like: T frames, every stride-th of the source, one of `strides` drawn per clip."""
+    """What a training clip looks like: T frames, every stride-th of the source, one of `strides` drawn per clip.
+
+    strides  ascending
+    """
 
     frames: int
     height_px: int
@@ -33,10 +36,14 @@ class ClipSettings:
     window: Literal["random", "centre"] = "random"  # centre: smallest stride, middle of the source, no augmentation
     matched: bool = False  # whether what moved between the two ends is looked for
 
+    def span(self, stride: int) -> int:
+        """Source frames from the first of a window to its last, both counted."""
+        return (self.frames - 1) * stride + 1
+
     @property
     def least_frames(self) -> int:
         """Source frames that a clip must have: one too short for the other strides takes the smallest."""
-        return (self.frames - 1) * self.strides[0] + 1
+        return self.span(self.strides[0])
 
     @property
     def augmented(self) -> bool:
@@ -123,18 +130,18 @@ def decode_frames(
 
 def draw_window(clip: ClipInfo, settings: ClipSettings, seed: int, k: int) -> tuple[range, int]:
     """Draw the source's frame numbers and their stride. Raises BadSample if no stride fits."""
-    steps = settings.frames - 1
-    fitting = [stride for stride in settings.strides if steps * stride < clip.frames]
+    fitting = [stride for stride in settings.strides if settings.span(stride) <= clip.frames]
     if not fitting:
-        least = min(settings.strides)
-        raise BadSample(f"has {clip.frames} frames; {settings.frames} at stride {least} need {steps * least + 1}")
+        raise BadSample(
+            f"has {clip.frames} frames; {settings.frames} at stride {settings.strides[0]} need {settings.least_frames}"
+        )
     if settings.window == "centre":
-        stride = min(fitting)
-        start = (clip.frames - steps * stride - 1) // 2
+        stride = fitting[0]
+        start = (clip.frames - settings.span(stride)) // 2
     else:
         stride = fitting[integer(len(fitting), seed, "stride", k)] if len(fitting) > 1 else fitting[0]
-        start = integer(clip.frames - steps * stride, seed, "window", k)
-    return range(start, start + steps * stride + 1, stride), stride
+        start = integer(clip.frames - settings.span(stride) + 1, seed, "window", k)
+    return range(start, start + settings.span(stride), stride), stride
 
 
 def draw_crop(settings: ClipSettings, seed: int, k: int, purpose: str = "crop") -> Crop:
@@ -151,18 +158,30 @@ def draw_reverse(settings: ClipSettings, seed: int, k: int) -> bool:
     return settings.reverse and settings.window == "random" and integer(2, seed, "reverse", k) == 1
 
 
+def cover_box(
+    source_size: tuple[int, int],
+    size: tuple[int, int],
+    crop: Crop = Crop(),  # noqa: B008
+) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom in px of the crop of the largest box in a source that has the aspect of a size.
+
+    source_size, size  height, width in px
+    """
+    (source_height_px, source_width_px), (height_px, width_px) = source_size, size
+    scale = max(height_px / source_height_px, width_px / source_width_px)
+    crop_width, crop_height = width_px / scale * crop.side, height_px / scale * crop.side
+    left, top = max(0.0, source_width_px - crop_width) * crop.x, max(0.0, source_height_px - crop_height) * crop.y
+    return left, top, min(left + crop_width, source_width_px), min(top + crop_height, source_height_px)
+
+
 def resize_cover(frames_THWC: np.ndarray, height_px: int, width_px: int, crop: Crop = Crop()) -> np.ndarray:  # noqa: B008
     """Cut the crop of the largest box of that aspect and scale it to height x width, antialiased.
 
     Frames of that size already, whole and unmirrored, pass untouched.
     """
-    _, source_height_px, source_width_px, _ = frames_THWC.shape
-    if (source_height_px, source_width_px) != (height_px, width_px) or crop.side < 1:
-        scale = max(height_px / source_height_px, width_px / source_width_px)
-        crop_width, crop_height = width_px / scale * crop.side, height_px / scale * crop.side
-        left, top = max(0.0, source_width_px - crop_width) * crop.x, max(0.0, source_height_px - crop_height) * crop.y
+    if (source_size := frames_THWC.shape[1:3]) != (height_px, width_px) or crop.side < 1:
         # Cutting the box while scaling is one pass, and exact where scale-then-crop would round the size first.
-        box = (left, top, min(left + crop_width, source_width_px), min(top + crop_height, source_height_px))
+        box = cover_box(source_size, (height_px, width_px), crop)
         frames_THWC = np.stack([
             np.asarray(Image.fromarray(frame_HWC).resize((width_px, height_px), Image.Resampling.BICUBIC, box=box))
             for frame_HWC in frames_THWC

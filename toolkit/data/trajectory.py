@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from toolkit.data.clips import cover_box
 from toolkit.errors import UserError
 
 MAX_POINTS = 1000
@@ -49,10 +50,8 @@ def read_trajectories(path: str | Path, source_size: tuple[int, int], size: tupl
     steps = min(math.lcm(*(len(places_K2) - 1 for places_K2 in points)), MAX_PLACES)
     times_K = np.linspace(0, 1, steps + 1)
     points_PK2 = np.stack([places_at(places_K2[None], times_K)[0] for places_K2 in points])
-    (source_height_px, source_width_px), (height_px, width_px) = source_size, size
-    scale = max(height_px / source_height_px, width_px / source_width_px)
-    margin_2 = np.array([source_width_px - width_px / scale, source_height_px - height_px / scale]) / 2
-    return (points_PK2 - margin_2) * scale
+    left, top, right, bottom = cover_box(source_size, size)
+    return (points_PK2 - (left, top)) * size[::-1] / (right - left, bottom - top)
 
 
 def _check_places(places: Any) -> np.ndarray:
