@@ -210,6 +210,22 @@ def test_stopped_while_tidying_up(tiny_shards: Path, tiny_base: Path, cached: Pa
     assert f"{half} is complete" in said and content(half) == content(cached) and not (half / ".joining").exists()
 
 
+@pytest.mark.parametrize("name", ["train-000000.tar", "train-000000.index.json", "val-000000.tar"])
+def test_a_finished_cache_that_lost_a_shard_is_not_called_complete(
+    tiny_shards: Path, tiny_base: Path, cached: Path, tmp_path: Path, name: str
+) -> None:
+    """Gone or cut: the shard is named, and what to do; nothing is touched."""
+    broken = Path(shutil.copytree(cached, tmp_path / "broken"))
+    for spoil in (lambda path: os.truncate(path, 512), os.unlink):
+        spoil(broken / name)
+        before = content(broken)
+        with pytest.raises(
+            UserError, match=rf"but {Path(name).stem.split('.')[0]}.tar or its index .*delete {broken} to make"
+        ):
+            cache_shards(str(tiny_shards), str(tiny_base), str(broken), precision="fp32", **SIZE)
+        assert content(broken) == before
+
+
 def test_a_sidecar_that_says_fewer_frames(tiny_run: dict[str, Any], tiny_base: Path, tmp_path: Path) -> None:
     """A run on the videos draws windows from the frames that the sidecar says, so those are cached."""
     folder = tmp_path / "shards"

@@ -144,6 +144,14 @@ def read_index(tar: Path) -> ShardIndex:
     return _parse_index(text, str(path), _rebuild(path))
 
 
+def is_whole(tar: Path) -> bool:
+    """Whether a tar and the index beside it are there, and the tar has the size that the index says."""
+    try:
+        return tar.stat().st_size == read_index(tar).tar_size_bytes
+    except (OSError, UserError):
+        return False
+
+
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """A disk that fails says why, but not where."""

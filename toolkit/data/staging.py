@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from toolkit.data.files import written_aside
-from toolkit.data.format import index_path, read_index
+from toolkit.data.format import index_path, is_whole
 from toolkit.data.index import PACKING, PUBLISHING
 from toolkit.data.plan import PackSettings
 from toolkit.data.survey import Survey
@@ -133,12 +133,7 @@ def _start_anew(staging: Path, job: Job) -> None:
 def _refuse_broken(out: Path, record: Record, alone: bool) -> None:
     """Look at what the record says was packed. Raises UserError where a shard is not there, or not whole."""
     for name in record.shards:
-        tar = out / name
-        try:
-            whole = tar.stat().st_size == read_index(tar).tar_size_bytes
-        except (OSError, UserError):
-            whole = False
-        if not whole:
+        if not is_whole(out / name):
             remedy = "--overwrite to pack anew" if alone else f"delete {out / RECORD} and give --overwrite to pack anew"
             raise UserError(
                 f"this command was finished in {out}, but {name} or its index is gone or was changed since; restore it, or "

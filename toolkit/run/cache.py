@@ -24,7 +24,7 @@ from tqdm import tqdm
 from toolkit.config import ModelConfig, RunConfig
 from toolkit.data.clips import ClipSettings, Crop, decode_frames, draw_crop
 from toolkit.data.files import add_member, link_or_copy, written_aside
-from toolkit.data.format import MEMBER_BYTES, BadSample, build_index, load_index, write_index
+from toolkit.data.format import MEMBER_BYTES, BadSample, build_index, is_whole, load_index, write_index
 from toolkit.data.index import CACHING, JOINING, DatasetIndex, open_shards
 from toolkit.data.latents import CACHE_FILE, CacheInfo, pack_latents, read_cache_info
 from toolkit.data.parallel import parse_part
@@ -76,7 +76,7 @@ def cache_shards(
         if out is not None
         else place.with_name(f"{place.name}-{height}x{width}-{info.key}")
     )
-    if is_complete(folder, info):
+    if is_complete(folder, index, info, Path(shards)):
         return _tell_complete(folder)
     staging = open_staging(folder, info)
     share = range((number - 1) * world.size + world.rank, len(index), parts * world.size)
@@ -110,11 +110,17 @@ def refuse_bulk(index: DatasetIndex, height: int, width: int, variants: int, pre
         raise UserError(f"{variants} variants of {longest.key}, {longest.clip.frames} frames, are too large; {remedy}")
 
 
-def is_complete(folder: Path, info: CacheInfo) -> bool:
-    """Whether a folder is this very cache, joined and tidied up."""
+def is_complete(folder: Path, index: DatasetIndex, info: CacheInfo, source: Path) -> bool:
+    """Whether a folder is this very cache, joined and tidied up. Raises UserError where a shard of it is not whole."""
     found = read_cache_info(folder)
     if found is None or found.key != info.key or (folder / JOINING).exists():
         return False
+    for tar in (*(tar for tar, _ in _by_shard(index)), *_held_out(source)):
+        if not is_whole(folder / tar.name):
+            raise UserError(
+                f"this cache was finished in {folder}, but {tar.name} or its index is gone or was changed since; restore "
+                f"it, or delete {folder} to make the cache anew"
+            )
     shutil.rmtree(folder / CACHING, ignore_errors=True)  # of a process that came too late
     return True
 
@@ -235,7 +241,7 @@ def _join(index: DatasetIndex, info: CacheInfo, folder: Path, source: Path) -> s
                 add_member(archive, f"{row.key}.json", clip.model_dump_json(exclude_none=True).encode())
         write_index(target, build_index(target))
         size_bytes += target.stat().st_size
-    for tar in sorted(source.glob("val-*.tar")):  # evaluation compares pictures, so these go along as they are
+    for tar in _held_out(source):
         index_of_tar = load_index(tar)  # which has no file where the videos' folder is read-only
         link_or_copy(tar, folder / tar.name)
         write_index(folder / tar.name, index_of_tar)
@@ -297,6 +303,11 @@ def _command(config: RunConfig, info: CacheInfo) -> str:
         f"python shards/cache.py {info.source} --base {model.base}{files} --height {data.height} --width {data.width}"
         f"{variants}{flip}{crop}"
     )
+
+
+def _held_out(source: Path) -> list[Path]:
+    """The shards that go along as they are, since evaluation compares pictures."""
+    return sorted(source.glob("val-*.tar"))
 
 
 def _by_shard(index: DatasetIndex) -> Iterator[tuple[Path, range]]:
