@@ -20,7 +20,7 @@ def check(shards: str, deep: bool = False, json: bool = False, repair: str | Non
     from toolkit.data import check as checking
     from toolkit.data import repair as repairing
 
-    report = repairing.repair(shards, repair, deep) if repair else checking.check(shards, deep)
+    report = repairing.repair(shards, repair, deep) if repair is not None else checking.check(shards, deep)
     print(dumps(report.as_dict(), indent=1) if json else report.summary())
     if not report.is_whole:
         sys.exit(1)

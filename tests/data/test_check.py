@@ -393,11 +393,10 @@ def test_what_is_printed_is_printable(folder: Path, parts: dict[str, list[tuple[
         assert faults[0].shard == shard.name and json.loads(json.dumps(said.as_dict())) == said.as_dict()
 
 
-def test_only_a_folder_of_this_machine_is_checked(folder: Path) -> None:
-    """A shard or an address in its place is said to be none."""
-    for place in (folder / "val-0.tar", "https://host/val-0.tar", "hf://datasets/a/b"):
-        with pytest.raises(UserError, match=f"{place} is no folder of this machine"):
-            check(place)
+def test_a_shard_is_no_folder(folder: Path) -> None:
+    """Named in place of its folder, it is said to be a file."""
+    with pytest.raises(UserError, match=r"val-0.tar is a file; give the folder that holds the shards"):
+        check(folder / "val-0.tar")
 
 
 def test_a_compressed_tar_is_named_as_such(folder: Path, tmp_path: Path) -> None:

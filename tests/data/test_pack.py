@@ -29,6 +29,7 @@ from toolkit.data.plan import name_hash
 from toolkit.data.repair import repair
 from toolkit.data.staging import load_record, publish
 from toolkit.data.survey import Survey, survey
+from toolkit.data.synth import synth
 from toolkit.data.video import VideoError, iter_frames, read_frames, write_video
 from toolkit.errors import UserError
 
@@ -628,6 +629,27 @@ def test_overlapping_clips_hold_the_frames_of_their_place(videos: Path, tmp_path
             assert frame_numbers(read_frames(index.read(i, "mp4"))) == list(range(start, start + row.clip.frames))
             seen += row.clip.frames == 10
         assert seen >= {5: 20, 25: 6}[stride]
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/asl", "hf://datasets/a/b", ""])
+def test_folders_are_of_this_machine(
+    videos: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """An address, or the nothing of an unset variable, is refused wherever a folder is read or written; no file appears."""
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        lambda: pack(place, "out"),
+        lambda: pack(videos, place),
+        lambda: check(place),
+        lambda: repair(place, "out"),
+        lambda: repair(packed, place),
+        lambda: synth(place, clips=1),
+    ):
+        with pytest.raises(UserError, match=f"{place or 'an empty name'} is no folder of this machine; name one"):
+            command()
+    assert list(tmp_path.iterdir()) == []
+    result = run(sys.executable, "shards/check.py", packed, "--repair", place)
+    assert result.returncode == 2 and "is no folder of this machine" in result.stderr
 
 
 def test_a_tilde_is_the_home_of_the_user(

@@ -210,6 +210,22 @@ def test_stopped_while_tidying_up(tiny_shards: Path, tiny_base: Path, cached: Pa
     assert f"{half} is complete" in said and content(half) == content(cached) and not (half / ".joining").exists()
 
 
+def test_folders_are_of_this_machine(tiny_shards: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """An address is refused to read from and to write to, and so is a file in the place of a folder."""
+    (tmp_path / "file").touch()
+    for shards, out, message in (
+        ("s3://bucket/asl", None, "s3://bucket/asl is no folder of this machine"),
+        (str(tiny_shards), "s3://bucket/asl", "s3://bucket/asl is no folder of this machine"),
+        (
+            str(tiny_shards),
+            str(tmp_path / "file" / "out"),
+            f"{tmp_path / 'file'} is a file, and shards lie in a folder",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            cache_shards(shards, str(tiny_base), out, **SIZE)
+
+
 @pytest.mark.parametrize("name", ["train-000000.tar", "train-000000.index.json", "val-000000.tar"])
 def test_a_finished_cache_that_lost_a_shard_is_not_called_complete(
     tiny_shards: Path, tiny_base: Path, cached: Path, tmp_path: Path, name: str

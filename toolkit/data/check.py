@@ -3,7 +3,6 @@
 Test: pytest tests/data/test_check.py
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any
 from safetensors.torch import load
 from tqdm import tqdm
 
-from toolkit.data.files import refuse_irregular
+from toolkit.data.files import local_folder, refuse_irregular
 from toolkit.data.format import (
     BadSample,
     ClipInfo,
@@ -33,7 +32,6 @@ from toolkit.data.format import (
 from toolkit.data.index import UNFINISHED
 from toolkit.data.latents import CACHE_FILE, LatentsError
 from toolkit.data.parallel import Workers, cores
-from toolkit.data.remote import is_remote
 from toolkit.data.staging import RECORD, load_record
 from toolkit.data.tar import TarFault, walk_tar
 from toolkit.data.video import VideoError, iter_frames, probe
@@ -111,8 +109,8 @@ def check(folder: str | Path, deep: bool = False, write_indexes: bool = True) ->
     write_indexes  make the index of a shard that has none, as a run does at first sight
     raises         UserError if the folder holds no shards
     """
-    folder = os.path.expanduser(folder)
-    tars, folder = find_tars(folder), Path(folder)
+    folder = local_folder(folder)
+    tars = find_tars(folder)
     report = CheckReport(shards=len(tars))
     indexes: dict[Path, ShardIndex] = {}
     jobs = cores() if sum(tar.stat().st_size for tar in tars if tar.is_file()) > _POOL_BYTES else 1
@@ -139,13 +137,11 @@ def check(folder: str | Path, deep: bool = False, write_indexes: bool = True) ->
     return report
 
 
-def find_tars(folder: str | Path) -> list[Path]:
-    """List the shards of a folder by name. Raises UserError if there are none, or it is no folder of this machine."""
-    if is_remote(str(folder)) or Path(folder).is_file():
-        raise UserError(
-            f"{folder} is no folder of this machine; a check reads one: copy the shards, or name their folder"
-        )
-    tars = sorted(Path(folder).glob("*.tar")) if Path(folder).is_dir() else []
+def find_tars(folder: Path) -> list[Path]:
+    """List the shards of a folder by name. Raises UserError if there are none."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give the folder that holds the shards")
+    tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise UserError(f"no .tar shards in {folder}; pack videos into it: python shards/pack.py VIDEOS {folder}")
     return tars

@@ -12,7 +12,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from toolkit.data.remote import is_remote
 from toolkit.errors import UserError
+
+
+def local_folder(name: str | Path) -> Path:
+    """The folder that a user names, ~ put in. Raises UserError for an address, and for the nothing of an unset variable."""
+    if not str(name) or is_remote(str(name)):
+        raise UserError(
+            f"{name or 'an empty name'} is no folder of this machine; name one, and copy what is or shall be elsewhere"
+        )
+    return Path(os.path.expanduser(str(name)))
+
+
+def refuse_files_above(folder: Path) -> None:
+    """Raise UserError where a file has the name of a folder to be written, or of one above it."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file, and shards lie in a folder; give a new or empty folder")
 
 
 def refuse_irregular(path: Path, remedy: str = "take it out of the folder") -> None:

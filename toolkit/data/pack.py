@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from toolkit.data.captions import Words, read_words
 from toolkit.data.encode import ShardWork, SourceWork, encode_source, lay_out, write_shard
-from toolkit.data.files import written_aside
+from toolkit.data.files import local_folder, written_aside
 from toolkit.data.parallel import Workers, cores, parse_part
 from toolkit.data.plan import Kind, PlannedClip, make_plan, name_hash, read_settings
 from toolkit.data.report import Card, write_report
@@ -89,11 +89,11 @@ def pack(
     settings  as in PackSettings; what each option means stands in shards/pack.py
     raises    UserError if there is nothing to pack or `out` holds something else
     """
-    videos, out = _place(videos), _place(out)
+    videos, out = local_folder(videos), local_folder(out)
     chosen, (number, parts) = read_settings(settings), parse_part(part)
     if jobs is not None and jobs < 1:
         raise UserError(f"jobs is {jobs}; at least 1 process is needed")
-    table = _place(captions) if captions is not None else None
+    table = Path(os.path.expanduser(str(captions))) if captions is not None else None
     names, links, others = find_videos(videos)
     words, absent = read_words(videos, names, table)
     job = Job(
@@ -287,10 +287,6 @@ def _count_endings(names: Sequence[str]) -> str:
     endings = Counter(Path(name).suffix.lower() or "without an ending" for name in names)
     counts = [f"{count} {ending}" for ending, count in endings.most_common()]
     return printable(", ".join(counts[:10]) + (", ..." if len(counts) > 10 else ""))
-
-
-def _place(path: str | Path) -> Path:
-    return Path(os.path.expanduser(str(path)))
 
 
 def _report(out: Path, job: Job) -> PackReport:

@@ -24,7 +24,7 @@ from toolkit.data.check import (
     shard_faults,
     without_clip,
 )
-from toolkit.data.files import add_member, link_or_copy, refuse_irregular
+from toolkit.data.files import add_member, link_or_copy, local_folder, refuse_files_above, refuse_irregular
 from toolkit.data.format import (
     VIDEO_EXTENSIONS,
     BadSample,
@@ -79,8 +79,8 @@ def repair(folder: str | Path, out: str | Path, deep: bool = False) -> RepairRep
     Intact shards are hard-linked, or copied; the same folder gives the same bytes.
     raises  UserError if `out` is there already or lies within the folder, or the folder is not finished
     """
-    folder = os.path.expanduser(folder)
-    tars, folder, out = find_tars(folder), Path(folder), Path(os.path.expanduser(str(out)))
+    folder, out = local_folder(folder), local_folder(out)
+    tars = find_tars(folder)
     refuse_unfinished(folder)
     unfinished = _begin(folder, out)
     lost = []
@@ -128,6 +128,7 @@ def _begin(folder: Path, out: Path) -> Path:
                 f"--repair {out} would be written in {unfinished}, which is there already; give another name"
             )
         shutil.rmtree(unfinished)
+    refuse_files_above(out)
     unfinished.mkdir(parents=True)
     (unfinished / _MARK).touch()
     return unfinished

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from toolkit.data.files import written_aside
+from toolkit.data.files import refuse_files_above, written_aside
 from toolkit.data.format import index_path, is_whole
 from toolkit.data.index import PACKING, PUBLISHING
 from toolkit.data.plan import PackSettings
@@ -82,8 +82,7 @@ def open_staging(out: Path, job: Job, overwrite: bool, alone: bool) -> Path | No
     raises  UserError if `out` holds something else
     """
     staging, job_file, anew = out / PACKING, out / PACKING / _JOB, overwrite and alone
-    if in_the_way := [path for path in (out, *out.parents) if path.exists() and not path.is_dir()]:
-        raise UserError(f"{in_the_way[0]} is a file, and shards lie in a folder; give a new or empty folder")
+    refuse_files_above(out)
     goes_on = finish_publishing(out)
     begun = staging.is_dir() and any(path.suffix != ".tmp" for path in staging.iterdir())
     record = load_record(out)

@@ -6,13 +6,13 @@ Lengths are shares of the frame's side, x to the right, y down; angles in radian
 """
 
 import math
-import os
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
+from toolkit.data.files import local_folder
 from toolkit.data.shapes import Draws, light, minimum_jerk, render_motion
 from toolkit.data.signer import draw_look, draw_person
 from toolkit.data.video import write_video
@@ -52,7 +52,7 @@ def synth(
 
     raises  UserError if `out` is not empty
     """
-    out, frames = Path(os.path.expanduser(str(out))), round(seconds * fps)
+    out, frames = local_folder(out), round(seconds * fps)
     if clips < 1 or frames < 3 or size < 32 or size % 2:
         raise UserError(
             f"{clips} clips of {frames} frames at {size} px: at least 1, 3 and 32 are needed, and an even size"

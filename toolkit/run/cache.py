@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from toolkit.config import ModelConfig, RunConfig
 from toolkit.data.clips import ClipSettings, Crop, decode_frames, draw_crop
-from toolkit.data.files import add_member, link_or_copy, written_aside
+from toolkit.data.files import add_member, link_or_copy, local_folder, refuse_files_above, written_aside
 from toolkit.data.format import MEMBER_BYTES, BadSample, build_index, is_whole, load_index, write_index
 from toolkit.data.index import CACHING, JOINING, DatasetIndex, open_shards
 from toolkit.data.latents import CACHE_FILE, CacheInfo, pack_latents, read_cache_info
@@ -55,28 +54,26 @@ def cache_shards(
     returns  what was done, for people
     raises   UserError for options that make no sense, or an `out` that holds something else
     """
-    shards, (number, parts) = os.path.expanduser(shards), parse_part(part)
+    source, given = local_folder(shards), local_folder(out) if out is not None else None
+    number, parts = parse_part(part)
     check_options(height, width, variants, flip, random_crop)
-    index = open_shards(shards, "train")
+    index = open_shards(source, "train")
     if index.cached:
-        raise UserError(f"{shards} is a cache already; give the folder of the videos' shards")
+        raise UserError(f"{source} is a cache already; give the folder of the videos' shards")
     refuse_bulk(index, height, width, variants, precision)
     world = init_world()
     world.close()  # from here on no rank waits for another: what is done is on the disk
     model = ModelConfig(base=base, revision=revision, variant=variant)
     vae, image_encoder = (fingerprint_files(files) for files in find_encoder_files(model))
     info = CacheInfo(
-        base=base, vae=vae, image_encoder=image_encoder, source=str(shards),
+        base=base, vae=vae, image_encoder=image_encoder, source=str(source),
         source_fingerprint=index.fingerprint, height=height, width=width, variants=variants, flip=flip,
         random_crop=random_crop, precision=precision,
     )  # fmt: skip
-    place = Path(shards) if Path(shards).name else Path(shards).resolve()
-    folder = (
-        Path(os.path.expanduser(out))
-        if out is not None
-        else place.with_name(f"{place.name}-{height}x{width}-{info.key}")
-    )
-    if is_complete(folder, index, info, Path(shards)):
+    place = source if source.name not in ("", "..") else source.resolve()
+    folder = given or place.with_name(f"{place.name}-{height}x{width}-{info.key}")
+    refuse_files_above(folder)
+    if is_complete(folder, index, info, source):
         return _tell_complete(folder)
     staging = open_staging(folder, info)
     share = range((number - 1) * world.size + world.rank, len(index), parts * world.size)
@@ -84,7 +81,7 @@ def cache_shards(
         print(f"{len(index):,} clips, {len(share):,} of them here, to {folder}; the same command resumes", flush=True)
     if staging.name == CACHING:
         encode_share(index, share, info, model, staging, world)
-    done = join_clips(index, info, folder, Path(shards))
+    done = join_clips(index, info, folder, source)
     return done or f"rank {world.rank} of part {part} is done; whoever ends last joins all clips to shards"
 
 
@@ -135,8 +132,8 @@ def open_staging(folder: Path, info: CacheInfo) -> Path:
         # other ranks and parts may be making theirs at this moment
         if folder.exists() and any(not path.name.startswith(CACHING) for path in folder.iterdir()):
             raise UserError(f"{folder} holds something else; give another --out, or delete it")
-        aside = folder / f"{CACHING}.{socket.gethostname()}.{os.getpid()}"
-        aside.mkdir(parents=True, exist_ok=True)
+        aside = folder / f"{CACHING}.{os.urandom(8).hex()}"
+        aside.mkdir(parents=True)
         (aside / CACHE_FILE).write_text(info.model_dump_json(indent=1))
         try:
             aside.rename(folder / CACHING)
