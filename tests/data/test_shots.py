@@ -105,3 +105,8 @@ def test_a_stride_starts_full_clips_that_far_apart(frames: int, clip_seconds: fl
         assert [start for start, _ in spans] == list(range(0, len(spans) * stride, stride))
         assert all(stop - start == longest for start, stop in spans)
         assert spans[-1][1] <= frames < spans[-1][1] + stride
+
+
+def test_seconds_beyond_what_numbers_hold_are_all_there_is() -> None:
+    """A length or a stride whose frames cannot be counted is longer than any span."""
+    assert cut_span(100, 25, 1e308, None) == [(0, 100)] and cut_span(100, 25, 1.0, 1e308) == [(0, 25)]

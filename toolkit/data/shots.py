@@ -75,10 +75,11 @@ def cut_span(frames: int, fps: float, clip_seconds: float, stride_seconds: float
     Without a stride: equal parts, which leave no short rest; 4.1 s in clips of 4 s become two of 2.05 s. With one: a full
     clip every stride_seconds, which may overlap or leave out, or the whole span if it is shorter than a clip.
     """
-    longest = min(MAX_FRAMES, max(MIN_FRAMES, int(clip_seconds * fps + 1e-6)))
+    longest = max(MIN_FRAMES, int(min(MAX_FRAMES, clip_seconds * fps + 1e-6)))
     if stride_seconds is None:
         parts = math.ceil(frames / longest)
         return [(part * frames // parts, (part + 1) * frames // parts) for part in range(parts)]
     if frames <= longest:
         return [(0, frames)]
-    return [(start, start + longest) for start in range(0, frames - longest + 1, max(1, round(stride_seconds * fps)))]
+    stride = max(1, round(min(frames, stride_seconds * fps)))
+    return [(start, start + longest) for start in range(0, frames - longest + 1, stride)]
