@@ -8,7 +8,7 @@ so the same videos and settings give the same bytes.
 
 import io
 import tarfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,14 +105,17 @@ def _read_sha256(video: Path) -> str:
 def lay_out(staging: Path, sources: Iterable[tuple[str, Path]], shard_mb: float) -> list[ShardWork]:
     """Fill shards with the clips of encoded sources, (split, tar) in order, opening the next when one is full."""
     shards: dict[str, list[list[Piece]]] = {}
+    in_last_bytes: Counter[str] = Counter()  # of each split
     for split, path in sources:
         with tarfile.open(path, "r:") as tar:
             pieces = [Piece(path, member.name, member.offset_data, member.size) for member in tar]
         for video, sidecar in zip(pieces[::2], pieces[1::2], strict=True):
             filled = shards.setdefault(split, [[]])
-            if filled[-1] and sum(piece.tar_bytes for piece in filled[-1]) + video.size_bytes > shard_mb * 1e6:
+            if filled[-1] and in_last_bytes[split] + video.size_bytes > shard_mb * 1e6:
                 filled.append([])
+                in_last_bytes[split] = 0
             filled[-1] += [video, sidecar]
+            in_last_bytes[split] += video.tar_bytes + sidecar.tar_bytes
     return [
         ShardWork(staging / f"{split}-{number:06d}.tar", tuple(pieces))
         for split, filled in shards.items()
