@@ -249,7 +249,9 @@ def test_what_is_dropped_is_counted_by_kind_with_the_option_that_decides(tmp_pat
     for path in videos.iterdir():
         if path.name != "narrow.mp4":
             path.unlink()
-    with pytest.raises(UserError, match="too small: 12 x 48 px has a side below 16.; give videos of larger pictures"):
+    with pytest.raises(
+        UserError, match="too small: 12 x 48 px has a side below 16.; give larger pictures, or other --aspects"
+    ):
         pack(videos, tmp_path / "other")
 
 

@@ -208,11 +208,10 @@ class _Packing:
             return
         fault = f"none of the {len(surveys)} videos in {self.videos} gave a clip to train on"
         if reasons:
-            option = reasons[0].kind.option
-            remedy = f"lower --{option} and give --overwrite, which does not look through them again"
-            raise UserError(
-                f"{fault} ({plan[0].source}: {reasons[0]}); {remedy if option else 'give videos of larger pictures'}"
-            )
+            remedy = "give larger pictures, or other --aspects"
+            if option := reasons[0].kind.option:
+                remedy = f"lower --{option} and give --overwrite, which does not look through them again"
+            raise UserError(f"{fault} ({plan[0].source}: {reasons[0]}); {remedy}")
         shutil.rmtree(self.staging, ignore_errors=True)
         raise UserError(f"{fault} ({surveys[0].name}: {surveys[0].fault}); give videos that play")
 
