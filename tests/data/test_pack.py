@@ -2,6 +2,7 @@
 
 import errno
 import io
+import multiprocessing
 import os
 import re
 import shutil
@@ -687,6 +688,19 @@ def test_a_killed_process_is_a_sentence() -> None:
     """Where the kernel kills a process for want of memory, the command says so instead of hanging."""
     with pytest.raises(UserError, match="fewer --jobs"), Workers(2) as workers:
         list(workers.run(os._exit, [9, 9]))
+
+
+def test_stopped_work_ends_its_own_processes_alone() -> None:
+    """Those that were there before, as a loader's workers, live on."""
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    other.start()
+    try:
+        with pytest.raises(KeyboardInterrupt), Workers(2) as workers:
+            for _ in workers.run(time.sleep, [0, 60]):
+                raise KeyboardInterrupt
+        assert multiprocessing.active_children() == [other]
+    finally:
+        other.kill()
 
 
 def test_real_signing_videos(real_videos: Path, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ class Workers:
         # Forked from a process that has no threads yet, and has imported what all of them need.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["toolkit.data.pack"])
+        self.others = set(multiprocessing.active_children())
         self.pool = ProcessPoolExecutor(jobs, context, _start) if jobs > 1 else None
 
     def __enter__(self) -> "Workers":
@@ -56,7 +57,7 @@ class Workers:
     def __exit__(self, kind: type | None, *exception: object) -> None:
         if self.pool:
             if kind:  # who stops does not wait for hours of video
-                for process in multiprocessing.active_children():
+                for process in set(multiprocessing.active_children()) - self.others:
                     process.kill()
             self.pool.shutdown(cancel_futures=True)
 
