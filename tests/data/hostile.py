@@ -528,7 +528,7 @@ def _read(case: Path) -> Outcome:
     except BaseException as other:
         error, message = f"unexpected {type(other).__name__}", str(other)[:300]
     if list(case.glob("*.tar")):
-        report = check(case, write_indexes=False)
+        report = check(case)
         repaired = repair(case, out := case.with_name(f"{case.name}.out"))
         shutil.rmtree(out)
         faults, left = len(report.faults), len(repaired.faults)

@@ -58,7 +58,8 @@ def held_out_frames(shards: Path) -> dict[str, tuple[np.ndarray, float]]:
     index = open_shards(shards, "val")
     settings = ClipSettings(3, 32, 32)
     return {
-        row.key: (decode_frames(index, i, None, settings, Crop()), row.clip.fps) for i, row in enumerate(index.rows)
+        row.key: (decode_frames(index, i, range(row.clip.frames), settings, Crop()), row.clip.fps)
+        for i, row in enumerate(index.rows)
     }
 
 

@@ -69,5 +69,7 @@ def _read_table(table: Path, names: Sequence[str]) -> dict[str, Words]:
 def _clean(text: str, where: str) -> str | None:
     text = " ".join(text.split())
     if len(text) > _MAX_CHARACTERS:
-        raise UserError(f"{where}: a caption of {len(text)} characters; up to {_MAX_CHARACTERS} are allowed")
+        raise UserError(
+            f"{where}: a caption of {len(text)} characters; up to {_MAX_CHARACTERS} are allowed; shorten it, or take it out"
+        )
     return text or None

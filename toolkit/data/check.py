@@ -102,12 +102,13 @@ class _Block:
         return sum(members) if self.samples else self.index.tar_size_bytes
 
 
-def check(folder: str | Path, deep: bool = False, write_indexes: bool = True) -> CheckReport:
+def check(folder: str | Path, deep: bool = False) -> CheckReport:
     """Verify every shard of a folder against its index, and every clip against its facts, on all cores.
 
-    deep           decode every frame and look at every number of cached clips
-    write_indexes  make the index of a shard that has none, as a run does at first sight
-    raises         UserError if the folder holds no shards
+    A shard without an index gets one, as from a run that opens it.
+
+    deep    decode every frame and look at every number of cached clips
+    raises  UserError if the folder holds no shards
     """
     folder = local_folder(folder)
     tars = find_tars(folder)
@@ -115,7 +116,7 @@ def check(folder: str | Path, deep: bool = False, write_indexes: bool = True) ->
     indexes: dict[Path, ShardIndex] = {}
     jobs = cores() if sum(tar.stat().st_size for tar in tars if tar.is_file()) > _POOL_BYTES else 1
     with Workers(jobs, remedy="end other programs and start the same command again") as workers:
-        opened = workers.run(partial(_open, write_indexes=write_indexes), tars)
+        opened = workers.run(_open, tars)
         for tar, (index, faults) in tqdm(opened, "indexes", len(tars), unit="shard"):
             report.faults += faults
             if index is not None:
@@ -188,7 +189,7 @@ def shard_faults(tar: Path, index: ShardIndex, deep: bool = False) -> list[Fault
     return [fault for block in _blocks(tar, index) for fault in _check_block(block, deep)]
 
 
-def _open(tar: Path, write_indexes: bool) -> tuple[ShardIndex | None, list[Fault]]:
+def _open(tar: Path) -> tuple[ShardIndex | None, list[Fault]]:
     """Find the index of a shard; if it does not fit, what stands in it still tells which samples are lost."""
     faults: list[Fault] = []
     try:
@@ -203,9 +204,9 @@ def _open(tar: Path, write_indexes: bool) -> tuple[ShardIndex | None, list[Fault
         try:
             return read_index(tar), faults
         except UserError:
-            write_indexes = False
+            pass
     try:
-        return (load_index if write_indexes else build_index)(tar), faults
+        return (build_index if faults else load_index)(tar), faults  # what is there is not replaced
     except UserError as error:
         return None, faults + ([*_layout_faults(tar)] or [Fault(tar.name, None, None, str(error))])
 

@@ -109,10 +109,8 @@ def load_cached(
     return CachedClip(latents, row.clip.fps / stride, row.clip.motion, row.key)
 
 
-def decode_frames(
-    index: DatasetIndex, sample: int, frames: range | None, settings: ClipSettings, crop: Crop
-) -> np.ndarray:
-    """Decode frames of a sample (None: all), scaled and cropped: frames_THWC. Raises BadSample with the reason."""
+def decode_frames(index: DatasetIndex, sample: int, frames: range, settings: ClipSettings, crop: Crop) -> np.ndarray:
+    """Decode frames of a sample, scaled and cropped: frames_THWC. Raises BadSample with the reason."""
     row = index.rows[sample]
     extension = row.video_extension
     if extension is None:

@@ -31,8 +31,6 @@ from toolkit.errors import UserError, in_one_line
 
 PREFETCH = 2  # micro-batches that each worker holds ready
 MAX_ATTEMPTS = 16  # bad substitutes in a row; with a tenth of the clips bad, that is one position in 10^16
-
-
 # Another clip in place of one that is whole would make the run another run.
 _OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from toolkit.data.clips import resize_cover
 from toolkit.data.sources import SOURCE_EXTENSIONS
@@ -89,7 +89,7 @@ def read_still(path: str) -> np.ndarray:
         with Image.open(os.path.expanduser(path)) as image:
             return to_rgb(image)
     # Pillow's readers of damaged files raise what they like
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read {path} as a picture: {in_one_line(error)}; give an 8-bit picture") from None
 
 

@@ -293,19 +293,19 @@ def _frame_times(container: InputContainer, stream: VideoStream, limit: float) -
 
 
 def _decode(
-    container: InputContainer, stream: VideoStream, wanted: set[int] | None = None
+    container: InputContainer, stream: VideoStream, wanted: set[int]
 ) -> Iterator[tuple[int | None, np.ndarray]]:
-    """Yield (display time, frame_HWC) of the wanted times (None: all), up to the last of them."""
-    last = max(wanted) if wanted else None
+    """Yield (display time, frame_HWC) of the wanted times, up to the last of them."""
+    last = max(wanted)
     reformatter = SdrReformatter()
     for packet in container.demux(stream):
         # What no other frame refers to and nobody wants is not decoded: a quarter of the time at a keyframe every 12.
-        idle = wanted is not None and packet.pts is not None and packet.pts not in wanted
+        idle = packet.pts is not None and packet.pts not in wanted
         stream.codec_context.skip_frame = "NONREF" if idle else "DEFAULT"
         for frame in packet.decode():
-            if wanted is None or frame.pts in wanted:
+            if frame.pts in wanted:
                 yield frame.pts, _to_rgb(frame, reformatter, frame.width, frame.height)
-            if last is not None and frame.pts is not None and frame.pts >= last:
+            if frame.pts is not None and frame.pts >= last:
                 return
 
 
