@@ -75,6 +75,17 @@ def test_same_data_twice_is_refused(halves: tuple[Path, Path], tmp_path: Path) -
             open_sources(DataConfig(mix={str(folder): 1, str(other): 2}), "train")
 
 
+def test_a_shard_that_is_gone_is_missed(packed: Path, tmp_path: Path) -> None:
+    """As after a copy that was cut short: fewer clips are not taken for all, until the index says so too."""
+    folder = Path(shutil.copytree(packed, tmp_path / "copy"))
+    lost = sorted(folder.glob("train-*.tar"))[-1]
+    lost.unlink()
+    with pytest.raises(UserError, match=f"{lost} is gone, but its index is there; restore it, or delete"):
+        open_shards(folder, "train")
+    index_path(lost).unlink()
+    assert 0 < len(open_shards(folder, "train")) < len(open_shards(packed, "train"))
+
+
 @pytest.mark.parametrize(
     ("name", "program"), [(".packing", "pack"), (".publishing", "pack"), (".caching", "cache")]
 )  # fmt: skip

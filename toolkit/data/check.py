@@ -22,6 +22,7 @@ from toolkit.data.format import (
     build_index,
     file_sha256,
     index_path,
+    indexed_tars,
     load_index,
     read_index,
     read_member,
@@ -151,10 +152,9 @@ def find_tars(folder: Path) -> list[Path]:
 def lost_tars(folder: Path, tars: Sequence[Path]) -> dict[Path, str]:
     """Name the shards that are not there, with what tells of them: an index, or the record of the packing."""
     record = load_record(folder)
-    listed = dict.fromkeys(record.shards if record else (), f"the tar is gone, but {RECORD} lists it")
-    indexes = [path.name.removesuffix(".index.json") for path in folder.glob("*.index.json")]
-    told = listed | {f"{name}.tar": "the tar is gone, but its index is there" for name in indexes}
-    return {folder / name: told[name] for name in sorted(told.keys() - {tar.name for tar in tars})}
+    listed = {folder / name: f"the tar is gone, but {RECORD} lists it" for name in (record.shards if record else ())}
+    told = listed | dict.fromkeys(indexed_tars(folder), "the tar is gone, but its index is there")
+    return {tar: told[tar] for tar in sorted(told.keys() - set(tars))}
 
 
 def sample_faults(tar: Path, row: SampleRow, deep: bool = False) -> Iterator[Fault]:

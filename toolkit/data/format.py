@@ -89,6 +89,11 @@ def index_path(tar: Path) -> Path:
     return tar.with_suffix(".index.json")
 
 
+def indexed_tars(folder: Path) -> set[Path]:
+    """The tars that a folder holds indexes of, whether they are there or not."""
+    return {path.with_name(f"{path.name.removesuffix('.index.json')}.tar") for path in folder.glob("*.index.json")}
+
+
 def fingerprint(indexes: Iterable[ShardIndex]) -> str:
     """Hash what a run reads: each shard's bytes and the rows of its index, shard by shard in the order of their names."""
     lines = (f"{index.tar_sha256} {hashlib.sha256(_rows_json(index)).hexdigest()}" for index in indexes)

@@ -16,7 +16,7 @@ from typing import Literal
 from toolkit.config import DataConfig
 from toolkit.data.disk_cache import DiskCache
 from toolkit.data.files import refuse_irregular
-from toolkit.data.format import SampleRow, ShardIndex, fingerprint, load_index, read_member
+from toolkit.data.format import SampleRow, ShardIndex, fingerprint, index_path, indexed_tars, load_index, read_member
 from toolkit.data.order import MixedOrder, Order, Source
 from toolkit.data.remote import RemoteShard, Shard, find_shards, is_remote
 from toolkit.errors import UserError
@@ -92,13 +92,20 @@ def shard_paths(folder: Path, split: Split) -> list[Path]:
 
 
 def _list_folder(folder: Path) -> list[Shard]:
-    """List the tars of a folder by name. Raises UserError for no folder, an unfinished one, and a tar that is no file."""
+    """List the tars of a folder by name.
+
+    raises  UserError for no folder, an unfinished one, and a tar that is gone or no file
+    """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; pack videos into it: python shards/pack.py VIDEOS {folder}")
     refuse_unfinished(folder)
     tars = sorted(folder.glob("*.tar"))
     for tar in tars:
         refuse_irregular(tar)
+    if lost := sorted(indexed_tars(folder) - set(tars)):
+        raise UserError(
+            f"{lost[0]} is gone, but its index is there; restore it, or delete {index_path(lost[0])} to train without it"
+        )
     return [*tars]
 
 
