@@ -75,6 +75,24 @@ def test_same_data_twice_is_refused(halves: tuple[Path, Path], tmp_path: Path) -
             open_sources(DataConfig(mix={str(folder): 1, str(other): 2}), "train")
 
 
+def test_what_did_not_change_is_opened_once(packed: Path, tmp_path: Path) -> None:
+    """A recipe's clips are given again, until an index or a tar is another, whichever way it was made so."""
+    folder = Path(shutil.copytree(packed, tmp_path / "copy"))
+    data = DataConfig(shards=str(folder))
+    train, val = open_sources(data, "train"), open_sources(data, "val")
+    assert open_sources(data, "train") is train and open_sources(data, "val") is val
+    tar = next(folder.glob("val-*.tar"))
+    text = index_path(tar).read_text()
+    index_path(tar).write_text(text.replace('"fps": 25.0', '"fps": 24.0'))  # in place, of the same length
+    assert {row.clip.fps for row in open_sources(data, "val").rows} >= {24.0}
+    index_path(tar).unlink()
+    assert open_sources(data, "val") == open_sources(data, "val") == val and index_path(tar).exists()
+    (tmp_path / "other").write_bytes(bytes(tar.stat().st_size))
+    os.replace(tmp_path / "other", tar)
+    with pytest.raises(UserError, match="is not what its index was made for"):
+        open_sources(data, "val")
+
+
 def test_a_shard_that_is_gone_is_missed(packed: Path, tmp_path: Path) -> None:
     """As after a copy that was cut short: fewer clips are not taken for all, until the index says so too."""
     folder = Path(shutil.copytree(packed, tmp_path / "copy"))

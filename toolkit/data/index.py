@@ -74,7 +74,8 @@ def open_shards(folder: str | Path, split: Split) -> DatasetIndex:
 def open_sources(data: DataConfig, split: Split) -> DatasetIndex:
     """Load or build the index of every shard of a split, of data.shards or data.mix.
 
-    A source of a mix that has no validation shards is passed over where others have some.
+    A source of a mix that has no validation shards is passed over where others have some. What is asked for again while no
+    file of it changed is given again: a start asks for the held-out clips six times.
     raises  UserError naming the source or shard that cannot be used
     """
     cache = DiskCache(Path(data.cache_dir), int(data.cache_gb * 1e9))
@@ -82,7 +83,10 @@ def open_sources(data: DataConfig, split: Split) -> DatasetIndex:
         source: find_shards(source, data.remote, cache) if is_remote(source) else _list_folder(Path(source))
         for source in data.sources
     }
-    return _join(_choose(tars, split), data.sources)
+    chosen = tuple((source, tuple(shards)) for source, shards in _choose(tars, split).items())
+    tars_here = [shard for _, shards in chosen for shard in shards if isinstance(shard, Path)]
+    stamps = tuple(_stamp(path) for tar in tars_here for path in (tar, index_path(tar)))
+    return _join_stamped(chosen, tuple(data.sources.items()), stamps)
 
 
 def shard_paths(folder: Path, split: Split) -> list[Path]:
@@ -133,6 +137,25 @@ def _choose(tars: dict[str, list[Shard]], split: Split) -> dict[str, list[Shard]
         remedy = "pack at least two videos with --holdout above 0" if split == "val" else "pack with a lower --holdout"
         raise UserError(f"{empty[0]} holds no {split} shards among its {len(tars[empty[0]])} tars; {remedy}")
     return {source: shards for source, shards in chosen.items() if shards}
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What is another once a file was written, replaced or taken away."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+# Two: the clips to train on and those held out. Shards of another machine have no stamp, and are never the same.
+@functools.lru_cache(maxsize=2)
+def _join_stamped(
+    chosen: tuple[tuple[str, tuple[Shard, ...]], ...],
+    weights: tuple[tuple[str, int], ...],
+    stamps: tuple[tuple[int, ...], ...],
+) -> DatasetIndex:
+    return _join({source: [*shards] for source, shards in chosen}, dict(weights))
 
 
 def _join(chosen: dict[str, list[Shard]], weights: Mapping[str, int]) -> DatasetIndex:
