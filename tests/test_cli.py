@@ -8,17 +8,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 import torch
-from pydantic import BaseModel, PositiveInt, ValidationError, validate_call
+from pydantic import BaseModel, Field, FiniteFloat, PositiveInt, ValidationError, validate_call
 
 from shards.cache import cache
 from shards.pack import pack
 from shards.synth import synth
 from tests.launching import HEAVY, ROOT, run
-from toolkit.cli import importing, main
+from toolkit.cli import importing, in_help, main
 from toolkit.config import load_config
 from toolkit.data.plan import PackSettings
 from toolkit.data.synth import synth as make_videos
@@ -180,6 +180,20 @@ def test_help_shows_the_flags_and_does_no_work(monkeypatch, capsys):
     shown = "".join(capsys.readouterr())
     assert ended.value.code == 0 and CALLS == []
     assert "Stands for a long job." in shown and "--steps=STEPS" in shown and "raw_function" not in shown
+    assert "GROUP" not in shown and "FIRE" not in shown and "Optional[]" not in shown and "Type: int" in shown
+
+
+@pytest.mark.parametrize(
+    ("annotation", "words"),
+    [
+        (str, "text"), (str | None, "text"), (bool, "bool"), (PositiveInt | None, "int"),
+        (Annotated[float, Field(ge=0)], "float"), (Literal["euler", "lcm"] | None, "euler|lcm"),
+        (FiniteFloat | tuple[FiniteFloat, ...], "float or float,..."),
+    ],
+)  # fmt: skip
+def test_help_names_types_plainly(annotation, words):
+    """As people who know no Python read them."""
+    assert in_help(annotation) == words
 
 
 @pytest.mark.launch

@@ -13,7 +13,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any, NoReturn, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 import fire
 from pydantic import ConfigDict, ValidationError, validate_call
@@ -21,6 +22,9 @@ from pydantic import ConfigDict, ValidationError, validate_call
 from toolkit.config import field_names, text_fields
 from toolkit.errors import UserError, in_one_line, in_words, printable
 
+fire.decorators.FIRE_METADATA = (
+    "__fire__"  # what it hangs on a command by this name, its help would offer as a group of commands
+)
 _FULL_DISK = "the disk is full; what was published so far is whole, so free some space and start the same command again"
 _FULL_MEMORY = (
     "memory is used up; to train in less take model.memory small, then model.quantize int8, fewer data.frames or a smaller "
@@ -39,8 +43,12 @@ def main(function: Callable[..., Any]) -> None:
     def command(*args: Any, **kwargs: Any) -> Any:
         return checked(*args, **kwargs)
 
-    plain = [p.replace(annotation=p.empty) for p in inspect.signature(function).parameters.values()]
-    command.__signature__ = inspect.Signature(plain)  # type: ignore[attr-defined]  # Fire's help would garble the types
+    # Fire's help takes a type by its name alone, which it would garble
+    shown = [
+        p.replace(annotation=type(in_help(p.annotation), (), {}))
+        for p in inspect.signature(function).parameters.values()
+    ]
+    command.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     texts = [p.name for p in inspect.signature(function).parameters.values() if p.annotation in (str, str | None)]
     texts += _overrides(function, text_fields)
     fire.decorators.SetParseFns(**dict.fromkeys(texts, str))(command)  # Fire reads 2024_01 as a number
@@ -97,6 +105,20 @@ def importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def in_help(annotation: Any) -> str:
+    """Name a type: PositiveInt | None => "int", Literal["a", "b"] => "a|b", tuple[float, ...] => "float,..."."""
+    kind, parts = get_origin(annotation), get_args(annotation)
+    if kind is Annotated:
+        return in_help(parts[0])
+    if kind is Literal:
+        return "|".join(map(str, parts))
+    if kind in (Union, UnionType):
+        return " or ".join(in_help(part) for part in parts if part is not NoneType)
+    if kind is tuple:
+        return f"{in_help(parts[0])},..."
+    return "text" if annotation is str else getattr(annotation, "__name__", str(annotation))
 
 
 def _is_read_no_more(pipe: int) -> bool:
