@@ -79,7 +79,7 @@ class Requests:
         if first and os.getpid() == self._pid:  # not in a child that has just been forked
             with contextlib.suppress(OSError):  # it would be raised wherever the program stands, in a read for one
                 name = signal.Signals(number).name
-                os.write(2, f"{name}: the run will save at the end of a step, and end\n".encode())
+                os.write(2, f"{name}: asked to end; what is training saves first, at the end of a step\n".encode())
 
     def _end_loading(self, reader: int) -> None:
         with open(reader, "rb", buffering=0) as pipe:
