@@ -114,11 +114,13 @@ def interpolate_stills(
 
 def plan_film(source: Source, paths: Sequence[str], place: Path, filling: Filling) -> Film:
     """Read stills, and find where points go between them. Raises UserError where no such video can be made of them."""
+    fps = told_of(source.about).fps if filling.fps is None else filling.fps
+    refuse_ending(place, fps)  # first: to read a whole video takes a while
     stills = read_stills(paths, source.config.data.height, source.config.data.width)
-    gaps, fps = len(stills.cut_NHWC) - 1, filling.fps
-    if fps is None:
-        fps = told_of(source.about).fps if stills.fps is None else stills.fps * (filling.frames - 1)
-    refuse_ending(place, fps)
+    gaps = len(stills.cut_NHWC) - 1
+    if filling.fps is None and stills.fps is not None:
+        fps = stills.fps * (filling.frames - 1)
+        refuse_ending(place, fps)
     if filling.trajectories not in (None, "auto") and gaps > 1:
         raise UserError(f"a file of trajectories is for two stills, not {gaps + 1}; take --trajectories auto")
     if len(filling.seeds) not in (0, 1, gaps):
@@ -141,8 +143,9 @@ def tell(film: Film) -> None:
             "the size the run was trained at"
         )
     if film.filling.trajectories == "auto":
-        found = ", ".join(str(0 if own is None else len(own.points_PK2)) for own in film.steering)
-        print(f"trajectories: {found} points matched between the stills")
+        found = [0 if own is None else len(own.points_PK2) for own in film.steering]
+        some = ", ".join(map(str, found)) if len(found) <= 10 else f"{min(found)} to {max(found)}"
+        print(f"trajectories: {some} points matched between the stills")
 
 
 def count_steps(framer: Framer, filling: Filling) -> int:
