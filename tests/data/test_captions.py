@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.data.captions import Words, read_words
+from toolkit.data.captions import Part, Words, read_words
 from toolkit.errors import UserError
 
 NAMES = ["a.mp4", "deep/b c.mkv", "silent.mp4"]
@@ -24,6 +24,7 @@ def test_texts_beside_videos_and_rows_of_a_table(folder: Path) -> None:
     """A text beside a video is its caption, on one line; a row replaces it whole; what is empty says nothing."""
     assert read_words(folder, NAMES, None) == (
         {"a.mp4": Words("a dog, running"), "deep/b c.mkv": Words("grüß dich")},
+        {},
         [],
     )
     table = folder / "words.csv"
@@ -41,15 +42,15 @@ def test_a_line_ends_only_where_csv_ends_it(folder: Path) -> None:
     """A separator of lines that only Unicode knows, and a line end in quotes, stay in the text as spaces."""
     table = folder / "words.csv"
     table.write_bytes('video,caption\r\na.mp4,one\u2028two\x0cthree\r\nsilent.mp4,"four\r\nfive"\r\n'.encode())
-    words, _ = read_words(folder, NAMES, table)
-    assert words["a.mp4"] == Words("one two three") and words["silent.mp4"] == Words("four five")
+    words = read_words(folder, NAMES, table)
+    assert words.of_videos["a.mp4"] == Words("one two three") and words.of_videos["silent.mp4"] == Words("four five")
 
 
 def test_rows_about_other_videos_are_passed_over_and_named(folder: Path) -> None:
     """A table may speak of more videos than are there, but not of others alone; a table without rows says nothing."""
     table = folder / "words.csv"
     table.write_text("video,caption\nz.mp4,x\na.mp4,dog\nc.mp4,y\n")
-    words, absent = read_words(folder, NAMES, table)
+    words, _, absent = read_words(folder, NAMES, table)
     assert words["a.mp4"] == Words("dog") and absent == ["c.mp4", "z.mp4"] and "c.mp4" not in words
     table.write_text("video,caption\n")
     assert read_words(folder, NAMES, table) == read_words(folder, NAMES, None)
@@ -62,14 +63,14 @@ def test_a_name_may_be_spelled_as_another_system_spells_it(folder: Path) -> None
     for name in (one, two):
         for row in (one, two):
             table.write_text(f"video,caption\n{row},big\n")
-            assert read_words(folder, [name], table) == ({name: Words("big")}, [])
+            assert read_words(folder, [name], table) == ({name: Words("big")}, {}, [])
         table.write_text(f"video,caption\n{one},big\n{two},large\n")
         with pytest.raises(UserError, match="line 3: .* comes twice"):
             read_words(folder, [name], table)
-    assert read_words(folder, [one, two], table) == ({one: Words("big"), two: Words("large")}, [])
+    assert read_words(folder, [one, two], table) == ({one: Words("big"), two: Words("large")}, {}, [])
     third = unicodedata.normalize("NFD", one[:3]) + one[3:]
     table.write_text(f"video,caption\n{one},big\n{third},huge\n")
-    assert third not in (one, two) and read_words(folder, [one, two], table) == ({one: Words("big")}, [third])
+    assert third not in (one, two) and read_words(folder, [one, two], table) == ({one: Words("big")}, {}, [third])
 
 
 def test_rows_in_which_nothing_stands_say_nothing(folder: Path) -> None:
@@ -77,6 +78,19 @@ def test_rows_in_which_nothing_stands_say_nothing(folder: Path) -> None:
     table = folder / "words.csv"
     table.write_text("video,caption,label\na.mp4,dog,\n,,\n\n,,\n")
     assert read_words(folder, NAMES, table)[0]["a.mp4"] == Words("dog")
+
+
+def test_rows_about_parts(folder: Path) -> None:
+    """A video may have several, in any order; other videos have words of their own; a part needs none."""
+    table = folder / "words.csv"
+    table.write_text("video,start_s,end_s,label\na.mp4,2.5,3,dog\nsilent.mp4,,,none\na.mp4,0,2.5,\nz.mp4,1,2,x\n")
+    assert read_words(folder, NAMES, table) == (
+        {"deep/b c.mkv": Words("grüß dich"), "silent.mp4": Words(None, "none")},
+        {"a.mp4": [Part(0, 2.5, Words()), Part(2.5, 3, Words(None, "dog"))]},
+        ["z.mp4"],
+    )
+    table.write_text("end_s,video,start_s\n1,a.mp4,0.5\n")
+    assert read_words(folder, NAMES, table).of_parts == {"a.mp4": [Part(0.5, 1, Words())]}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +102,15 @@ def test_rows_in_which_nothing_stands_say_nothing(folder: Path) -> None:
         ("video,caption,caption\n", "must be video,caption,label"),
         ("video,caption\nc.mp4,dog\n", "c.mp4 is no video in"),
         ("video,caption\na.mp4,x\na.mp4,y\n", "line 3: a.mp4 comes twice"),
+        ("video,start_s,label\na.mp4,1,x\n", "with start_s,end_s too"),
+        ("video,start_s,end_s\na.mp4,1,2\na.mp4,,\n", "line 3: a.mp4 comes twice"),
+        ("video,start_s,end_s,label\na.mp4,,,x\na.mp4,1,2,\n", "line 3: a.mp4 comes twice"),
+        ("video,start_s,end_s\na.mp4,1,\n", "line 2: start_s or end_s is ''; give seconds"),
+        ("video,start_s,end_s\na.mp4,0:01,0:02\n", "line 2: start_s or end_s is '0:01'"),
+        ("video,start_s,end_s\na.mp4,-1,2\n", "line 2: start_s or end_s is '-1'"),
+        ("video,start_s,end_s\na.mp4,nan,2\n", "line 2: start_s or end_s is 'nan'"),
+        ("video,start_s,end_s\na.mp4,2,2\n", "line 2: a part from 2 to 2 s; give an end_s above start_s"),
+        ("video,start_s,end_s\na.mp4,4,6\na.mp4,1,5\n", "parts of a.mp4 overlap, 1 to 5 s and 4 to 6 s"),
         ("video,caption\na.mp4,a dog, running\n", "line 2: not 2 fields"),
         ("video,caption,label\na.mp4,x\n", "line 2: not 3 fields"),
         ("video,caption\n,dog\n", "line 2: names no video"),

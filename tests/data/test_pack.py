@@ -191,12 +191,12 @@ def test_a_video_that_changes_in_between_is_noticed(videos: Path, tmp_path: Path
         pack(mine, out, **SETTINGS)
 
 
-def _begin(videos: Path, out: Path) -> None:
+def _begin(videos: Path, out: Path, **more: Any) -> None:
     """Survey all and encode nothing: the folder for clips is in the way."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("toolkit.data.pack.encode_source", _interrupted)
         with pytest.raises(KeyboardInterrupt):
-            pack(videos, out, **SETTINGS)
+            pack(videos, out, **SETTINGS, **more)
 
 
 def _interrupted(work: object) -> None:
@@ -684,6 +684,56 @@ def test_words_aspect_and_gop_reach_the_shard(videos: Path, tmp_path: Path) -> N
     bits = read_frames(data)[-1, :24].mean((0, 2)) > 128  # columns 8 to 55 of 64: numbers 1 to 6 of 8
     number = row.clip.frames - 1 + round(25 * row.clip.start_s)
     assert [bool(number >> bit & 1) for bit in range(1, 7)] == bits.reshape(6, 8)[:, 4].tolist()
+
+
+def test_of_a_video_whose_parts_are_named_nothing_else_is_packed(videos: Path, tmp_path: Path) -> None:
+    """From the frame at its start to the last before its end, cut as shots are, each clip with its own part's words."""
+    table, out = tmp_path / "signs.csv", tmp_path / "out"
+    table.write_text(
+        "video,start_s,end_s,label,caption\nv2.mp4,0.8,1.0,bye,\nv2.mp4,0.2,0.6,hello,a greeting\nv4.mp4,0.32,0.36,short,\n"
+        "v4.mp4,1,1.2,,\nv4.mp4,70,80,late,\nv3.mp4,,,whole,\nv5.mp4,9,10,gone,\n"
+    )
+    report = pack(videos, out, captions=table, clip_seconds=0.3, holdout=0, duplicate_distance=0)
+    index = open_shards(out, "train")
+    found: dict[str, list[tuple[str | None, list[int]]]] = {}
+    for i, row in sorted(enumerate(index.rows), key=lambda pair: pair[1].key):
+        numbers = frame_numbers(read_frames(index.read(i, "mp4")))
+        assert numbers[0] == round(25 * row.clip.start_s)
+        assert row.clip.caption == ("a greeting" if row.clip.label == "hello" else None)
+        found.setdefault(row.clip.source, []).append((row.clip.label, numbers))
+    assert found["v2.mp4"] == [("hello", [*range(5, 10)]), ("hello", [*range(10, 15)]), ("bye", [*range(20, 25)])]
+    assert found["v4.mp4"] == [(None, [*range(25, 30)])]
+    assert [number for label, numbers in found["v3.mp4"] for number in numbers if label == "whole"] == [*range(35)]
+    assert sum(len(numbers) for _, numbers in found["v0.mp4"]) == 20 and "v5.mp4" not in found
+    assert report.skipped == [("v5.mp4", "1 of its 1 parts give no clip")]
+    (in_part,) = report.record.partly
+    assert in_part[0] == "v4.mp4" and in_part[1].startswith(
+        "2 of its 3 parts give no clip; 1 of 40 frames lie in no clip"
+    )
+
+
+def test_other_parts_are_another_packing(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose videos are looked through again; for other words of the same parts they are not."""
+    table, out, seen = tmp_path / "signs.csv", tmp_path / "out", []
+
+    def look(path: Path, name: str, *more: Any) -> Survey:
+        seen.append(name)
+        return survey(path, name, *more)
+
+    def write(begin_s: float, label: str) -> None:
+        table.write_text(f"video,start_s,end_s,label\nv2.mp4,{begin_s},1,{label}\n")
+
+    monkeypatch.setattr("toolkit.data.pack.survey", look)
+    for begin_s, label, looks in ((0.4, "a", 6), (0.4, "b", 0), (0.6, "b", 6)):
+        write(begin_s, label)
+        seen.clear()
+        _begin(videos, out, captions=table, overwrite=True)
+        assert len(seen) == looks
+    write(0.8, "b")
+    with pytest.raises(UserError, match="other captions, other parts of the videos"):
+        pack(videos, out, **SETTINGS, captions=table)
+    pack(videos, out, **SETTINGS, captions=table, overwrite=True)
+    assert [(r.clip.start_s, r.clip.frames, r.clip.label) for r in rows(out) if r.clip.label] == [(0.8, 5, "b")]
 
 
 def test_a_killed_process_is_a_sentence() -> None:

@@ -29,12 +29,12 @@ from toolkit.errors import UserError
 
 @dataclass(frozen=True)
 class SourceWork:
-    """One video to encode: its kept clips in order, what is said about it, and what it hashed to when surveyed."""
+    """One video to encode: its kept clips in order, what is said about each, and what it hashed to when surveyed."""
 
     video: Path
     sha256: str
     clips: tuple[PlannedClip, ...]
-    words: Words
+    words: tuple[Words, ...]
     gop: int
     target: Path
 
@@ -81,14 +81,14 @@ def encode_source(work: SourceWork) -> None:
             written_aside(work.target, first_stays=True) as file,  # another part may have read where its clips lie
             tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar,
         ):
-            for clip, video in _encode(work):
+            for (clip, video), words in zip(_encode(work), work.words, strict=True):
                 if len(video) > MEMBER_BYTES["mp4"]:
                     raise UserError(
                         f"{work.video}: a clip of {len(video) / 1e6:.0f} MB; up to {MEMBER_BYTES['mp4'] / 1e6:.0f} are "
                         "allowed, so give a shorter --clip_seconds or a smaller --short_side"
                     )
                 add_member(tar, f"{clip.key}.mp4", video)
-                add_member(tar, f"{clip.key}.json", _info(clip, work.words).model_dump_json(exclude_none=True).encode())
+                add_member(tar, f"{clip.key}.json", _info(clip, words).model_dump_json(exclude_none=True).encode())
     except VideoError as error:
         raise UserError(f"{error}; {GOES_ON}" if may_pass(error) else f"{changed}: {error}") from error
     except av.error.FFmpegError as error:  # of encoding, for those of decoding come as VideoError

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from toolkit.data.captions import Words, read_words
+from toolkit.data.captions import Part, Said, Words, read_words
 from toolkit.data.encode import ShardWork, SourceWork, encode_source, lay_out, write_shard
 from toolkit.data.files import local_folder, written_aside
 from toolkit.data.parallel import Workers, cores, parse_part
@@ -95,11 +95,12 @@ def pack(
         raise UserError(f"jobs is {jobs}; at least 1 process is needed")
     table = Path(os.path.expanduser(str(captions))) if captions is not None else None
     names, links, others = find_videos(videos)
-    words, absent = read_words(videos, names, table)
+    said = read_words(videos, names, table)
     job = Job(
         settings=chosen,
         videos={name: _size_bytes(videos / name) for name in names},
-        words=hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest(),
+        words=_digest([said.of_videos, said.of_parts] if said.of_parts else said.of_videos),
+        parts=_digest({name: _times(parts) for name, parts in said.of_parts.items()}) if said.of_parts else "",
     )
     staging = open_staging(out, job, overwrite, alone=parts == 1)
     if staging is None:
@@ -111,9 +112,9 @@ def pack(
     if unused := [name for name in others if name not in used]:
         files = "file" if len(unused) == 1 else "files"
         print(f"passed over {len(unused)} {files}: {_count_endings(unused)}")
-    if absent:
-        shown = ", ".join(absent[:10]) + (", ..." if len(absent) > 10 else "")
-        print(f"passed over {len(absent)} rows of {captions}, about videos that are not there: {shown}")
+    if said.absent:
+        shown = ", ".join(said.absent[:10]) + (", ..." if len(said.absent) > 10 else "")
+        print(f"{captions} speaks of {len(said.absent)} videos that are not there: {shown}")
     jobs = jobs or (cores() if sum(job.videos.values()) > _POOL_BYTES else 1)
     print(
         f"packing {len(names)} videos on {jobs} {'core' if jobs == 1 else 'cores'} into {staging}; "
@@ -122,7 +123,7 @@ def pack(
     )
     try:
         with Workers(jobs) as workers:
-            _Packing(videos, out, staging, job, words, workers, number, parts).run()
+            _Packing(videos, out, staging, job, said, workers, number, parts).run()
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ESTALE) or staging.exists():
             raise
@@ -138,7 +139,7 @@ class _Packing:
     out: Path
     staging: Path
     job: Job
-    words: dict[str, Words]
+    said: Said
     workers: Workers
     number: int
     parts: int
@@ -152,7 +153,8 @@ class _Packing:
             clip_seconds=settings.clip_seconds,
             stride_seconds=settings.stride_seconds,
         )
-        self._do("survey", task, list(self.job.videos), lambda name: self.job.videos[name], "B")
+        whole = [(name, _times(self.said.of_parts.get(name, ()))) for name in self.job.videos]
+        self._do("survey", task, whole, lambda item: self.job.videos[item[0]], "B")
         surveys = [_without_pictures(self._survey(name)) for name in self.job.videos]
         plan = make_plan(surveys, settings)
         sources = self._sources(surveys, plan)
@@ -195,12 +197,17 @@ class _Packing:
                 video=self.videos / name,
                 sha256=sha256[name],
                 clips=tuple(clips),
-                words=self.words.get(name, Words()),
+                words=tuple(self._words(clip) for clip in clips),
                 gop=self.job.settings.gop,
                 target=self.staging / "clips" / f"{name_hash(name)}.tar",
             )
             for name, clips in kept.items()
         ]
+
+    def _words(self, clip: PlannedClip) -> Words:
+        if clip.facts.part is not None:
+            return self.said.of_parts[clip.source][clip.facts.part].words
+        return self.said.of_videos.get(clip.source, Words())
 
     def _refuse_empty(self, surveys: list[Survey], plan: list[PlannedClip]) -> None:
         reasons = [clip.reason for clip in plan if clip.reason is not None]
@@ -245,7 +252,7 @@ class _Packing:
             if clip.source != name:
                 name = clip.source
                 pictures = iter(facts.picture for facts in self._survey(name).clips)
-            facts, words = clip.facts, self.words.get(clip.source, Words())
+            facts, words = clip.facts, self._words(clip)
             yield Card(
                 key=clip.key,
                 source=clip.source,
@@ -263,13 +270,28 @@ class _Packing:
             )
 
 
-def survey_into(name: str, videos: Path, folder: Path, clip_seconds: float, stride_seconds: float | None) -> None:
-    """Survey one video into its file, unless that is there."""
+def survey_into(
+    item: tuple[str, tuple[tuple[float, float], ...]],
+    videos: Path,
+    folder: Path,
+    clip_seconds: float,
+    stride_seconds: float | None,
+) -> None:
+    """Survey one video, or the parts of it that are named, into its file, unless that is there."""
+    name, parts = item
     path = _survey_path(folder, name)
     if not path.exists():
-        found = survey(videos / name, name, clip_seconds, stride_seconds, spool=path.parent)
+        found = survey(videos / name, name, clip_seconds, stride_seconds, path.parent, parts)
         with written_aside(path) as file:
             file.write(found.model_dump_json().encode())
+
+
+def _times(parts: Sequence[Part]) -> tuple[tuple[float, float], ...]:
+    return tuple((part.begin_s, part.end_s) for part in parts)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _without_pictures(found: Survey) -> Survey:

@@ -32,6 +32,7 @@ class Job(BaseModel):
 
     videos  size in bytes of each, by its path within the folder
     words   sha256 of the captions and labels
+    parts   sha256 of from when to when videos are packed; empty for all of all
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,11 +41,12 @@ class Job(BaseModel):
     settings: PackSettings
     videos: dict[str, int]
     words: str
+    parts: str = ""
 
     @property
     def surveyed(self) -> tuple[object, ...]:
         """What decides how videos are surveyed."""
-        return self.version, self.settings.clip_seconds, self.settings.stride_seconds
+        return self.version, self.settings.clip_seconds, self.settings.stride_seconds, self.parts
 
     def difference(self, other: "Job") -> str:
         """Say what distinguishes another job from this one."""
@@ -57,6 +59,8 @@ class Job(BaseModel):
             changed.append(f"other videos ({names[0]})")
         if self.words != other.words:
             changed.append("other captions")
+        if self.parts != other.parts:
+            changed.append("other parts of the videos")
         return ", ".join(changed) or "another version of this program"
 
 

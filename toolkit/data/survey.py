@@ -2,13 +2,15 @@
 
 Test: pytest tests/data/test_survey.py
 
-A survey depends on the bytes of the video, its name and the lengths asked for, on nothing else.
+A survey depends on the bytes of the video, its name, and the lengths and parts asked for, on nothing else.
 """
 
 import errno
 import io
 import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import IO
 
@@ -43,6 +45,7 @@ class ClipFacts(_Model):
     sharpness   of its sharpest frame among every eighth, 0 to 1
     signature   luma of 5 frames in 16 x 16 blocks, by which duplicates are known
     picture     JPEG of its first, middle and last frame, side by side
+    part        number of the part of the video that it lies in, where parts are named
     """
 
     first: int
@@ -56,6 +59,7 @@ class ClipFacts(_Model):
     sharpness: float
     signature: bytes
     picture: bytes
+    part: int | None = None
 
 
 class Survey(_Model):
@@ -71,16 +75,18 @@ class Survey(_Model):
 
 
 def survey(
-    path: Path, name: str, clip_seconds: float, stride_seconds: float | None, spool: Path | None = None
-) -> Survey:
+    path: Path, name: str, clip_seconds: float, stride_seconds: float | None, spool: Path | None = None,
+    parts: Sequence[tuple[float, float]] = (),
+) -> Survey:  # fmt: skip
     """Decode a video once and judge the clips it can be cut into; what is wrong with it is in the survey's fault.
 
+    parts   begin and end in seconds of what is to be cut, in order; none: all of it
     spool   folder for pictures that would take too much memory; None: the system's
     raises  UserError for an error that may pass, like that of a disk which does not answer
     """
     for _ in range(2):
         try:
-            found, passing = _look(path, name, clip_seconds, stride_seconds, spool)
+            found, passing = _look(path, name, clip_seconds, stride_seconds, spool, parts)
         except OSError as error:
             if error.errno in _LASTING:
                 return Survey(name=name, fault=error.strerror)
@@ -97,8 +103,9 @@ def may_pass(error: VideoError) -> bool:
 
 
 def _look(
-    path: Path, name: str, clip_seconds: float, stride_seconds: float | None, spool: Path | None
-) -> tuple[Survey, bool]:
+    path: Path, name: str, clip_seconds: float, stride_seconds: float | None, spool: Path | None,
+    parts: Sequence[tuple[float, float]],
+) -> tuple[Survey, bool]:  # fmt: skip
     """Survey a video, and say whether what is wrong with it may pass. Raises OSError."""
     sha256 = file_sha256(path)
     try:
@@ -130,8 +137,10 @@ def _look(
         if watch.near > COMBED * watch.far:
             combed = "shows combs, as interlaced video does that is not marked; encode it anew with ffmpeg -vf bwdif"
             return Survey(name=name, sha256=sha256, fault=combed), passing
-        spans, left_out = watch.spans(facts, clip_seconds, stride_seconds)
+        spans, left_out = watch.spans(facts, clip_seconds, stride_seconds, parts)
         clips = tuple(watch.clip(*span) for span in spans)
+    if empty := len(parts) - len({clip.part for clip in clips}) if parts else 0:
+        faults.append(f"{empty} of its {len(parts)} parts give no clip")
     if left_out:
         faults.append(
             f"{left_out} of {len(watch.times_s)} frames lie in no clip: fewer than {MIN_FRAMES} in a row are of one shot "
@@ -208,34 +217,50 @@ class _Watch:
         self.between = self.between + 1 if frame.is_between else 0
 
     def spans(
-        self, facts: VideoFacts, clip_seconds: float, stride_seconds: float | None
-    ) -> tuple[list[tuple[int, int, float]], int]:
-        """List the clips as (start, stop, fps), and count the frames of parts that are too short for one.
+        self, facts: VideoFacts, clip_seconds: float, stride_seconds: float | None, parts: Sequence[tuple[float, float]]
+    ) -> tuple[list[tuple[int, int, float, int | None]], int]:
+        """List the clips as (start, stop, fps, part), and count the frames that are too few in a row for one.
 
-        Inside a clip no shot changes, no frame is missing, lost or spoiled, no size changes.
+        Inside a clip no shot changes, no frame is missing, lost or spoiled, no size changes; it lies in one of the parts.
         """
+        times_s = np.array(self.times_s)
+        spans, left_out = [], 0
+        for first, last, part in self._in_parts(parts, facts, self._shots(facts)):
+            overall_fps = rate_of(times_s[first:last], facts.fps, facts.tick_s)
+            for a, b in cut_span(last - first, overall_fps, clip_seconds, stride_seconds):
+                part_s = times_s[first + a : first + b]
+                fps = float(packed_rate(rate_of(part_s, overall_fps, facts.tick_s)))
+                if b - a >= MIN_FRAMES and MIN_FPS <= fps <= MAX_FPS:
+                    spans.append((first + a, first + b, fps, part))
+                else:
+                    left_out += b - a
+        return spans, left_out
+
+    def _shots(self, facts: VideoFacts) -> Iterator[tuple[int, int]]:
+        """Yield the stretches of whole frames of one shot, one size and one rhythm."""
         times_s, sizes_px, jumps = np.array(self.times_s), self.sizes_px, np.array(self.jumps)
         resized = [i for i in range(1, len(sizes_px)) if sizes_px[i] != sizes_px[i - 1]]
         edges = {number for number in self.spoiled if number - 1 not in self.spoiled}
         edges |= {number + 1 for number in self.spoiled}
         breaks = sorted({0, len(sizes_px), *resized, *self.losses, *edges, *find_breaks(times_s, facts.tick_s)})
-        spans, left_out = [], 0
         for start, stop in zip(breaks, breaks[1:], strict=False):
-            if start in self.spoiled:
-                continue
-            cuts = [start, *(start + cut for cut in find_shots(jumps[start:stop])), stop]
-            for first, last in zip(cuts, cuts[1:], strict=False):
-                overall_fps = rate_of(times_s[first:last], facts.fps, facts.tick_s)
-                for a, b in cut_span(last - first, overall_fps, clip_seconds, stride_seconds):
-                    part_s = times_s[first + a : first + b]
-                    fps = float(packed_rate(rate_of(part_s, overall_fps, facts.tick_s)))
-                    if b - a >= MIN_FRAMES and MIN_FPS <= fps <= MAX_FPS:
-                        spans.append((first + a, first + b, fps))
-                    else:
-                        left_out += b - a
-        return spans, left_out
+            if start not in self.spoiled:
+                yield from pairwise([start, *(start + cut for cut in find_shots(jumps[start:stop])), stop])
 
-    def clip(self, start: int, stop: int, fps: float) -> ClipFacts:
+    def _in_parts(
+        self, parts: Sequence[tuple[float, float]], facts: VideoFacts, shots: Iterable[tuple[int, int]]
+    ) -> Iterator[tuple[int, int, int | None]]:
+        """Yield what of each shot lies in each part, and the part's number; all of it where there are no parts."""
+        times_s = np.array(self.times_s) - min(self.times_s, default=0) + facts.tick_s / 2
+        for first, last in shots:
+            if not parts:
+                yield first, last, None
+            for number, part in enumerate(parts):
+                begin, end = first + np.searchsorted(times_s[first:last], part)
+                if begin < end:
+                    yield int(begin), int(end), number
+
+    def clip(self, start: int, stop: int, fps: float, part: int | None) -> ClipFacts:
         chosen = np.linspace(start, stop - 1, SIGNATURE_FRAMES).round().astype(int)
         sampled = [value for number, value in self.sharpness.items() if start <= number < stop]
         nearest = self.sharpness[max(number for number in self.sharpness if number <= start)]
@@ -251,6 +276,7 @@ class _Watch:
             sharpness=round(max(sampled, default=nearest), 4),
             signature=b"".join(self.blocks[number].tobytes() for number in chosen),
             picture=self._strip([start, (start + stop - 1) // 2, stop - 1]),
+            part=part,
         )
 
     def _strip(self, numbers: list[int]) -> bytes:
