@@ -418,7 +418,7 @@ def test_links_to_folders_and_rows_about_nothing_are_said(
     said = capsys.readouterr().out
     assert "passed over 6 files: 2 .png, 1 without an ending, 1 .zip, 1 .txt, 1 .\\x1b\\udcff\n" in said
     assert f"not followed: {mine / 'more'}, a link to a folder" in said
-    assert "passed over 2 rows" in said and "v8.mp4, v9.mp4" in said
+    assert "about 2 videos that are not there: v8.mp4, v9.mp4" in said
 
 
 @pytest.mark.parametrize("size_px", [(2160, 3840), (2728, 1534)], ids=["4K", "upright"])

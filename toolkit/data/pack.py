@@ -114,7 +114,7 @@ def pack(
         print(f"passed over {len(unused)} {files}: {_count_endings(unused)}")
     if said.absent:
         shown = ", ".join(said.absent[:10]) + (", ..." if len(said.absent) > 10 else "")
-        print(f"{captions} speaks of {len(said.absent)} videos that are not there: {shown}")
+        print(f"passed over rows of {captions} about {len(said.absent)} videos that are not there: {shown}")
     jobs = jobs or (cores() if sum(job.videos.values()) > _POOL_BYTES else 1)
     print(
         f"packing {len(names)} videos on {jobs} {'core' if jobs == 1 else 'cores'} into {staging}; "
