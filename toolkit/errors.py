@@ -18,3 +18,8 @@ def printable(text: str) -> str:
 def in_one_line(error: Exception) -> str:
     """What a library's error says, on one line; its kind where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def list_some(faults: list[str]) -> str:
+    """Name the first few of many."""
+    return "; ".join(faults[:3]) + ("; ..." if len(faults) > 3 else "")

@@ -13,7 +13,6 @@ from typing import NamedTuple
 from toolkit.data.table import read_rows, read_text
 from toolkit.errors import UserError
 
-_SAID = ("caption", "label")
 _MAX_CHARACTERS = 10_000
 _MAX_SECONDS = 1e6  # eleven days
 _WANTED = "video,caption,label, or video and one of the others; for parts of videos with start_s,end_s too"

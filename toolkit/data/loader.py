@@ -27,7 +27,7 @@ from toolkit.data.index import DatasetIndex
 from toolkit.data.latents import Encoded, LatentsReader, stack
 from toolkit.data.order import InSequence, MixedOrder, Order, accumulation, rank_micro_batches
 from toolkit.data.trajectory import match_stills
-from toolkit.errors import UserError, in_one_line
+from toolkit.errors import UserError, in_one_line, list_some
 
 PREFETCH = 2  # micro-batches that each worker holds ready
 MAX_ATTEMPTS = 16  # bad substitutes in a row; with a tenth of the clips bad, that is one position in 10^16
@@ -218,11 +218,6 @@ def _follow_main_process(worker: int) -> None:
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-
-
-def list_some(faults: list[str]) -> str:
-    """Name the first few of many."""
-    return "; ".join(faults[:3]) + ("; ..." if len(faults) > 3 else "")
 
 
 def _as_is(batch: Any) -> Any:

@@ -255,10 +255,11 @@ class _Watch:
         for first, last in shots:
             if not parts:
                 yield first, last, None
-            for number, part in enumerate(parts):
-                begin, end = first + np.searchsorted(times_s[first:last], part)
-                if begin < end:
-                    yield int(begin), int(end), number
+                continue
+            bounds_P2 = first + np.searchsorted(times_s[first:last], parts)
+            for number in np.flatnonzero(bounds_P2[:, 0] < bounds_P2[:, 1]).tolist():
+                begin, end = bounds_P2[number].tolist()
+                yield begin, end, number
 
     def clip(self, start: int, stop: int, fps: float, part: int | None) -> ClipFacts:
         chosen = np.linspace(start, stop - 1, SIGNATURE_FRAMES).round().astype(int)

@@ -58,9 +58,8 @@ class FlatAdapter(nn.Module):
         """
         super().__init__()
         stacked = {name for stack in stacks for name in stack.names}
-        alike: dict[torch.Size, list[str]] = defaultdict(
-            list
-        )  # the others, by shape: one view of many costs the host least
+        # the others by shape: one view of many costs the host least
+        alike: dict[torch.Size, list[str]] = defaultdict(list)
         for name, parameter in parameters.items():
             if name not in stacked:
                 alike[parameter.shape].append(name)

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from toolkit.data.loader import Substitution, list_some
+from toolkit.data.loader import Substitution
 from toolkit.engine.world import World
-from toolkit.errors import UserError
+from toolkit.errors import UserError, list_some
 from toolkit.run.rows import cut_rows, read_lines
 
 NAME = "substituted.jsonl"

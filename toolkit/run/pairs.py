@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from toolkit.data.loader import list_some
 from toolkit.data.parallel import parse_part
 from toolkit.data.table import read_rows
-from toolkit.errors import UserError
+from toolkit.errors import UserError, list_some
 from toolkit.run.inference import Source, load_framer
 from toolkit.run.interpolate import Filling, appearing, count_steps, fill_gaps, note_unguided, plan_film, write_frames
 

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from toolkit.data.loader import list_some
 from toolkit.engine.world import World
-from toolkit.errors import UserError
+from toolkit.errors import UserError, list_some
 from toolkit.run.rows import cut_rows, read_rows
 
 NAME = "skipped.jsonl"
