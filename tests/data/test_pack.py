@@ -445,7 +445,8 @@ def test_a_stopped_packing_does_not_finish_the_videos_it_is_at(tmp_path: Path) -
         _write_long(tmp_path / "videos" / name, repeats=1500)
     command = pack_command(tmp_path / "videos", tmp_path / "out", "--jobs=2")
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while process.poll() is None and not any(map(_reads_long, Path("/proc").glob("[0-9]*/fd"))):
+    reads = partial(_reads, tmp_path / "videos" / "a.mkv")
+    while process.poll() is None and not any(map(reads, Path("/proc").glob("[0-9]*/fd"))):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     error = process.communicate()[1]
@@ -470,9 +471,10 @@ def _write_long(path: Path, repeats: int) -> None:
                     target.mux(packet)
 
 
-def _reads_long(descriptors: Path) -> bool:
+def _reads(video: Path, descriptors: Path) -> bool:
+    """Whether another process has a video open, by its folder in /proc."""
     try:
-        return any(str(path.readlink()).endswith("videos/a.mkv") for path in descriptors.iterdir())
+        return descriptors.parent.name != str(os.getpid()) and any(p.readlink() == video for p in descriptors.iterdir())
     except OSError:
         return False
 
