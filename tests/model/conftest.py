@@ -50,7 +50,8 @@ def wake(parameters: dict[str, torch.nn.Parameter], std: float = 0.3) -> None:
     """Give the zero B matrices values, as training would."""
     for i, (name, parameter) in enumerate(parameters.items()):
         if ".lora_B." in name:
-            parameter.data.normal_(0, std, generator=torch.Generator().manual_seed(i))
+            # drawn by the CPU, so that every device is given the same
+            parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * std)
 
 
 @pytest.fixture
