@@ -15,6 +15,7 @@ import torch
 from toolkit.config import LEAN, RunConfig
 from toolkit.data.loader import Batch
 from toolkit.engine.plain import PlainEngine
+from toolkit.errors import UserError
 from toolkit.model.base import Base
 from toolkit.model.prepare import tell_parts
 from toolkit.run.bench import make_tiny_base
@@ -129,6 +130,15 @@ def test_one_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> No
     assert [*steps.values()] == [3, 5, 5, 5, 5]
     assert rows.keys() == report["loss"].keys() == {"stock", "ours_fast", "ours_balanced", "ours_small"}
     assert all(row.keys() == {"ratio", "attention"} for row in rows.values())
+
+
+def test_some_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is named is measured, in that order; a name nobody has is told before anything is made."""
+    monkeypatch.setattr("toolkit.run.bench_step.ACCUMULATION", 1)
+    assert [*bench_step(rounds=1, only=("ours_fast", "stock"))["contenders"]] == ["ours_fast", "stock"]
+    assert [*bench_step(rounds=1, only="ours_small")["contenders"]] == ["ours_small"]
+    with pytest.raises(UserError, match="--only ours_quick is no contender here; give some of stock, ours_fast,"):
+        bench_step(only="ours_quick")
 
 
 def test_mfu_by_hand() -> None:

@@ -80,11 +80,14 @@ class Contender:
         return torch.stack(losses).mean()
 
 
-def bench_step(case: str = "framer_5_576", rounds: PositiveInt = 10, parts: bool = False) -> dict[str, Any]:
+def bench_step(
+    case: str = "framer_5_576", rounds: PositiveInt = 10, parts: bool = False, only: str | tuple[str, ...] | None = None
+) -> dict[str, Any]:
     """Time optimizer steps of 8 clips, all contenders on the same clips: in turns, or on a GPU one after another.
 
     case     of bench.py counts, by its name: layout, frames and pixels; a CPU takes layout and frames at 16 latents a side
     parts    `fast` with the first parts of model.blocks alone too, from none on
+    only     these contenders; compiling one takes a minute and more
     returns  {device, case, kernel, data_wait_ms, loss: {contender: of its last step}, contenders: {stock, ours_fast,
              ours_balanced, ours_small: {ratio, attention}}}: kernel is what model.attention resolved to, data_wait_ms how
              long a clip was waited for, ratio a contender's time beside stock's, attention the names of the kernels that
@@ -104,6 +107,11 @@ def bench_step(case: str = "framer_5_576", rounds: PositiveInt = 10, parts: bool
     base = replace(base, vae=None, image_encoder=None)  # cached clips need neither
     base.unet.cpu()  # what contenders are copies of takes none of their room
     makers = list_makers(config, attention, on_card, parts)
+    if only is not None:
+        chosen = (only,) if isinstance(only, str) else only
+        if unknown := [name for name in chosen if name not in makers]:
+            raise UserError(f"--only {unknown[0]} is no contender here; give some of {', '.join(makers)}")
+        makers = {name: makers[name] for name in chosen}
     launched = list_makers(with_model(config, cuda_graphs=False), attention, on_card, parts)
     # A card may have room for one alone, and keeps its speed; a CPU's drifts, so there they take turns
     groups = [{name: make} for name, make in makers.items()] if on_card else [makers]
