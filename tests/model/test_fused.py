@@ -62,8 +62,8 @@ def test_they_are_the_formulas() -> None:
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 def test_blocks_compute_the_same() -> None:
-    """Residual block and transformer of two clips of three frames, what is added before a norm left to the kernel or, where
-    that trains, not."""
+    """Residual block, transformer and the network's end, of two clips of three frames, what is added before a norm left to
+    the kernel or, where that trains, not."""
     errors = interpret("blocks")
     assert len(errors) == 2 and max(errors.values()) < 1e-5, errors
 

@@ -95,6 +95,13 @@ def add_and_norm(layer: nn.LayerNorm, x: Tensor, added: Tensor | None, fused: bo
     return total, y
 
 
+class LastNorm(nn.GroupNorm):
+    """The network's last norm with the SiLU after it, by the kernels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm(self, x, fused=True, silu=True)
+
+
 def fuses(weight: Tensor) -> bool:
     """Whether fused.py's kernels run where a network's weights are; without a C compiler Triton makes none."""
     if not weight.is_cuda or weight.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
@@ -253,6 +260,8 @@ def install_blocks(unet: Any, fused: bool) -> None:
     fused = fused and fuses(unet.conv_in.weight)
     if fused:
         lay_channels_last(unet)
+        if isinstance(unet.conv_norm_out, nn.GroupNorm):  # a ControlNet has none
+            unet.conv_norm_out.__class__, unet.conv_act = LastNorm, nn.Identity()
     for module in unet.modules():
         if type(module) is SpatioTemporalResBlock:
             module.__class__ = ResBlock
