@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.model.fused import AddNorm, Gated, GroupNorm
+from toolkit.model.fused import AddNorm, AddScaled, Gated, GroupNorm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # clips, rows, channels, rows of the shift: a tile in part, one full and one over, channels that no tile divides
 NORMS = ((1, 40, 64, None), (2, 258, 96, 4), (3, 7, 320, 3))
 # what is normed, and what is added before: nothing; a row each for the positions of a frame; as much
 ADDS = (((3, 5, 64), None), ((2, 3, 7, 96), (3, 1, 96)), ((2, 3, 7, 1280), (2, 3, 7, 1280)))
+SUMS = (((3, 5, 64), 1.0), ((2, 3, 7, 2600), 0.3))  # the last: tiles in part
 GATES = ((3, 5, 64), (2, 4, 2600))  # the last: two tiles a row, one of them in part
 
 
@@ -54,6 +55,16 @@ def compare_add(size: tuple[int, ...], added: tuple[int, ...] | None, dtype: tor
         return torch.stack(AddNorm.apply(x, beside(x), weight, bias, 1e-5))
 
     return compare(kernels, formula, 2 * draw(4, size, dtype, device) + 1)
+
+
+def compare_sum(size: tuple[int, ...], scale: float, dtype: torch.dtype, device: str) -> float:
+    """The largest error of sum and gradient, that of x and that of what is added to it in one."""
+    bias = draw(0, size[-1], dtype, device)
+
+    def formula(x: Tensor) -> Tensor:
+        return x + scale * (x.flip(-1) + bias.double())
+
+    return compare(lambda x: AddScaled.apply(x, x.flip(-1), bias, scale), formula, draw(1, size, dtype, device))
 
 
 def compare_gate(size: tuple[int, ...], dtype: torch.dtype, device: str) -> float:

@@ -9,7 +9,17 @@ import torch
 
 from tests.model.adapters import settings
 from tests.model.conftest import make_inputs, make_unet, wake
-from tests.model.fused_reference import ADDS, DTYPES, GATES, NORMS, compare_add, compare_gate, compare_norm
+from tests.model.fused_reference import (
+    ADDS,
+    DTYPES,
+    GATES,
+    NORMS,
+    SUMS,
+    compare_add,
+    compare_gate,
+    compare_norm,
+    compare_sum,
+)
 from tests.model.interpreted import report
 from toolkit.config import LEAN
 from toolkit.model import blocks
@@ -23,12 +33,14 @@ def run_kernels() -> None:
             report(f"norm {norm}, {name}", compare_norm(*norm, dtype, "cpu"))
         for add in ADDS:
             report(f"add {add}, {name}", compare_add(*add, dtype, "cpu"))
+        for total in SUMS:
+            report(f"sum {total}, {name}", compare_sum(*total, dtype, "cpu"))
         for gate in GATES:
             report(f"gate {gate}, {name}", compare_gate(gate, dtype, "cpu"))
 
 
 def run_blocks() -> None:
-    """A residual block, a transformer and the network's end in fp32, laid out as on a GPU, beside what a CPU does."""
+    """Residual blocks, a transformer and the network's end in fp32, laid out as on a GPU, beside what a CPU does."""
     for targets in ("all", ["to_q", "time_emb_proj", "time_pos_embed.linear_1"]):
         report(f"blocks, {targets}", compare_blocks(targets))
 
@@ -48,7 +60,8 @@ def compare_blocks(targets: str | list[str]) -> float:
         temb = torch.randn(6, 128, generator=torch.Generator().manual_seed(1))
         tokens = inputs["encoder_hidden_states"].repeat_interleave(3, 0)
         y, _ = block(x, temb, tokens, torch.zeros(2, 3))
-        y = unet.conv_out(unet.conv_act(unet.conv_norm_out(y)))
+        wider = unet.down_blocks[1].resnets[0](y, temb, torch.zeros(2, 3))  # by a shortcut
+        y = torch.cat([wider.flatten(), unet.conv_out(unet.conv_act(unet.conv_norm_out(y))).flatten()])
         y.square().mean().backward()
         found.append((y.detach(), trainable.adapter.flat.grad, x.grad))
     errors = [((got - want).abs().max() / want.abs().max()).item() for want, got in zip(*found, strict=True)]

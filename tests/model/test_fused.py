@@ -35,9 +35,19 @@ def interpret(part: str) -> dict[str, float]:
 @pytest.mark.gpu
 @needs_triton
 def test_they_are_the_formulas() -> None:
-    """Output and gradient of norms and gate, whatever part of a tile is filled, with a shift and SiLU or without."""
+    """Output and gradient of norms, sums and gate, whatever part of a tile is filled, with a shift and SiLU or without."""
     if torch.cuda.is_available():
-        from tests.model.fused_reference import ADDS, DTYPES, GATES, NORMS, compare_add, compare_gate, compare_norm
+        from tests.model.fused_reference import (
+            ADDS,
+            DTYPES,
+            GATES,
+            NORMS,
+            SUMS,
+            compare_add,
+            compare_gate,
+            compare_norm,
+            compare_sum,
+        )
 
         errors = {
             f"norm {norm}, {name}": compare_norm(*norm, dtype, "cuda")
@@ -48,13 +58,18 @@ def test_they_are_the_formulas() -> None:
             f"add {add}, {name}": compare_add(*add, dtype, "cuda") for add in ADDS for name, dtype in DTYPES.items()
         }
         errors |= {
+            f"sum {total}, {name}": compare_sum(*total, dtype, "cuda")
+            for total in SUMS
+            for name, dtype in DTYPES.items()
+        }
+        errors |= {
             f"gate {gate}, {name}": compare_gate(gate, dtype, "cuda")
             for gate in GATES
             for name, dtype in DTYPES.items()
         }
     else:
         errors = interpret("kernels")
-    assert len(errors) == 16
+    assert len(errors) == 20
     for case, error in errors.items():
         assert error < TOLERANCES[case[-4:]], (case, error)
 
@@ -62,7 +77,7 @@ def test_they_are_the_formulas() -> None:
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 def test_blocks_compute_the_same() -> None:
-    """Residual block, transformer and the network's end, of two clips of three frames, what is added before a norm left to
+    """Residual blocks, transformer and the network's end, of two clips of three frames, what is added before a norm left to
     the kernel or, where that trains, not."""
     errors = interpret("blocks")
     assert len(errors) == 2 and max(errors.values()) < 1e-5, errors

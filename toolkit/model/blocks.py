@@ -41,18 +41,38 @@ class ResBlock(SpatioTemporalResBlock):
         temb = F.silu(temb)
         x = _residual(space, hidden_states, space.time_emb_proj(temb), self.fused)
         x_BCTHW = x.unflatten(0, (clips, frames)).transpose(1, 2)
-        y_BCTHW = _residual(time, x_BCTHW, time.time_emb_proj(temb), self.fused)
-        return mix(self, y_BCTHW, x_BCTHW).transpose(1, 2).flatten(0, 1)
+        shift_FC = time.time_emb_proj(temb)
+        if _adds_in_kernel(time, self.fused):  # what time adds to x, less: the mix
+            y_BCTHW = _residual(time, x_BCTHW, shift_FC, self.fused, 1 - self.alpha)
+        else:
+            y_BCTHW = mix(self, _residual(time, x_BCTHW, shift_FC, self.fused), x_BCTHW)
+        return y_BCTHW.transpose(1, 2).flatten(0, 1)
 
 
-def _residual(block: Any, x: Tensor, shift_FC: Tensor, fused: bool) -> Tensor:
+def _residual(block: Any, x: Tensor, shift_FC: Tensor, fused: bool, share: float = 1.0) -> Tensor:
+    """x or its shortcut, and a share of what the block adds; other than 1 where _adds_in_kernel only."""
     bias_C = block.conv1.bias
     if fused and not shift_FC.requires_grad:  # what is added to the convolution's result is added where that is read
         shift_FC, bias_C = shift_FC + bias_C, None
     y = _convolve(block.conv1, norm(block.norm1, x, fused, silu=True), bias_C)
     y = norm(block.norm2, y, fused, silu=True, shift_FC=shift_FC)
-    y = _convolve(block.conv2, y, block.conv2.bias)
-    return (x if block.conv_shortcut is None else block.conv_shortcut(x)) + y
+    shortcut = block.conv_shortcut
+    if not _adds_in_kernel(block, fused):
+        y = _convolve(block.conv2, y, block.conv2.bias)
+        return (x if shortcut is None else shortcut(x)) + y
+    from toolkit.model.fused import AddScaled
+
+    y, bias_C = _convolve(block.conv2, y, None), block.conv2.bias
+    if shortcut is not None:
+        x, bias_C = _convolve(shortcut, x, None), bias_C + shortcut.bias
+    x_last, y_last = x.movedim(1, -1).contiguous(), y.movedim(1, -1).contiguous()
+    return AddScaled.apply(x_last, y_last, bias_C, share).movedim(-1, 1)
+
+
+def _adds_in_kernel(block: Any, fused: bool) -> bool:
+    """Whether a block's last biases and sum are one kernel, which gives biases no gradient; a compiler makes its own."""
+    biases = [conv.bias for conv in (block.conv2, block.conv_shortcut) if conv is not None]
+    return fused and not torch.compiler.is_compiling() and not any(bias_C.requires_grad for bias_C in biases)
 
 
 def _convolve(conv: Any, x: Tensor, bias_C: Tensor | None) -> Tensor:
@@ -114,6 +134,7 @@ def fuses(weight: Tensor) -> bool:
             y_NMC = fused.GroupNorm.apply(x_NMC, None, ones_C, ones_C, 32, 1e-5, True)
             for y in fused.AddNorm.apply(x_NMC, y_NMC, ones_C, ones_C, 1e-5):
                 fused.Gated.apply(y).sum().backward(retain_graph=True)
+            fused.AddScaled.apply(x_NMC, y_NMC, ones_C, 0.5)
     except Exception as error:  # each compiler's own
         print(f"slower without Triton's kernels, which do not run here: {in_one_line(error)}", file=sys.stderr)
         return False
@@ -264,6 +285,7 @@ def install_blocks(unet: Any, fused: bool) -> None:
             unet.conv_norm_out.__class__, unet.conv_act = LastNorm, nn.Identity()
     for module in unet.modules():
         if type(module) is SpatioTemporalResBlock:
+            assert module.temporal_res_block.conv_shortcut is None
             module.__class__ = ResBlock
             module.__dict__ |= read_mix(module.time_mixer) | {"fused": fused}
         elif type(module) is TransformerSpatioTemporalModel:

@@ -1,9 +1,9 @@
-"""What the blocks compute number by number, in Triton kernels: norms with what is beside them, the gate of a feed-forward.
+"""What the blocks compute number by number, in Triton kernels: norms with what is beside them, sums, a feed-forward's gate.
 
 Test: pytest tests/model/test_fused.py (torch's own, in float64). torch's group norm gives a GPU 32 things to do at once for
 a clip, and wants channels first where convolutions want them last; its gate is three passes over parts of a tensor; what is
-added before a layer norm, and beside its gradient, is a pass of its own. Layers are frozen, so no gradient is made of their
-weights. Imported where it runs only: Triton is there with CUDA only.
+added before a layer norm, beside its gradient, or by a convolution as bias, is a pass of its own. Layers are frozen, so no
+gradient is made of their weights. Imported where it runs only: Triton is there with CUDA only.
 """
 
 from __future__ import annotations
@@ -280,6 +280,48 @@ def _norm(
         x, added, to_total, to_normed, weight_C, bias_C, total, out, rows, channels, per_added, shifts, eps,
         to_normed is not None, height, width,
     )  # fmt: skip
+
+
+@triton.jit
+def add_rows(x, y, bias, out, rows, channels, scale, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x + scale (y + bias)."""
+    row = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)
+    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    exists = channel < channels
+    there = (row < rows)[:, None] & exists[None, :]
+    at = row[:, None] * channels + channel[None, :]
+    value = tl.load(y + at, there, 0.0).to(tl.float32) + tl.load(bias + channel, exists, 0.0).to(tl.float32)[None, :]
+    value = tl.load(x + at, there, 0.0).to(tl.float32) + scale * value
+    tl.store(out + at, value.to(out.dtype.element_ty), there)
+
+
+class AddScaled(torch.autograd.Function):
+    """x + scale (y + bias): the end of a residual block, its convolution's bias in the same pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, bias_C: Tensor, scale: float) -> Tensor:
+        """
+        x, y    (..., C), contiguous
+        bias_C  gets no gradient
+        """
+        assert x.shape == y.shape and not ctx.needs_input_grad[2]
+        ctx.scale, out, channels = scale, torch.empty_like(x), x.shape[-1]
+        rows, height, width = _tile(x)
+        grid = triton.cdiv(rows, height), triton.cdiv(channels, width)
+        add_rows[grid](x, y, bias_C, out, rows, channels, scale, height, width)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        return gradient, gradient if ctx.scale == 1 else ctx.scale * gradient, None, None
+
+
+def _tile(x: Tensor) -> tuple[int, int, int]:
+    """Rows of x (..., C), and a program's share: rows, and the largest power of two that divides C, 64 or more in SVD."""
+    channels = x.shape[-1]
+    width = max(64, min(TILE, channels & -channels))
+    return x.numel() // channels, TILE // width, width
 
 
 @triton.jit
