@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from toolkit.errors import in_one_line
 from toolkit.model.attention import FRAME_DIMS, MAX_FRAMES, Kernel, attend_in_chunks
+from toolkit.model.convolution import FrameConvolution
 from toolkit.model.flat import Stack
 from toolkit.model.projection import Projection, find_kind
+from toolkit.model.shifts import Shifts
 
 PLACES = 128  # frames that a clip may have
 
@@ -31,6 +33,7 @@ class ResBlock(SpatioTemporalResBlock):
     """Convolutions in space, then along the frames, mixed."""
 
     fused: bool  # whether fused.py's kernels compute its norms
+    shifts: Shifts | None  # where layers that tell the time are frozen and kernels run
     alpha: float  # the share of the spatial part in the mix
     alpha_tensor: Tensor  # the same number; a compiled module would be another one for each float
 
@@ -38,33 +41,39 @@ class ResBlock(SpatioTemporalResBlock):
         """hidden_states  (B * T, C, H, W); temb  (B * T, E); image_only_indicator  (B, T)"""
         clips, frames = image_only_indicator.shape
         space, time = self.spatial_res_block, self.temporal_res_block
-        temb = F.silu(temb)
-        x = _residual(space, hidden_states, space.time_emb_proj(temb), self.fused)
+        in_space, in_time = self._find_shifts(temb)
+        x = _residual(space, hidden_states, *in_space, self.fused)
         x_BCTHW = x.unflatten(0, (clips, frames)).transpose(1, 2)
-        shift_FC = time.time_emb_proj(temb)
         if _adds_in_kernel(time, self.fused):  # what time adds to x, less: the mix
-            y_BCTHW = _residual(time, x_BCTHW, shift_FC, self.fused, 1 - self.alpha)
+            y_BCTHW = _residual(time, x_BCTHW, *in_time, self.fused, 1 - self.alpha)
         else:
-            y_BCTHW = mix(self, _residual(time, x_BCTHW, shift_FC, self.fused), x_BCTHW)
+            y_BCTHW = mix(self, _residual(time, x_BCTHW, *in_time, self.fused), x_BCTHW)
         return y_BCTHW.transpose(1, 2).flatten(0, 1)
 
+    def _find_shifts(self, temb: Tensor) -> list[tuple[Tensor, Tensor | None]]:
+        """What the first convolution of either part is given for the time, (F, C), and the bias that it still adds."""
+        blocks = self.spatial_res_block, self.temporal_res_block
+        if self.shifts is None or temb.requires_grad or torch.compiler.is_compiling():
+            temb = F.silu(temb)
+            return [(block.time_emb_proj(temb), block.conv1.bias) for block in blocks]
+        return [(self.shifts(block, temb), None) for block in blocks]
 
-def _residual(block: Any, x: Tensor, shift_FC: Tensor, fused: bool, share: float = 1.0) -> Tensor:
+
+def _residual(
+    block: Any, x: Tensor, shift_FC: Tensor, bias_C: Tensor | None, fused: bool, share: float = 1.0
+) -> Tensor:
     """x or its shortcut, and a share of what the block adds; other than 1 where _adds_in_kernel only."""
-    bias_C = block.conv1.bias
-    if fused and not shift_FC.requires_grad:  # what is added to the convolution's result is added where that is read
-        shift_FC, bias_C = shift_FC + bias_C, None
-    y = _convolve(block.conv1, norm(block.norm1, x, fused, silu=True), bias_C)
+    y = _convolve(block.conv1, norm(block.norm1, x, fused, silu=True), bias_C, fused)
     y = norm(block.norm2, y, fused, silu=True, shift_FC=shift_FC)
     shortcut = block.conv_shortcut
     if not _adds_in_kernel(block, fused):
-        y = _convolve(block.conv2, y, block.conv2.bias)
+        y = _convolve(block.conv2, y, block.conv2.bias, fused)
         return (x if shortcut is None else shortcut(x)) + y
     from toolkit.model.fused import AddScaled
 
-    y, bias_C = _convolve(block.conv2, y, None), block.conv2.bias
+    y, bias_C = _convolve(block.conv2, y, None, fused), block.conv2.bias
     if shortcut is not None:
-        x, bias_C = _convolve(shortcut, x, None), bias_C + shortcut.bias
+        x, bias_C = _convolve(shortcut, x, None, fused), bias_C + shortcut.bias
     x_last, y_last = x.movedim(1, -1).contiguous(), y.movedim(1, -1).contiguous()
     return AddScaled.apply(x_last, y_last, bias_C, share).movedim(-1, 1)
 
@@ -75,10 +84,17 @@ def _adds_in_kernel(block: Any, fused: bool) -> bool:
     return fused and not torch.compiler.is_compiling() and not any(bias_C.requires_grad for bias_C in biases)
 
 
-def _convolve(conv: Any, x: Tensor, bias_C: Tensor | None) -> Tensor:
-    """In space, (F, C, H, W); or along the frames, (B, C, T, H, W), in the two dimensions that libraries do better."""
+def _convolve(conv: Any, x: Tensor, bias_C: Tensor | None, fused: bool) -> Tensor:
+    """In space, (F, C, H, W); or along the frames, (B, C, T, H, W), in the two dimensions that libraries do better.
+
+    fused  whether it is along the frames as matrix products, which a GPU does better still
+    """
     if x.ndim == 4:
         return F.conv2d(x, conv.weight, bias_C, padding=conv.padding)
+    if fused and bias_C is None and not torch.compiler.is_compiling():
+        x_BTNC = x.movedim(1, -1).flatten(2, 3).contiguous()
+        y_BTNC = FrameConvolution.apply(x_BTNC, conv.weight.flatten(2))
+        return y_BTNC.unflatten(2, x.shape[3:]).movedim(-1, 1)
     y_BCTN = F.conv2d(x.flatten(3), conv.weight.squeeze(-1), bias_C, padding=conv.padding[:2])
     return y_BCTN.unflatten(3, x.shape[3:])
 
@@ -283,11 +299,12 @@ def install_blocks(unet: Any, fused: bool) -> None:
         lay_channels_last(unet)
         if isinstance(unet.conv_norm_out, nn.GroupNorm):  # a ControlNet has none
             unet.conv_norm_out.__class__, unet.conv_act = LastNorm, nn.Identity()
+    shifts = make_shifts(unet) if fused else None
     for module in unet.modules():
         if type(module) is SpatioTemporalResBlock:
             assert module.temporal_res_block.conv_shortcut is None
             module.__class__ = ResBlock
-            module.__dict__ |= read_mix(module.time_mixer) | {"fused": fused}
+            module.__dict__ |= read_mix(module.time_mixer) | {"fused": fused, "shifts": shifts}
         elif type(module) is TransformerSpatioTemporalModel:
             module.__class__ = Transformer
             adapted = any(hasattr(layer, "lora_A") for layer in module.time_pos_embed.modules())
@@ -304,6 +321,20 @@ def install_blocks(unet: Any, fused: bool) -> None:
         elif type(module) is GEGLU:
             module.__class__ = Gate
             module.fused = fused
+
+
+def make_shifts(unet: nn.Module) -> Shifts | None:
+    """Those of a network's residual blocks, if all that tells them the time is frozen."""
+    blocks = [
+        part
+        for module in unet.modules()
+        if isinstance(module, SpatioTemporalResBlock)
+        for part in (module.spatial_res_block, module.temporal_res_block)
+    ]
+    layers = [layer for block in blocks for layer in (block.time_emb_proj, block.conv1)]
+    adapted = any(hasattr(layer, "get_base_layer") for layer in layers)
+    trained = any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+    return None if adapted or trained else Shifts(blocks)
 
 
 def lay_channels_last(unet: nn.Module) -> None:
