@@ -63,7 +63,8 @@ def _residual(
     block: Any, x: Tensor, shift_FC: Tensor, bias_C: Tensor | None, fused: bool, share: float = 1.0
 ) -> Tensor:
     """x or its shortcut, and a share of what the block adds; other than 1 where _adds_in_kernel only."""
-    y = _convolve(block.conv1, norm(block.norm1, x, fused, silu=True), bias_C, fused)
+    x, y = keep_and_norm(block.norm1, x, fused, silu=True)
+    y = _convolve(block.conv1, y, bias_C, fused)
     y = norm(block.norm2, y, fused, silu=True, shift_FC=shift_FC)
     shortcut = block.conv_shortcut
     if not _adds_in_kernel(block, fused):
@@ -107,13 +108,25 @@ def norm(layer: nn.GroupNorm, x: Tensor, fused: bool, silu: bool, shift_FC: Tens
     if not fused:
         y = layer(x)
         return F.silu(y) if silu else y
+    (y,) = _norm_by_kernel(layer, x, shift_FC, silu, keep=False)
+    return y
+
+
+def keep_and_norm(layer: nn.GroupNorm, x: Tensor, fused: bool, silu: bool) -> tuple[Tensor, Tensor]:
+    """x, for whatever else reads it, and norm's: the kernels add the gradient of the one where they make the other's."""
+    if not fused or torch.compiler.is_compiling():
+        return x, norm(layer, x, fused, silu)
+    x, y = _norm_by_kernel(layer, x, None, silu, keep=True)
+    return x, y
+
+
+def _norm_by_kernel(layer: nn.GroupNorm, x: Tensor, shift_FC: Tensor | None, silu: bool, keep: bool) -> list[Tensor]:
     from toolkit.model.fused import GroupNorm
 
     x_last = x.movedim(1, -1)
-    y_NMC = GroupNorm.apply(
-        x_last.flatten(1, -2).contiguous(), shift_FC, layer.weight, layer.bias, layer.num_groups, layer.eps, silu
-    )
-    return y_NMC.view(x_last.shape).movedim(-1, 1)
+    x_NMC = x_last.flatten(1, -2).contiguous()
+    found = GroupNorm.apply(x_NMC, shift_FC, layer.weight, layer.bias, layer.num_groups, layer.eps, silu, keep)
+    return [y_NMC.view(x_last.shape).movedim(-1, 1) for y_NMC in found]
 
 
 def add_and_norm(layer: nn.LayerNorm, x: Tensor, added: Tensor | None, fused: bool) -> tuple[Tensor, Tensor]:
@@ -147,10 +160,10 @@ def fuses(weight: Tensor) -> bool:
 
         with torch.enable_grad():
             x_NMC, ones_C = weight.new_ones(1, 2, 64).requires_grad_(), weight.new_ones(64)
-            y_NMC = fused.GroupNorm.apply(x_NMC, None, ones_C, ones_C, 32, 1e-5, True)
+            x_NMC, y_NMC = fused.GroupNorm.apply(x_NMC, None, ones_C, ones_C, 32, 1e-5, True, True)
             for y in fused.AddNorm.apply(x_NMC, y_NMC, ones_C, ones_C, 1e-5):
                 fused.Gated.apply(y).sum().backward(retain_graph=True)
-            fused.AddScaled.apply(x_NMC, y_NMC, ones_C, 0.5)
+            fused.AddScaled.apply(x_NMC, y_NMC, ones_C, 0.5).sum().backward()
     except Exception as error:  # each compiler's own
         print(f"slower without Triton's kernels, which do not run here: {in_one_line(error)}", file=sys.stderr)
         return False
@@ -176,9 +189,8 @@ class Transformer(TransformerSpatioTemporalModel):
         assert not return_dict
         clips, frames = image_only_indicator.shape
         height, width = hidden_states.shape[-2:]
-        x_FNC = self.proj_in(
-            norm(self.norm, hidden_states, self.fused, silu=False).flatten(2).transpose(1, 2).contiguous()
-        )
+        hidden_states, y = keep_and_norm(self.norm, hidden_states, self.fused, silu=False)
+        x_FNC = self.proj_in(y.flatten(2).transpose(1, 2).contiguous())
         for space, time in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
             x_BTNC = space(x_FNC).unflatten(0, (clips, frames))
             place_TNC = self.place_TNC if self.place_TNC is not None else find_place(self, frames)

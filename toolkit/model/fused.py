@@ -122,10 +122,10 @@ def _sum_group(sums, clip, group, channels, chunks, SIZE: tl.constexpr, STEPS: t
 
 @triton.jit
 def apply_norm(  # type: ignore[no-untyped-def]
-    x, shift, gradient, scale, offset, of_x, constant, out, rows, channels, per_shift,
+    x, shift, gradient, beside, scale, offset, of_x, constant, out, rows, channels, per_shift,
     BACKWARD: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """silu(scale x + offset), or the gradient of x."""
+    """silu(scale x + offset), or the gradient of x, to which another one is added."""
     clip, block = tl.program_id(1), tl.program_id(2)
     row, channel, there = _at(tl.program_id(0) * ROWS, rows, channels, block, ROWS)
     exists = channel < channels
@@ -137,6 +137,8 @@ def apply_norm(  # type: ignore[no-untyped-def]
         y = a * _slope(tl.load(gradient + at, there, 0.0).to(tl.float32), z, SILU)
         y += value * tl.load(of_x + clip * channels + channel, exists, 0.0)[None, :]
         y += tl.load(constant + clip * channels + channel, exists, 0.0)[None, :]
+        if beside is not None:
+            y += tl.load(beside + at, there, 0.0).to(tl.float32)
     elif SILU:
         y = z * tl.sigmoid(z)
     else:
@@ -157,10 +159,12 @@ class GroupNorm(torch.autograd.Function):
         groups: int,
         eps: float,
         silu: bool,
-    ) -> Tensor:
+        keep: bool,
+    ) -> tuple[Tensor, ...]:
         """
         x_NMC     contiguous
         shift_FC  added before to as many rows each as there are rows to one of F; it gets no gradient
+        keep      whether x, for whatever else reads it, comes before the result: its gradient is added in the same pass
         """
         assert not any(ctx.needs_input_grad[1:4])
         clips, rows, channels = x_NMC.shape
@@ -178,26 +182,31 @@ class GroupNorm(torch.autograd.Function):
             sums, weight_C, bias_C, mean, rstd, scale, offset, rows, channels, chunks, eps, *sizes
         )
         apply_norm[by_row](
-            x_NMC, shift_FC, None, scale, offset, None, None, out, rows, channels, per_shift, False, silu
+            x_NMC, shift_FC, None, None, scale, offset, None, None, out, rows, channels, per_shift, False, silu
         )
         ctx.save_for_backward(x_NMC, shift_FC, weight_C, mean, rstd, scale, offset)
         ctx.groups, ctx.silu, ctx.per_shift = groups, silu, per_shift
-        return out
+        return (x_NMC, out) if keep else (out,)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x_NMC, shift_FC, weight_C, mean, rstd, scale, offset = ctx.saved_tensors
-        gradient = gradients[0].contiguous()
+        *kept, gradient = (gradient.contiguous() for gradient in gradients)
+        beside = kept[0] if kept else None
         clips, rows, channels = x_NMC.shape
         chunks = triton.cdiv(rows, CHUNK.value)
         sums = scale.new_empty(clips, chunks, 2, channels)
         of_x, constant, out = torch.empty_like(scale), torch.empty_like(scale), torch.empty_like(x_NMC)
         by_chunk, by_row, sizes = _grids(x_NMC, ctx.groups)
-        given = x_NMC, shift_FC, gradient, scale, offset
-        sum_chunks[by_chunk](*given, sums, rows, channels, ctx.per_shift, True, ctx.silu, num_warps=8)
+        sum_chunks[by_chunk](
+            x_NMC, shift_FC, gradient, scale, offset, sums, rows, channels, ctx.per_shift, True, ctx.silu, num_warps=8
+        )
         finish_backward[(clips, ctx.groups)](sums, weight_C, mean, rstd, of_x, constant, rows, channels, chunks, *sizes)
-        apply_norm[by_row](*given, of_x, constant, out, rows, channels, ctx.per_shift, True, ctx.silu)
-        return out, None, None, None, None, None, None
+        apply_norm[by_row](
+            x_NMC, shift_FC, gradient, beside, scale, offset, of_x, constant, out,
+            rows, channels, ctx.per_shift, True, ctx.silu,
+        )  # fmt: skip
+        return out, None, None, None, None, None, None, None
 
 
 def _grids(x_NMC: Tensor, groups: int) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int]]:
