@@ -139,6 +139,17 @@ def test_frozen_weights_take_no_memory_twice() -> None:
     assert sum(held.values()) == sum(tensor.numel() * tensor.element_size() for tensor in before.values())
 
 
+@pytest.mark.parametrize("targets", ["all", ["to_q", "to_v"]], ids=str)
+def test_frozen_weights_are_not_copied_for_tables(targets: Any) -> None:
+    """What cross-attention's tables are made of is, for the frozen part, read where the weights are."""
+    unet, parameters = make(targets, torch.float32)
+    trainable = prepare_unet(unet, parameters, torch.float32, "sdpa", "fast", LEAN)
+    for table in trainable.tables:
+        for part in ("to_q", "to_out.0"):
+            weight = table.weights[part]
+            assert table._by_head(weight, part).data_ptr() == weight.data_ptr()
+
+
 @pytest.mark.parametrize("changes", [{"dora": True}, {"dropout": 0.1}])
 def test_other_adapters_are_not_computed_wrongly(changes: dict[str, Any]) -> None:
     """What only PEFT computes is refused, not passed over."""

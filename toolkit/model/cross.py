@@ -30,7 +30,7 @@ class CrossTables:
         self.weights, self.lora, self.scales = {}, {}, {}
         for part in PARTS:
             parts = {f"{name}.{part}": layer.get_submodule(part) for name, layer in layers.items()}
-            self.weights[part] = stack_weights(list(parts.values()))
+            self.weights[part] = stack_weights(list(parts.values()), transposed=part == "to_out.0")
             kind = find_kind(next(iter(parts.values())))
             self.scales[part] = kind[1] if kind else 0.0
             self.lora[part] = stack_lora(parts) if kind else ()
@@ -72,10 +72,9 @@ class CrossTables:
         return torch.baddbmm(y.view(layers, -1, width), low, outer, alpha=self.scales[part]).view_as(y)
 
     def _by_head(self, matrix: Tensor, part: str) -> Tensor:
-        """(layers * heads, D, width): rows of Wq and its B by head, columns of Wo and its A by head."""
-        if part == "to_q":
-            return matrix.view(len(self.layers) * self.heads, -1, matrix.shape[-1])
-        return matrix.unflatten(2, (self.heads, -1)).permute(0, 2, 3, 1).flatten(0, 1)
+        """(layers * heads, D, width): rows of Wq and its B by head, columns of Wo and its A by head; A alone is copied."""
+        rows = matrix if part == "to_q" else matrix.transpose(1, 2)
+        return rows.reshape(len(self.layers) * self.heads, -1, rows.shape[-1])
 
     def _by_clip(self, table: Tensor, clips: int, tokens: int) -> Tensor:
         """(layers, B, heads * L, C)."""

@@ -108,9 +108,13 @@ def stack_lora(layers: Iterable[str]) -> tuple[Stack, Stack]:
 
 
 @torch.no_grad()
-def stack_weights(layers: Sequence[nn.Module]) -> Tensor:
-    """Lay the frozen weights of layers side by side, (n, O, I), and make them views of it: no memory is spent."""
-    stacked = torch.stack([get_base(layer).weight for layer in layers])
+def stack_weights(layers: Sequence[nn.Module], transposed: bool = False) -> Tensor:
+    """Lay the frozen weights of layers side by side, (n, O, I), and make them views of it: no memory is spent.
+
+    transposed  as (n, I, O) in memory
+    """
+    weights = [get_base(layer).weight for layer in layers]
+    stacked = torch.stack([weight.t() for weight in weights]).mT if transposed else torch.stack(weights)
     for layer, weight in zip(layers, stacked, strict=True):
         get_base(layer).weight.data = weight
     return stacked
