@@ -67,7 +67,7 @@ class Section(BaseModel):
 #   cross        attention to a few tokens, by tables
 #   projections  queries, keys, values and their LoRA, in one
 #   passes       forward passes that leave frames where they are in memory and compute constants once
-#   norms        these and gates, in Triton kernels, on a GPU
+#   norms        these, gates and what is read of cross's tables, in Triton kernels, on a GPU
 #   frames       attention along them, in a Triton kernel, on a GPU
 Part = Literal["cross", "projections", "passes", "norms", "frames"]
 LEAN: tuple[Part, ...] = get_args(Part)

@@ -1,6 +1,6 @@
-"""The kernels of fused.py beside torch's own functions in float64, on whatever device they run."""
+"""The kernels of fused.py and fused_cross.py beside torch's own functions in float64, on whatever device they run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toolkit.model.fused import AddNorm, AddScaled, Gated, GroupNorm
+from toolkit.model.fused_cross import TableAttention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # clips, rows, channels, rows of the shift: a tile in part, one full and one over, channels that no tile divides
@@ -15,7 +16,25 @@ NORMS = ((1, 40, 64, None), (2, 258, 96, 4), (3, 7, 320, 3))
 # what is normed, and what is added before: nothing; a row each for the positions of a frame; as much
 ADDS = (((3, 5, 64), None), ((2, 3, 7, 96), (3, 1, 96)), ((2, 3, 7, 1280), (2, 3, 7, 1280)))
 SUMS = (((3, 5, 64), 1.0), ((2, 3, 7, 2600), 0.3))  # the last: tiles in part
-GATES = ((3, 5, 64), (2, 4, 2600))  # the last: two tiles a row, one of them in part
+GATES = (((3, 5, 64),), ((2, 4, 2600),))  # the last: two tiles a row, one of them in part
+# clips, rows, channels, heads, tokens: a tile in part; channels that no tile divides; SVD's heads; so
+# many clips that a program takes the largest tiles, and sums over more than one
+TABLES = ((1, 7, 32, 2, 2), (2, 150, 96, 5, 2), (3, 33, 320, 20, 2), (60, 330, 64, 5, 4))
+
+
+def compare_all(device: str) -> Iterator[tuple[str, float]]:
+    """Each kernel on each of its cases: name and largest error."""
+    kinds: list[tuple[str, Callable[..., float], Sequence[Any]]] = [
+        ("norm", compare_norm, NORMS),
+        ("add", compare_add, ADDS),
+        ("sum", compare_sum, SUMS),
+        ("gate", compare_gate, GATES),
+        ("tables", compare_tables, TABLES),
+    ]
+    for kind, own, cases in kinds:
+        for case in cases:
+            for name, dtype in DTYPES.items():
+                yield f"{kind} {case}, {name}", own(*case, dtype, device)
 
 
 def compare_norm(clips: int, rows: int, channels: int, shifts: int | None, dtype: torch.dtype, device: str) -> float:
@@ -77,12 +96,36 @@ def compare_gate(size: tuple[int, ...], dtype: torch.dtype, device: str) -> floa
     return compare(Gated.apply, gate, draw(0, size, dtype, device))
 
 
-def compare(kernels: Callable[[Tensor], Any], formula: Callable[[Tensor], Tensor], x: Tensor) -> float:
+def compare_tables(
+    clips: int, rows: int, channels: int, heads: int, tokens: int, dtype: torch.dtype, device: str
+) -> float:
+    """The largest error of output and of each gradient, of x and both tables in one tensor, clip by clip."""
+    bias, columns = draw(0, channels, dtype, device), heads * tokens
+    sizes = (rows, columns, columns)
+
+    def formula(packed: Tensor) -> Tensor:
+        x_BNC, m_BSC, u_BSC = packed.split(sizes, 1)
+        scores = torch.bmm(x_BNC, m_BSC.mT).unflatten(-1, (heads, tokens))
+        return torch.bmm(scores.softmax(-1).flatten(-2), u_BSC) + bias.double()
+
+    def kernels(packed: Tensor) -> Tensor:
+        return TableAttention.apply(*packed.split(sizes, 1), bias, heads)
+
+    packed = draw(1, (clips, sum(sizes), channels), dtype, device)
+    packed[:, rows : rows + columns] *= 2 * channels**-0.5  # scores as of trained heads, neither alike nor one alone
+    return compare(kernels, formula, packed, sizes)
+
+
+def compare(
+    kernels: Callable[[Tensor], Any], formula: Callable[[Tensor], Tensor], x: Tensor, sizes: tuple[int, ...] = ()
+) -> float:
+    """sizes  of parts of x, along its second dimension, whose gradients are compared each by itself"""
     found = []
     for function, own in ((formula, x.double()), (kernels, x)):
         own = own.detach().requires_grad_()
         y = function(own)
-        found.append((y, *torch.autograd.grad(y, own, draw(9, y.shape, x.dtype, str(x.device)).to(y.dtype))))
+        (gradient,) = torch.autograd.grad(y, own, draw(9, y.shape, x.dtype, str(x.device)).to(y.dtype))
+        found.append((y, *(gradient.split(sizes, 1) if sizes else [gradient])))
     pairs = zip(*found, strict=True)
     return max(((got - want).abs().max() / want.abs().max()).item() for want, got in pairs)
 

@@ -1,6 +1,6 @@
-"""Runs the kernels of fused.py on a CPU, as interpreted.py does those of temporal.py; started by test_fused.py,
+"""Runs the kernels of fused.py and fused_cross.py on a CPU, as interpreted.py does those of temporal.py.
 
-which sets TRITON_INTERPRET.
+Started by test_fused.py, which sets TRITON_INTERPRET.
 """
 
 import sys
@@ -9,17 +9,7 @@ import torch
 
 from tests.model.adapters import settings
 from tests.model.conftest import make_inputs, make_unet, wake
-from tests.model.fused_reference import (
-    ADDS,
-    DTYPES,
-    GATES,
-    NORMS,
-    SUMS,
-    compare_add,
-    compare_gate,
-    compare_norm,
-    compare_sum,
-)
+from tests.model.fused_reference import compare_all
 from tests.model.interpreted import report
 from toolkit.config import LEAN
 from toolkit.model import blocks
@@ -28,15 +18,8 @@ from toolkit.model.prepare import prepare_unet
 
 
 def run_kernels() -> None:
-    for name, dtype in DTYPES.items():
-        for norm in NORMS:
-            report(f"norm {norm}, {name}", compare_norm(*norm, dtype, "cpu"))
-        for add in ADDS:
-            report(f"add {add}, {name}", compare_add(*add, dtype, "cpu"))
-        for total in SUMS:
-            report(f"sum {total}, {name}", compare_sum(*total, dtype, "cpu"))
-        for gate in GATES:
-            report(f"gate {gate}, {name}", compare_gate(gate, dtype, "cpu"))
+    for case, error in compare_all("cpu"):
+        report(case, error)
 
 
 def run_blocks() -> None:

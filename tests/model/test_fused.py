@@ -9,12 +9,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.model.conftest import forward, make_inputs, make_unet
 from toolkit.model.blocks import lay_channels_last
+from toolkit.model.cross import fits
 
 TOLERANCES = {"fp32": 1e-6, "bf16": 2**-7}  # of the largest number; bf16 holds 8 bits, and is rounded once
 needs_triton = pytest.mark.skipif(
@@ -35,41 +37,15 @@ def interpret(part: str) -> dict[str, float]:
 @pytest.mark.gpu
 @needs_triton
 def test_they_are_the_formulas() -> None:
-    """Output and gradient of norms, sums and gate, whatever part of a tile is filled, with a shift and SiLU or without."""
+    """Output and gradients of norms, with a shift and SiLU or without, of sums, gate and cross-attention; whatever part of a
+    tile is filled."""
     if torch.cuda.is_available():
-        from tests.model.fused_reference import (
-            ADDS,
-            DTYPES,
-            GATES,
-            NORMS,
-            SUMS,
-            compare_add,
-            compare_gate,
-            compare_norm,
-            compare_sum,
-        )
+        from tests.model.fused_reference import compare_all
 
-        errors = {
-            f"norm {norm}, {name}": compare_norm(*norm, dtype, "cuda")
-            for norm in NORMS
-            for name, dtype in DTYPES.items()
-        }
-        errors |= {
-            f"add {add}, {name}": compare_add(*add, dtype, "cuda") for add in ADDS for name, dtype in DTYPES.items()
-        }
-        errors |= {
-            f"sum {total}, {name}": compare_sum(*total, dtype, "cuda")
-            for total in SUMS
-            for name, dtype in DTYPES.items()
-        }
-        errors |= {
-            f"gate {gate}, {name}": compare_gate(gate, dtype, "cuda")
-            for gate in GATES
-            for name, dtype in DTYPES.items()
-        }
+        errors = dict(compare_all("cuda"))
     else:
         errors = interpret("kernels")
-    assert len(errors) == 20
+    assert len(errors) == 28
     for case, error in errors.items():
         assert error < TOLERANCES[case[-4:]], (case, error)
 
@@ -81,6 +57,40 @@ def test_blocks_compute_the_same() -> None:
     the kernel or, where that trains, not."""
     errors = interpret("blocks")
     assert len(errors) == 2 and max(errors.values()) < 1e-5, errors
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("width", [16, 64])
+def test_cross_attention_compiles(width: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's compiler, which needs no card, makes machine code for A100 and H100, where the interpreter takes more."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from toolkit.model import fused_cross
+
+    sizes = {"LENGTH": 2, "HEIGHT": 64, "WIDTH": width, "CHANNELS": fused_cross.CHANNELS}
+    kernels: list[tuple[Any, dict[str, Any]]] = [
+        (fused_cross.attend_rows, sizes | {"BACKWARD": False, "scores_grad": None}),
+        (fused_cross.attend_rows, sizes | {"BACKWARD": True, "bias": None}),
+        (fused_cross.sum_tables, {name: size for name, size in sizes.items() if name != "LENGTH"}),
+    ]
+    for kernel, constants in kernels:
+        kinds = dict.fromkeys(("rows", "channels", "columns", "steps"), "i32") | {"sums": "*fp32"}
+        kinds |= dict.fromkeys(constants, "constexpr")
+        source = ASTSource(kernel, {name: kinds.get(name, "*bf16") for name in kernel.arg_names}, constants)
+        assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "taken"),
+    [(5, 1, False), (5, 2, True), (5, 3, False), (5, 4, True), (20, 2, True), (20, 4, False)],
+)
+def test_other_tables_go_by_torch(heads: int, tokens: int, taken: bool) -> None:
+    """One token, whose weight is known, other numbers than powers of two, and many go without the kernels."""
+    assert fits(torch.empty(1, heads * tokens, 64), heads) is taken
 
 
 def test_the_layout_changes_nothing() -> None:

@@ -164,4 +164,6 @@ def test_norms_are_a_part_of_their_own(parts: tuple[Part, ...], monkeypatch: pyt
     monkeypatch.setattr("toolkit.model.blocks.fuses", lambda weight: True)
     unet, parameters = make("all", torch.float32)
     prepare_unet(unet, parameters, torch.float32, "sdpa", "fast", parts)
-    assert {module.fused for module in unet.modules() if hasattr(module, "fused")} == {"norms" in parts}
+    crossing = [module.processor for name, module in unet.named_modules() if name.endswith(".attn2")]
+    fused = {place.fused for place in (*unet.modules(), *crossing) if hasattr(place, "fused")}
+    assert fused == {"norms" in parts} and all(hasattr(processor, "fused") for processor in crossing)

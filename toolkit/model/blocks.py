@@ -152,11 +152,11 @@ class LastNorm(nn.GroupNorm):
 
 
 def fuses(weight: Tensor) -> bool:
-    """Whether fused.py's kernels run where a network's weights are; without a C compiler Triton makes none."""
+    """Whether the kernels of fused.py and fused_cross.py run where a network's weights are; Triton needs a C compiler."""
     if not weight.is_cuda or weight.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
         return False
     try:
-        from toolkit.model import fused
+        from toolkit.model import fused, fused_cross
 
         with torch.enable_grad():
             x_NMC, ones_C = weight.new_ones(1, 2, 64).requires_grad_(), weight.new_ones(64)
@@ -164,6 +164,7 @@ def fuses(weight: Tensor) -> bool:
             for y in fused.AddNorm.apply(x_NMC, y_NMC, ones_C, ones_C, 1e-5):
                 fused.Gated.apply(y).sum().backward(retain_graph=True)
             fused.AddScaled.apply(x_NMC, y_NMC, ones_C, 0.5).sum().backward()
+            fused_cross.TableAttention.apply(x_NMC, x_NMC, x_NMC, ones_C, 1).sum().backward()
     except Exception as error:  # each compiler's own
         print(f"slower without Triton's kernels, which do not run here: {in_one_line(error)}", file=sys.stderr)
         return False
@@ -301,10 +302,11 @@ class SelfAttention:
         return self.out(attend_in_chunks(self.kernel.rows, q_BNHD, k_BNHD, v_BNHD).flatten(-2)).squeeze(-2)
 
 
-def install_blocks(unet: Any, fused: bool) -> None:
+def install_blocks(unet: Any, fused: bool) -> bool:
     """Give a frozen network these forward passes; its attention layers still need SelfAttention and CollapsedAttention.
 
-    fused  whether by fused.py's kernels, where they run
+    fused    whether by fused.py's kernels, where they run
+    returns  whether they do
     """
     fused = fused and fuses(unet.conv_in.weight)
     if fused:
@@ -333,6 +335,7 @@ def install_blocks(unet: Any, fused: bool) -> None:
         elif type(module) is GEGLU:
             module.__class__ = Gate
             module.fused = fused
+    return fused
 
 
 def make_shifts(unet: nn.Module) -> Shifts | None:

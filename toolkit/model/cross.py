@@ -17,6 +17,7 @@ from toolkit.model.flat import Stack
 from toolkit.model.projection import find_kind, get_base, stack_lora, stack_weights
 
 PARTS = ("to_q", "to_k", "to_v", "to_out.0")
+MAX_COLUMNS = 64  # rows of a table, which are columns of the scores, that fused_cross.py's programs hold in registers
 
 
 class CrossTables:
@@ -88,6 +89,10 @@ class CollapsedAttention:
     tables: tuple[Tensor, Tensor]  # each (B, heads * L, C)
     kernel: Any = None  # none is needed
 
+    def __init__(self, fused: bool) -> None:
+        """fused  whether by fused_cross.py's kernels, where they compute"""
+        self.fused = fused
+
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: None = None
     ) -> Tensor:
@@ -95,9 +100,26 @@ class CollapsedAttention:
         assert attention_mask is None, "the SVD UNet attends without a mask"
         m_BSC, u_BSC = self.tables
         x_BNC = hidden_states.reshape(len(m_BSC), -1, hidden_states.shape[-1])
-        scores = torch.bmm(x_BNC, m_BSC.transpose(1, 2)).unflatten(-1, (attn.heads, -1))
-        y_BNC = torch.baddbmm(get_base(attn.to_out[0]).bias, scores.softmax(-1).flatten(-2), u_BSC)
+        bias_C = get_base(attn.to_out[0]).bias
+        # a compiler makes kernels of its own
+        if self.fused and not torch.compiler.is_compiling() and not bias_C.requires_grad and fits(m_BSC, attn.heads):
+            from toolkit.model.fused_cross import TableAttention
+
+            y_BNC = TableAttention.apply(x_BNC, m_BSC, u_BSC, bias_C, attn.heads)
+        else:
+            scores = torch.bmm(x_BNC, m_BSC.transpose(1, 2)).unflatten(-1, (attn.heads, -1))
+            y_BNC = torch.baddbmm(bias_C, scores.softmax(-1).flatten(-2), u_BSC)
         return y_BNC.view(hidden_states.shape)
+
+
+def fits(table_BSC: Tensor, heads: int) -> bool:
+    """Whether fused_cross.py's kernels take such a table: its tokens a power of two, for they are halved; its rows few.
+
+    One token's weight is 1, whatever x is.
+    """
+    columns = table_BSC.shape[1]
+    tokens = columns // heads
+    return tokens > 1 and tokens & (tokens - 1) == 0 and columns <= MAX_COLUMNS
 
 
 def group_layers(unet: nn.Module) -> list[dict[str, Any]]:
