@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toolkit.model.fused import AddNorm, AddScaled, Gated, GroupNorm
+from toolkit.model.fused import AddNorm, AddScaled, FeedForward, Gated, GroupNorm
 from toolkit.model.fused_cross import TableAttention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -16,6 +16,7 @@ NORMS = ((1, 40, 64, None), (2, 258, 96, 4), (3, 7, 320, 3))
 # what is normed, and what is added before: nothing; a row each for the positions of a frame; as much
 ADDS = (((3, 5, 64), None), ((2, 3, 7, 96), (3, 1, 96)), ((2, 3, 7, 1280), (2, 3, 7, 1280)))
 SUMS = (((3, 5, 64), 1.0), ((2, 3, 7, 2600), 0.3))  # the last: tiles in part
+FEEDS = (((3, 5, 64), 64), ((2, 3, 7, 96), 128))  # and how wide its matrices are
 GATES = (((3, 5, 64),), ((2, 4, 2600),))  # the last: two tiles a row, one of them in part
 # clips, rows, channels, heads, tokens: a tile in part; channels that no tile divides; SVD's heads; so
 # many clips that a program takes the largest tiles, and sums over more than one
@@ -29,6 +30,7 @@ def compare_all(device: str) -> Iterator[tuple[str, float]]:
         ("add", compare_add, ADDS),
         ("sum", compare_sum, SUMS),
         ("gate", compare_gate, GATES),
+        ("feed", compare_feed, FEEDS),
         ("tables", compare_tables, TABLES),
     ]
     for kind, own, cases in kinds:
@@ -61,31 +63,61 @@ def compare_norm(clips: int, rows: int, channels: int, shifts: int | None, dtype
 
 
 def compare_add(size: tuple[int, ...], added: tuple[int, ...] | None, dtype: torch.dtype, device: str) -> float:
-    """The largest error of sum, norm and gradient; where what is added gets one it is of x as well."""
+    """The largest error of sum, norm and gradient; where what is added gets one it is of x as well.
+
+    That, and the gradient of what is normed, is part of longer rows.
+    """
     weight, bias = (draw(i, size[-1], dtype, device) for i in range(2))
     fixed = None if added in (None, size) else draw(3, added, dtype, device)
 
     def beside(x: Tensor) -> Tensor | None:
-        return x.flip(-1) if added == size else fixed
+        return lengthen(x.flip(-1))[..., : size[-1]] if added == size else fixed
 
     def formula(x: Tensor) -> Tensor:
         total = x if added is None else x + beside(x)
-        return torch.stack([total, F.layer_norm(total, size[-1:], weight.double(), bias.double(), 1e-5)])
+        normed = F.layer_norm(total, size[-1:], weight.double(), bias.double(), 1e-5)
+        return torch.stack([lengthen(total), lengthen(normed)])
 
     def kernels(x: Tensor) -> Tensor:
-        return torch.stack(AddNorm.apply(x, beside(x), weight, bias, 1e-5))
+        return torch.stack([lengthen(y) for y in AddNorm.apply(x, beside(x), weight, bias, 1e-5)])
 
     return compare(kernels, formula, 2 * draw(4, size, dtype, device) + 1)
 
 
 def compare_sum(size: tuple[int, ...], scale: float, dtype: torch.dtype, device: str) -> float:
-    """The largest error of sum and gradient, that of x and that of what is added to it in one."""
-    bias = draw(0, size[-1], dtype, device)
+    """The largest error of sum and gradient, that of x and that of what is added to it in one; with a bias or without."""
+    bias = draw(0, size[-1], dtype, device) if scale < 1 else None
 
     def formula(x: Tensor) -> Tensor:
-        return x + scale * (x.flip(-1) + bias.double())
+        return x + scale * (x.flip(-1) + (0 if bias is None else bias.double()))
 
-    return compare(lambda x: AddScaled.apply(x, x.flip(-1), bias, scale), formula, draw(1, size, dtype, device))
+    def kernel(x: Tensor) -> Tensor:
+        return AddScaled.apply(x, lengthen(x.flip(-1))[..., : size[-1]], bias, scale)
+
+    return compare(kernel, formula, draw(1, size, dtype, device))
+
+
+def compare_feed(size: tuple[int, ...], width: int, dtype: torch.dtype, device: str) -> float:
+    """The largest error of output and gradient, by matrices that are longer than what they stand for."""
+    channels, hidden = size[-1], 80
+    sizes = ((2 * hidden, channels), (2 * hidden,), (channels, hidden), (channels,))
+    into, gate_bias, out_of, bias = (draw(i, own, dtype, device) * own[-1] ** -0.5 for i, own in enumerate(sizes))
+    more = width - channels
+
+    def formula(x: Tensor) -> Tensor:
+        h, gate = F.linear(x, into.double(), gate_bias.double()).chunk(2, -1)
+        return F.linear(h * F.gelu(gate), out_of.double(), bias.double())
+
+    def kernels(x: Tensor) -> Tensor:
+        wide = F.pad(into, (0, more)), gate_bias, F.pad(out_of, (0, 0, 0, more)), F.pad(bias, (0, more))
+        return FeedForward.apply(x, *wide)
+
+    return compare(kernels, formula, draw(4, size, dtype, device))
+
+
+def lengthen(x: Tensor) -> Tensor:
+    """Rows with zeros after them."""
+    return F.pad(x, (0, 24))
 
 
 def compare_gate(size: tuple[int, ...], dtype: torch.dtype, device: str) -> float:

@@ -24,7 +24,7 @@ def run_kernels() -> None:
 
 def run_blocks() -> None:
     """Residual blocks, a transformer and the network's end in fp32, laid out as on a GPU, beside what a CPU does."""
-    for targets in ("all", ["to_q", "time_emb_proj", "time_pos_embed.linear_1"]):
+    for targets in ("all", ["to_q", "time_emb_proj", "time_pos_embed.linear_1"], ["to_q", "to_out.0"]):
         report(f"blocks, {targets}", compare_blocks(targets))
 
 

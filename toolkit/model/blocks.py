@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
+from diffusers.models.attention import BasicTransformerBlock, FeedForward, TemporalBasicTransformerBlock
 from diffusers.models.resnet import AlphaBlender, SpatioTemporalResBlock
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from toolkit.model.projection import Projection, find_kind
 from toolkit.model.shifts import Shifts
 
 PLACES = 128  # frames that a clip may have
+WIDE = 128  # of which products are as wide as a multiple (fused.FeedForward)
 
 
 class ResBlock(SpatioTemporalResBlock):
@@ -144,6 +145,15 @@ def add_and_norm(layer: nn.LayerNorm, x: Tensor, added: Tensor | None, fused: bo
     return total, y
 
 
+def add(x: Tensor, y: Tensor, fused: bool) -> Tensor:
+    """x + y, whose rows may be parts of longer ones."""
+    if not fused or torch.compiler.is_compiling():
+        return x + y
+    from toolkit.model.fused import AddScaled
+
+    return AddScaled.apply(x.contiguous(), y, None, 1.0)
+
+
 class LastNorm(nn.GroupNorm):
     """The network's last norm with the SiLU after it, by the kernels."""
 
@@ -210,7 +220,7 @@ class SpatialBlock(BasicTransformerBlock):
         x, y = add_and_norm(self.norm1, x_FNC, None, self.fused)
         x, y = add_and_norm(self.norm2, x, self.attn1(y), self.fused)
         x, y = add_and_norm(self.norm3, x, self.attn2(y), self.fused)
-        return x + self.ff(y)
+        return add(x, self.ff(y), self.fused)
 
 
 class TemporalBlock(TemporalBasicTransformerBlock):
@@ -223,7 +233,7 @@ class TemporalBlock(TemporalBasicTransformerBlock):
         x, y = add_and_norm(self.norm1, x, self.ff_in(y), self.fused)
         x, y = add_and_norm(self.norm2, x, self.attn1.processor.along_frames(y), self.fused)
         x, y = add_and_norm(self.norm3, x, self.attn2(y), self.fused)
-        return x + self.ff(y)
+        return add(x, self.ff(y), self.fused)
 
 
 class Gated(torch.autograd.Function):
@@ -261,6 +271,33 @@ class Gate(GEGLU):
             h, gate = x.chunk(2, -1)
             return h * F.gelu(gate)
         return Gated.apply(x)
+
+
+class Feed(FeedForward):
+    """A feed-forward layer, as one function where it is frozen and kernels run."""
+
+    wide: tuple[Tensor, ...] | None  # fused.FeedForward's matrices and biases
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.wide is None or torch.compiler.is_compiling():
+            return super().forward(hidden_states, *args, **kwargs)
+        from toolkit.model.fused import FeedForward as Fused
+
+        return Fused.apply(hidden_states, *self.wide)
+
+
+@torch.no_grad()
+def widen(layer: FeedForward) -> tuple[Tensor, ...] | None:
+    """What fused.FeedForward takes, of which the layer's weights become parts; None where the layer is adapted or trains."""
+    gate, dropout, out = layer.net
+    layers = gate.proj, out
+    if any(type(own) is not nn.Linear or own.weight.requires_grad for own in layers) or dropout.p:
+        return None
+    channels = out.out_features
+    more = -channels % WIDE
+    in_GP, out_PH = F.pad(gate.proj.weight, (0, more)), F.pad(out.weight, (0, 0, 0, more))
+    gate.proj.weight.data, out.weight.data = in_GP[:, :channels], out_PH[:channels]
+    return in_GP, gate.proj.bias, out_PH, F.pad(out.bias, (0, more))
 
 
 class SelfAttention:
@@ -332,6 +369,9 @@ def install_blocks(unet: Any, fused: bool) -> bool:
             assert module.is_res
             module.__class__ = TemporalBlock
             module.fused = fused
+        elif type(module) is FeedForward and fused:
+            module.__class__ = Feed
+            module.__dict__["wide"] = widen(module)
         elif type(module) is GEGLU:
             module.__class__ = Gate
             module.fused = fused

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -220,8 +221,8 @@ def _grids(x_NMC: Tensor, groups: int) -> tuple[tuple[int, int, int], tuple[int,
 
 @triton.jit
 def norm_rows(  # type: ignore[no-untyped-def]
-    x, added, to_total, to_normed, weight, bias, total, out, rows, channels, per_added, shifts, eps,
-    BACKWARD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    x, added, added_stride, to_total, to_normed, normed_stride, weight, bias, total, out, rows, channels, per_added, shifts,
+    eps, BACKWARD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """x + added and its layer norm, a row of them at once; or of x the gradient, from those of both."""
     row, channel = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
@@ -230,7 +231,7 @@ def norm_rows(  # type: ignore[no-untyped-def]
     at = row[:, None] * channels + channel[None, :]
     value = tl.load(x + at, there, 0.0).to(tl.float32)
     if added is not None:
-        beside = added + (row // per_added % shifts)[:, None] * channels + channel[None, :]
+        beside = added + (row // per_added % shifts)[:, None] * added_stride + channel[None, :]
         rounded = (value + tl.load(beside, there, 0.0).to(tl.float32)).to(total.dtype.element_ty)
         tl.store(total + at, rounded, there)
         value = rounded.to(tl.float32)  # what the backward pass reads
@@ -239,7 +240,8 @@ def norm_rows(  # type: ignore[no-untyped-def]
     value *= spread
     w = tl.load(weight + channel, exists, 0.0).to(tl.float32)[None, :]
     if BACKWARD:
-        g = tl.load(to_normed + at, there, 0.0).to(tl.float32) * w
+        normed_at = row[:, None] * normed_stride + channel[None, :]
+        g = tl.load(to_normed + normed_at, there, 0.0).to(tl.float32) * w
         y = g - (tl.sum(g, 1) / channels)[:, None] - value * (tl.sum(g * value, 1) / channels)[:, None]
         y = y * spread + tl.load(to_total + at, there, 0.0).to(tl.float32)
     else:
@@ -262,7 +264,7 @@ class AddNorm(torch.autograd.Function):
         total, out = x if added is None else torch.empty_like(x), torch.empty_like(x)
         ctx.alike = added is not None and added.shape == x.shape
         assert ctx.alike or not ctx.needs_input_grad[1]
-        _norm(x, None if added is None else added.contiguous(), None, None, weight_C, bias_C, total, out, eps)
+        _norm(x, added, None, None, weight_C, bias_C, total, out, eps)
         ctx.save_for_backward(total, weight_C, bias_C)
         ctx.eps = eps
         return total, out
@@ -271,8 +273,8 @@ class AddNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         total, weight_C, bias_C = ctx.saved_tensors
         out = torch.empty_like(total)
-        to_total, to_normed = (gradient.contiguous() for gradient in gradients)
-        _norm(total, None, to_total, to_normed, weight_C, bias_C, out, out, ctx.eps)
+        to_total, to_normed = gradients
+        _norm(total, None, to_total.contiguous(), to_normed, weight_C, bias_C, out, out, ctx.eps)
         return out, out if ctx.alike else None, None, None, None
 
 
@@ -286,38 +288,52 @@ def _norm(
     shifts = 1 if added is None else added.numel() // channels
     height = max(1, 2 * TILE // width)
     norm_rows[(triton.cdiv(rows, height),)](
-        x, added, to_total, to_normed, weight_C, bias_C, total, out, rows, channels, per_added, shifts, eps,
-        to_normed is not None, height, width,
+        x, *_lay_rows(added), to_total, *_lay_rows(to_normed), weight_C, bias_C, total, out, rows, channels, per_added,
+        shifts, eps, to_normed is not None, height, width,
     )  # fmt: skip
 
 
+def _lay_rows(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """x (..., C) and how far its rows lie apart, which may be parts of longer ones."""
+    if x is None:
+        return None, 0
+    x_RC = x.flatten(0, -2)
+    x_RC = x_RC if x_RC.stride(1) == 1 else x_RC.contiguous()
+    return x_RC, x_RC.stride(0)
+
+
 @triton.jit
-def add_rows(x, y, bias, out, rows, channels, scale, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def add_rows(  # type: ignore[no-untyped-def]
+    x, y, y_stride, bias, out, rows, channels, scale, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
+):
     """x + scale (y + bias)."""
     row = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)
     channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     exists = channel < channels
     there = (row < rows)[:, None] & exists[None, :]
     at = row[:, None] * channels + channel[None, :]
-    value = tl.load(y + at, there, 0.0).to(tl.float32) + tl.load(bias + channel, exists, 0.0).to(tl.float32)[None, :]
+    value = tl.load(y + row[:, None] * y_stride + channel[None, :], there, 0.0).to(tl.float32)
+    if bias is not None:
+        value += tl.load(bias + channel, exists, 0.0).to(tl.float32)[None, :]
     value = tl.load(x + at, there, 0.0).to(tl.float32) + scale * value
     tl.store(out + at, value.to(out.dtype.element_ty), there)
 
 
 class AddScaled(torch.autograd.Function):
-    """x + scale (y + bias): the end of a residual block, its convolution's bias in the same pass."""
+    """x + scale (y + bias): the end of a residual block, its convolution's bias in the same pass; or of a transformer's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, bias_C: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, bias_C: Tensor | None, scale: float) -> Tensor:
         """
-        x, y    (..., C), contiguous
+        x       (..., C), contiguous
+        y       (..., C)
         bias_C  gets no gradient
         """
         assert x.shape == y.shape and not ctx.needs_input_grad[2]
         ctx.scale, out, channels = scale, torch.empty_like(x), x.shape[-1]
         rows, height, width = _tile(x)
         grid = triton.cdiv(rows, height), triton.cdiv(channels, width)
-        add_rows[grid](x, y, bias_C, out, rows, channels, scale, height, width)
+        add_rows[grid](x, *_lay_rows(y), bias_C, out, rows, channels, scale, height, width)
         return out
 
     @staticmethod
@@ -371,6 +387,41 @@ class Gated(torch.autograd.Function):
         out, gradient = torch.empty_like(x), gradients[0].contiguous()
         _gate(x, gradient, out, gradient, True)
         return out
+
+
+class FeedForward(torch.autograd.Function):
+    """A gated feed-forward layer, frozen, of which the input of the gate alone is kept for the backward pass.
+
+    Products of 320 columns, of SVD's first level, take cuBLAS 1.6 times as long as those of 384 (H200, cuBLAS 13.0): so
+    matrices may be wider than what they stand for, by zeros.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, in_GP: Tensor, in_bias_G: Tensor, out_PH: Tensor, out_bias_P: Tensor) -> Tensor:
+        """
+        x                   (..., C), at most P of them
+        in_GP               to what is gated and the gate, H each
+        out_PH, out_bias_P  from there
+        returns             (..., C), its rows parts of P
+        """
+        assert not any(ctx.needs_input_grad[1:])
+        channels = x.shape[-1]
+        x_MC = x.flatten(0, -2)
+        gated_MG = F.linear(x_MC, in_GP[:, :channels], in_bias_G)
+        hidden_MH = gated_MG.new_empty(len(gated_MG), out_PH.shape[1])
+        _gate(gated_MG, None, hidden_MH, hidden_MH, False)
+        ctx.save_for_backward(gated_MG, in_GP, out_PH)
+        return torch.addmm(out_bias_P, hidden_MH, out_PH.t())[:, :channels].unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        gated_MG, in_GP, out_PH = ctx.saved_tensors
+        (gradient,) = gradients
+        channels = gradient.shape[-1]
+        hidden_grad_MH, gated_grad_MG = gradient.flatten(0, -2) @ out_PH[:channels], torch.empty_like(gated_MG)
+        _gate(gated_MG, hidden_grad_MH, gated_grad_MG, hidden_grad_MH, True)
+        x_grad = (gated_grad_MG @ in_GP)[:, :channels].unflatten(0, gradient.shape[:-1])
+        return x_grad, None, None, None, None
 
 
 def _gate(x: Tensor, gradient: Tensor | None, out: Tensor, like: Tensor, backward: bool) -> None:
