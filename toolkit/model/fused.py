@@ -17,25 +17,24 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK, ROWS, CHANNELS = tl.constexpr(128), tl.constexpr(32), tl.constexpr(64)  # a program's tile: to sum, to apply
+STRIP, AHEAD = (
+    tl.constexpr(16),
+    tl.constexpr(4),
+)  # of a chunk's rows those summed at once, and how many times so many are read
 TILE = 1024  # numbers that a program gates
 
 
 @triton.jit
-def _at(start, rows, channels, block, HEIGHT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A tile of a clip's (M, C): its rows, its channels, and where both exist."""
-    row, channel = start + tl.arange(0, HEIGHT), block * CHANNELS + tl.arange(0, CHANNELS)
-    return row, channel, (row < rows)[:, None] & (channel < channels)[None, :]
+def _at(start, rows, channel, channels, HEIGHT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile of a frame's (M, C): where in it, and what of it exists."""
+    row = start + tl.arange(0, HEIGHT)
+    return row[:, None] * channels + channel[None, :], (row < rows)[:, None] & (channel < channels)[None, :]
 
 
 @triton.jit
-def _shifted(x, shift, clip, row, channel, there, rows, channels, per_shift):  # type: ignore[no-untyped-def]
-    """x + shift, as fp32; a row of shifts serves per_shift rows of x."""
-    first = clip.to(tl.int64) * rows + row  # more than 2^31 numbers may stand before a row
-    value = tl.load(x + first[:, None] * channels + channel[None, :], there, 0.0).to(tl.float32)
-    if shift is not None:
-        at = (first // per_shift)[:, None] * channels + channel[None, :]
-        value += tl.load(shift + at, there, 0.0).to(tl.float32)
-    return tl.where(there, value, 0.0)
+def _of_channels(values, row, channel, channels):  # type: ignore[no-untyped-def]
+    """A row's values (1, C) of a program's channels, as fp32."""
+    return tl.load(values + row * channels + channel, channel < channels, 0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -49,22 +48,30 @@ def _slope(gradient, z, SILU: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def sum_chunks(  # type: ignore[no-untyped-def]
-    x, shift, gradient, scale, offset, sums, rows, channels, per_shift, BACKWARD: tl.constexpr, SILU: tl.constexpr
+    x, shift, gradient, scale, offset, sums, rows, channels, frames, BACKWARD: tl.constexpr, SILU: tl.constexpr
 ):
     """Of a chunk of rows, sums over it of each channel: of x and x^2, or of z's gradient and of that times x."""
-    clip, chunk, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row, channel, there = _at(chunk * CHUNK, rows, channels, block, CHUNK)
-    exists = channel < channels
-    value = _shifted(x, shift, clip, row, channel, there, rows, channels, per_shift)
-    weight = value
+    frame, chunk = tl.program_id(0), tl.program_id(1)
+    clip, channel = frame // frames, tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    first = frame.to(tl.int64) * rows * channels  # more than 2^31 numbers may stand before a frame
+    if shift is not None:
+        moved = _of_channels(shift, frame, channel, channels)
     if BACKWARD:
-        a = tl.load(scale + clip * channels + channel, exists, 0.0)[None, :]
-        b = tl.load(offset + clip * channels + channel, exists, 0.0)[None, :]
-        at = (clip.to(tl.int64) * rows + row)[:, None] * channels + channel[None, :]
-        weight = _slope(tl.load(gradient + at, there, 0.0).to(tl.float32), value * a + b, SILU)
-    out = sums + (clip * tl.num_programs(1) + chunk) * 2 * channels + channel
-    tl.store(out, tl.sum(weight, 0), exists)
-    tl.store(out + channels, tl.sum(weight * value, 0), exists)
+        a, b = _of_channels(scale, clip, channel, channels), _of_channels(offset, clip, channel, channels)
+    one, two = tl.zeros((STRIP, CHANNELS), tl.float32), tl.zeros((STRIP, CHANNELS), tl.float32)
+    for start in tl.range(chunk * CHUNK, (chunk + 1) * CHUNK, STRIP, loop_unroll_factor=AHEAD):
+        at, there = _at(start, rows, channel, channels, STRIP)
+        value = tl.load(x + first + at, there, 0.0).to(tl.float32)
+        if shift is not None:
+            value = tl.where(there, value + moved, 0.0)
+        weight = value
+        if BACKWARD:
+            weight = _slope(tl.load(gradient + first + at, there, 0.0).to(tl.float32), value * a + b, SILU)
+        one += weight
+        two += weight * value
+    out = sums + (frame * tl.num_programs(1) + chunk) * 2 * channels + channel
+    tl.store(out, tl.sum(one, 0), channel < channels)
+    tl.store(out + channels, tl.sum(two, 0), channel < channels)
 
 
 @triton.jit
@@ -111,40 +118,40 @@ def _sum_group(sums, clip, group, channels, chunks, SIZE: tl.constexpr, STEPS: t
     size = channels // tl.num_programs(1)
     place = tl.arange(0, SIZE)
     channel, exists = group * size + place, place < size
-    one, two = tl.zeros((SIZE,), tl.float32), tl.zeros((SIZE,), tl.float32)
+    one, two = tl.zeros((ROWS, SIZE), tl.float32), tl.zeros((ROWS, SIZE), tl.float32)
     for step in range(STEPS):
         chunk = step * ROWS + tl.arange(0, ROWS)
         there = (chunk < chunks)[:, None] & exists[None, :]
         at = sums + ((clip * chunks + chunk) * 2 * channels)[:, None] + channel[None, :]
-        one += tl.sum(tl.load(at, there, 0.0), 0)
-        two += tl.sum(tl.load(at + channels, there, 0.0), 0)
-    return one, two, channel, exists
+        one += tl.load(at, there, 0.0)
+        two += tl.load(at + channels, there, 0.0)
+    return tl.sum(one, 0), tl.sum(two, 0), channel, exists
 
 
 @triton.jit
 def apply_norm(  # type: ignore[no-untyped-def]
-    x, shift, gradient, beside, scale, offset, of_x, constant, out, rows, channels, per_shift,
+    x, shift, gradient, beside, scale, offset, of_x, constant, out, rows, channels, frames,
     BACKWARD: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """silu(scale x + offset), or the gradient of x, to which another one is added."""
-    clip, block = tl.program_id(1), tl.program_id(2)
-    row, channel, there = _at(tl.program_id(0) * ROWS, rows, channels, block, ROWS)
-    exists = channel < channels
-    value = _shifted(x, shift, clip, row, channel, there, rows, channels, per_shift)
-    a = tl.load(scale + clip * channels + channel, exists, 0.0)[None, :]
-    z = value * a + tl.load(offset + clip * channels + channel, exists, 0.0)[None, :]
-    at = (clip.to(tl.int64) * rows + row)[:, None] * channels + channel[None, :]
+    frame, channel = tl.program_id(1), tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    clip, first = frame // frames, frame.to(tl.int64) * rows * channels
+    at, there = _at(tl.program_id(0) * ROWS, rows, channel, channels, ROWS)
+    value = tl.load(x + first + at, there, 0.0).to(tl.float32)
+    if shift is not None:
+        value += _of_channels(shift, frame, channel, channels)
+    a = _of_channels(scale, clip, channel, channels)
+    z = value * a + _of_channels(offset, clip, channel, channels)
     if BACKWARD:
-        y = a * _slope(tl.load(gradient + at, there, 0.0).to(tl.float32), z, SILU)
-        y += value * tl.load(of_x + clip * channels + channel, exists, 0.0)[None, :]
-        y += tl.load(constant + clip * channels + channel, exists, 0.0)[None, :]
+        y = a * _slope(tl.load(gradient + first + at, there, 0.0).to(tl.float32), z, SILU)
+        y += value * _of_channels(of_x, clip, channel, channels) + _of_channels(constant, clip, channel, channels)
         if beside is not None:
-            y += tl.load(beside + at, there, 0.0).to(tl.float32)
+            y += tl.load(beside + first + at, there, 0.0).to(tl.float32)
     elif SILU:
         y = z * tl.sigmoid(z)
     else:
         y = z
-    tl.store(out + at, y.to(out.dtype.element_ty), there)
+    tl.store(out + first + at, y.to(out.dtype.element_ty), there)
 
 
 class GroupNorm(torch.autograd.Function):
@@ -169,24 +176,21 @@ class GroupNorm(torch.autograd.Function):
         """
         assert not any(ctx.needs_input_grad[1:4])
         clips, rows, channels = x_NMC.shape
-        chunks = triton.cdiv(rows, CHUNK.value)
+        frames = 1 if shift_FC is None else len(shift_FC) // clips
+        per_frame, chunks, by_chunk, by_row, sizes = _split(x_NMC, frames, groups)
         sums = x_NMC.new_empty(clips, chunks, 2, channels, dtype=torch.float32)
         scale, offset = (x_NMC.new_empty(clips, channels, dtype=torch.float32) for _ in range(2))
         mean, rstd = (x_NMC.new_empty(clips, groups, dtype=torch.float32) for _ in range(2))
         out = torch.empty_like(x_NMC)
-        per_shift = 1 if shift_FC is None else clips * rows // len(shift_FC)
-        by_chunk, by_row, sizes = _grids(x_NMC, groups)
-        sum_chunks[by_chunk](
-            x_NMC, shift_FC, None, None, None, sums, rows, channels, per_shift, False, silu, num_warps=8
-        )
+        sum_chunks[by_chunk](x_NMC, shift_FC, None, None, None, sums, per_frame, channels, frames, False, silu)
         finish_forward[(clips, groups)](
             sums, weight_C, bias_C, mean, rstd, scale, offset, rows, channels, chunks, eps, *sizes
         )
         apply_norm[by_row](
-            x_NMC, shift_FC, None, None, scale, offset, None, None, out, rows, channels, per_shift, False, silu
+            x_NMC, shift_FC, None, None, scale, offset, None, None, out, per_frame, channels, frames, False, silu
         )
         ctx.save_for_backward(x_NMC, shift_FC, weight_C, mean, rstd, scale, offset)
-        ctx.groups, ctx.silu, ctx.per_shift = groups, silu, per_shift
+        ctx.groups, ctx.silu, ctx.frames = groups, silu, frames
         return (x_NMC, out) if keep else (out,)
 
     @staticmethod
@@ -195,28 +199,34 @@ class GroupNorm(torch.autograd.Function):
         *kept, gradient = (gradient.contiguous() for gradient in gradients)
         beside = kept[0] if kept else None
         clips, rows, channels = x_NMC.shape
-        chunks = triton.cdiv(rows, CHUNK.value)
+        per_frame, chunks, by_chunk, by_row, sizes = _split(x_NMC, ctx.frames, ctx.groups)
         sums = scale.new_empty(clips, chunks, 2, channels)
         of_x, constant, out = torch.empty_like(scale), torch.empty_like(scale), torch.empty_like(x_NMC)
-        by_chunk, by_row, sizes = _grids(x_NMC, ctx.groups)
         sum_chunks[by_chunk](
-            x_NMC, shift_FC, gradient, scale, offset, sums, rows, channels, ctx.per_shift, True, ctx.silu, num_warps=8
+            x_NMC, shift_FC, gradient, scale, offset, sums, per_frame, channels, ctx.frames, True, ctx.silu
         )
         finish_backward[(clips, ctx.groups)](sums, weight_C, mean, rstd, of_x, constant, rows, channels, chunks, *sizes)
         apply_norm[by_row](
             x_NMC, shift_FC, gradient, beside, scale, offset, of_x, constant, out,
-            rows, channels, ctx.per_shift, True, ctx.silu,
+            per_frame, channels, ctx.frames, True, ctx.silu,
         )  # fmt: skip
         return out, None, None, None, None, None, None, None
 
 
-def _grids(x_NMC: Tensor, groups: int) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int]]:
-    """Programs that sum, programs that apply; a power of two that holds a group's channels, and steps over all chunks."""
+def _split(x_NMC: Tensor, frames: int, groups: int) -> tuple[int, int, Any, Any, tuple[int, int]]:
+    """Who does what of clips, each of so many frames that the same is added to.
+
+    returns  rows of a frame; chunks of a clip; programs that sum and that apply; a power of two that holds a group's
+             channels, and steps over a clip's chunks
+    """
     clips, rows, channels = x_NMC.shape
-    blocks = triton.cdiv(channels, CHANNELS.value)
-    by_chunk = clips, triton.cdiv(rows, CHUNK.value), blocks
-    by_row = triton.cdiv(rows, ROWS.value), clips, blocks  # the first dimension alone goes beyond 65,535
-    return by_chunk, by_row, (triton.next_power_of_2(channels // groups), triton.cdiv(by_chunk[1], ROWS.value))
+    per_frame, blocks = rows // frames, triton.cdiv(channels, CHANNELS.value)
+    assert per_frame * channels < 2**31  # kernels count in 32 bits inside a frame
+    by_chunk = clips * frames, triton.cdiv(per_frame, CHUNK.value), blocks
+    by_row = triton.cdiv(per_frame, ROWS.value), clips * frames, blocks  # the first dimension alone goes beyond 65,535
+    chunks = frames * by_chunk[1]
+    sizes = triton.next_power_of_2(channels // groups), triton.cdiv(chunks, ROWS.value)
+    return per_frame, chunks, by_chunk, by_row, sizes
 
 
 @triton.jit
