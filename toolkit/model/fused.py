@@ -313,18 +313,15 @@ def _lay_rows(x: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 @triton.jit
-def add_rows(  # type: ignore[no-untyped-def]
-    x, y, y_stride, bias, out, rows, channels, scale, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
-):
+def add_rows(x, y, y_stride, bias, out, rows, channels, scale):  # type: ignore[no-untyped-def]
     """x + scale (y + bias)."""
-    row = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)
-    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    exists = channel < channels
-    there = (row < rows)[:, None] & exists[None, :]
-    at = row[:, None] * channels + channel[None, :]
-    value = tl.load(y + row[:, None] * y_stride + channel[None, :], there, 0.0).to(tl.float32)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    at, there = _at(start, rows, channel, channels, ROWS)
+    y_at = (start + tl.arange(0, ROWS))[:, None] * y_stride + channel[None, :]
+    value = tl.load(y + y_at, there, 0.0).to(tl.float32)
     if bias is not None:
-        value += tl.load(bias + channel, exists, 0.0).to(tl.float32)[None, :]
+        value += _of_channels(bias, 0, channel, channels)
     value = tl.load(x + at, there, 0.0).to(tl.float32) + scale * value
     tl.store(out + at, value.to(out.dtype.element_ty), there)
 
@@ -341,22 +338,15 @@ class AddScaled(torch.autograd.Function):
         """
         assert x.shape == y.shape and not ctx.needs_input_grad[2]
         ctx.scale, out, channels = scale, torch.empty_like(x), x.shape[-1]
-        rows, height, width = _tile(x)
-        grid = triton.cdiv(rows, height), triton.cdiv(channels, width)
-        add_rows[grid](x, *_lay_rows(y), bias_C, out, rows, channels, scale, height, width)
+        rows = x.numel() // channels
+        grid = triton.cdiv(rows, ROWS.value), triton.cdiv(channels, CHANNELS.value)
+        add_rows[grid](x, *_lay_rows(y), bias_C, out, rows, channels, scale)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
         return gradient, gradient if ctx.scale == 1 else ctx.scale * gradient, None, None
-
-
-def _tile(x: Tensor) -> tuple[int, int, int]:
-    """Rows of x (..., C), and a program's share: rows, and the largest power of two that divides C, 64 or more in SVD."""
-    channels = x.shape[-1]
-    width = max(64, min(TILE, channels & -channels))
-    return x.numel() // channels, TILE // width, width
 
 
 @triton.jit
