@@ -77,11 +77,11 @@ def sum_chunks(  # type: ignore[no-untyped-def]
 @triton.jit
 def finish_forward(  # type: ignore[no-untyped-def]
     sums, weight, bias, mean, rstd, scale, offset, rows, channels, chunks, eps,
-    SIZE: tl.constexpr, STEPS: tl.constexpr,
+    SIZE: tl.constexpr, HEIGHT: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Of a group: mean and 1 / deviation; of its channels the scale and the offset that norm them."""
     clip, group = tl.program_id(0), tl.program_id(1)
-    one, two, channel, exists = _sum_group(sums, clip, group, channels, chunks, SIZE, STEPS)
+    one, two, channel, exists = _sum_group(sums, clip, group, channels, chunks, SIZE, HEIGHT, STEPS)
     count = (rows * (channels // tl.num_programs(1))).to(tl.float32)
     middle = tl.sum(one, 0) / count
     spread = 1 / tl.sqrt(tl.maximum(tl.sum(two, 0) / count - middle * middle, 0.0) + eps)
@@ -96,11 +96,12 @@ def finish_forward(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def finish_backward(  # type: ignore[no-untyped-def]
-    sums, weight, mean, rstd, of_x, constant, rows, channels, chunks, SIZE: tl.constexpr, STEPS: tl.constexpr
-):
+    sums, weight, mean, rstd, of_x, constant, rows, channels, chunks,
+    SIZE: tl.constexpr, HEIGHT: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
     """Of a group, what of x, and what constant, is in x's gradient beside scale times z's."""
     clip, group = tl.program_id(0), tl.program_id(1)
-    one, two, channel, exists = _sum_group(sums, clip, group, channels, chunks, SIZE, STEPS)
+    one, two, channel, exists = _sum_group(sums, clip, group, channels, chunks, SIZE, HEIGHT, STEPS)
     count = (rows * (channels // tl.num_programs(1))).to(tl.float32)
     w = tl.load(weight + channel, exists, 0.0).to(tl.float32)
     own, with_x = tl.sum(w * one, 0), tl.sum(w * two, 0)
@@ -113,14 +114,16 @@ def finish_backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sum_group(sums, clip, group, channels, chunks, SIZE: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum_group(  # type: ignore[no-untyped-def]
+    sums, clip, group, channels, chunks, SIZE: tl.constexpr, HEIGHT: tl.constexpr, STEPS: tl.constexpr
+):
     """Over all chunks the two sums of each channel of a group; these channels, and which of SIZE exist."""
     size = channels // tl.num_programs(1)
     place = tl.arange(0, SIZE)
     channel, exists = group * size + place, place < size
-    one, two = tl.zeros((ROWS, SIZE), tl.float32), tl.zeros((ROWS, SIZE), tl.float32)
+    one, two = tl.zeros((HEIGHT, SIZE), tl.float32), tl.zeros((HEIGHT, SIZE), tl.float32)
     for step in range(STEPS):
-        chunk = step * ROWS + tl.arange(0, ROWS)
+        chunk = step * HEIGHT + tl.arange(0, HEIGHT)
         there = (chunk < chunks)[:, None] & exists[None, :]
         at = sums + ((clip * chunks + chunk) * 2 * channels)[:, None] + channel[None, :]
         one += tl.load(at, there, 0.0)
@@ -184,7 +187,7 @@ class GroupNorm(torch.autograd.Function):
         out = torch.empty_like(x_NMC)
         sum_chunks[by_chunk](x_NMC, shift_FC, None, None, None, sums, per_frame, channels, frames, False, silu)
         finish_forward[(clips, groups)](
-            sums, weight_C, bias_C, mean, rstd, scale, offset, rows, channels, chunks, eps, *sizes
+            sums, weight_C, bias_C, mean, rstd, scale, offset, rows, channels, chunks, eps, **sizes
         )
         apply_norm[by_row](
             x_NMC, shift_FC, None, None, scale, offset, None, None, out, per_frame, channels, frames, False, silu
@@ -205,7 +208,9 @@ class GroupNorm(torch.autograd.Function):
         sum_chunks[by_chunk](
             x_NMC, shift_FC, gradient, scale, offset, sums, per_frame, channels, ctx.frames, True, ctx.silu
         )
-        finish_backward[(clips, ctx.groups)](sums, weight_C, mean, rstd, of_x, constant, rows, channels, chunks, *sizes)
+        finish_backward[(clips, ctx.groups)](
+            sums, weight_C, mean, rstd, of_x, constant, rows, channels, chunks, **sizes
+        )
         apply_norm[by_row](
             x_NMC, shift_FC, gradient, beside, scale, offset, of_x, constant, out,
             per_frame, channels, ctx.frames, True, ctx.silu,
@@ -213,11 +218,11 @@ class GroupNorm(torch.autograd.Function):
         return out, None, None, None, None, None, None, None
 
 
-def _split(x_NMC: Tensor, frames: int, groups: int) -> tuple[int, int, Any, Any, tuple[int, int]]:
+def _split(x_NMC: Tensor, frames: int, groups: int) -> tuple[int, int, Any, Any, dict[str, int]]:
     """Who does what of clips, each of so many frames that the same is added to.
 
-    returns  rows of a frame; chunks of a clip; programs that sum and that apply; a power of two that holds a group's
-             channels, and steps over a clip's chunks
+    returns  rows of a frame; chunks of a clip; programs that sum and that apply; the tile of a group's channels and a
+             clip's chunks that one to finish adds up, in how many steps
     """
     clips, rows, channels = x_NMC.shape
     per_frame, blocks = rows // frames, triton.cdiv(channels, CHANNELS.value)
@@ -225,7 +230,9 @@ def _split(x_NMC: Tensor, frames: int, groups: int) -> tuple[int, int, Any, Any,
     by_chunk = clips * frames, triton.cdiv(per_frame, CHUNK.value), blocks
     by_row = triton.cdiv(per_frame, ROWS.value), clips * frames, blocks  # the first dimension alone goes beyond 65,535
     chunks = frames * by_chunk[1]
-    sizes = triton.next_power_of_2(channels // groups), triton.cdiv(chunks, ROWS.value)
+    size, height = triton.next_power_of_2(channels // groups), min(256, triton.next_power_of_2(chunks))
+    warps = max(1, min(8, size * height // 512))
+    sizes = {"SIZE": size, "HEIGHT": height, "STEPS": triton.cdiv(chunks, height), "num_warps": warps}
     return per_frame, chunks, by_chunk, by_row, sizes
 
 
@@ -235,13 +242,13 @@ def norm_rows(  # type: ignore[no-untyped-def]
     eps, BACKWARD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """x + added and its layer norm, a row of them at once; or of x the gradient, from those of both."""
-    row, channel = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
+    row, channel = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
     exists = channel < channels
     there = (row < rows)[:, None] & exists[None, :]
-    at = row[:, None] * channels + channel[None, :]
+    at = row.to(tl.int64)[:, None] * channels + channel[None, :]
     value = tl.load(x + at, there, 0.0).to(tl.float32)
-    if added is not None:
-        beside = added + (row // per_added % shifts)[:, None] * added_stride + channel[None, :]
+    if added is not None:  # a row for each, or one for so many: found in 32 bits, for a GPU divides those fast
+        beside = added + (row // per_added % shifts).to(tl.int64)[:, None] * added_stride + channel[None, :]
         rounded = (value + tl.load(beside, there, 0.0).to(tl.float32)).to(total.dtype.element_ty)
         tl.store(total + at, rounded, there)
         value = rounded.to(tl.float32)  # what the backward pass reads
@@ -250,7 +257,7 @@ def norm_rows(  # type: ignore[no-untyped-def]
     value *= spread
     w = tl.load(weight + channel, exists, 0.0).to(tl.float32)[None, :]
     if BACKWARD:
-        normed_at = row[:, None] * normed_stride + channel[None, :]
+        normed_at = row.to(tl.int64)[:, None] * normed_stride + channel[None, :]
         g = tl.load(to_normed + normed_at, there, 0.0).to(tl.float32) * w
         y = g - (tl.sum(g, 1) / channels)[:, None] - value * (tl.sum(g * value, 1) / channels)[:, None]
         y = y * spread + tl.load(to_total + at, there, 0.0).to(tl.float32)
@@ -296,10 +303,10 @@ def _norm(
     rows, width = x.numel() // channels, triton.next_power_of_2(channels)
     per_added = 1 if added is None or added.shape == x.shape else x.shape[-2]
     shifts = 1 if added is None else added.numel() // channels
-    height = max(1, 2 * TILE // width)
+    height = max(1, TILE // width)
     norm_rows[(triton.cdiv(rows, height),)](
         x, *_lay_rows(added), to_total, *_lay_rows(to_normed), weight_C, bias_C, total, out, rows, channels, per_added,
-        shifts, eps, to_normed is not None, height, width,
+        shifts, eps, to_normed is not None, height, width, num_warps=max(1, min(8, width // 512)),
     )  # fmt: skip
 
 
