@@ -17,10 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK, ROWS, CHANNELS = tl.constexpr(128), tl.constexpr(32), tl.constexpr(64)  # a program's tile: to sum, to apply
-STRIP, AHEAD = (
-    tl.constexpr(16),
-    tl.constexpr(4),
-)  # of a chunk's rows those summed at once, and how many times so many are read
+STRIP, AHEAD = tl.constexpr(16), tl.constexpr(4)  # rows of a chunk that are summed at once, and how many such are read
 TILE = 1024  # numbers that a program gates
 
 
