@@ -16,7 +16,7 @@ NORMS = ((1, 40, 64, None), (2, 258, 96, 4), (3, 7, 320, 3))
 # what is normed, and what is added before: nothing; a row each for the positions of a frame; as much
 ADDS = (((3, 5, 64), None), ((2, 3, 7, 96), (3, 1, 96)), ((2, 3, 7, 1280), (2, 3, 7, 1280)))
 SUMS = (((3, 5, 64), 1.0), ((2, 3, 7, 2600), 0.3))  # the last: tiles in part
-FEEDS = (((3, 5, 64), 64), ((2, 3, 7, 96), 128))  # and how wide its matrices are
+FEEDS = (((3, 5, 64), 64), ((2, 3, 7, 96), 128))  # and how long what it gives is
 GATES = (((3, 5, 64),), ((2, 4, 2600),))  # the last: two tiles a row, one of them in part
 # clips, rows, channels, heads, tokens: a tile in part; channels that no tile divides; SVD's heads; so
 # many clips that a program takes the largest tiles, and sums over more than one
@@ -65,7 +65,7 @@ def compare_norm(clips: int, rows: int, channels: int, shifts: int | None, dtype
 def compare_add(size: tuple[int, ...], added: tuple[int, ...] | None, dtype: torch.dtype, device: str) -> float:
     """The largest error of sum, norm and gradient; where what is added gets one it is of x as well.
 
-    That, and the gradient of what is normed, is part of longer rows.
+    That is part of longer rows.
     """
     weight, bias = (draw(i, size[-1], dtype, device) for i in range(2))
     fixed = None if added in (None, size) else draw(3, added, dtype, device)
@@ -75,11 +75,10 @@ def compare_add(size: tuple[int, ...], added: tuple[int, ...] | None, dtype: tor
 
     def formula(x: Tensor) -> Tensor:
         total = x if added is None else x + beside(x)
-        normed = F.layer_norm(total, size[-1:], weight.double(), bias.double(), 1e-5)
-        return torch.stack([lengthen(total), lengthen(normed)])
+        return torch.stack([total, F.layer_norm(total, size[-1:], weight.double(), bias.double(), 1e-5)])
 
     def kernels(x: Tensor) -> Tensor:
-        return torch.stack([lengthen(y) for y in AddNorm.apply(x, beside(x), weight, bias, 1e-5)])
+        return torch.stack(AddNorm.apply(x, beside(x), weight, bias, 1e-5))
 
     return compare(kernels, formula, 2 * draw(4, size, dtype, device) + 1)
 
@@ -98,7 +97,7 @@ def compare_sum(size: tuple[int, ...], scale: float, dtype: torch.dtype, device:
 
 
 def compare_feed(size: tuple[int, ...], width: int, dtype: torch.dtype, device: str) -> float:
-    """The largest error of output and gradient, by matrices that are longer than what they stand for."""
+    """The largest error of output and gradient, by a matrix that is longer than what it stands for."""
     channels, hidden = size[-1], 80
     sizes = ((2 * hidden, channels), (2 * hidden,), (channels, hidden), (channels,))
     into, gate_bias, out_of, bias = (draw(i, own, dtype, device) * own[-1] ** -0.5 for i, own in enumerate(sizes))
@@ -109,8 +108,7 @@ def compare_feed(size: tuple[int, ...], width: int, dtype: torch.dtype, device: 
         return F.linear(h * F.gelu(gate), out_of.double(), bias.double())
 
     def kernels(x: Tensor) -> Tensor:
-        wide = F.pad(into, (0, more)), gate_bias, F.pad(out_of, (0, 0, 0, more)), F.pad(bias, (0, more))
-        return FeedForward.apply(x, *wide)
+        return FeedForward.apply(x, into, gate_bias, F.pad(out_of, (0, 0, 0, more)), F.pad(bias, (0, more)))
 
     return compare(kernels, formula, draw(4, size, dtype, device))
 

@@ -73,7 +73,8 @@ def test_what_changes_goes_in(plan: Any) -> None:
 @pytest.mark.parametrize("plan", get_args(Plan))
 def test_captured_passes_are_the_networks_own(plan: Any) -> None:
     """As above, by graphs: their memory is written anew each time, and gradients that were given away stay."""
-    assert agree(learn(plan, "cuda", torch.cuda.make_graphed_callables), learn(plan, "cuda", None))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # else two runs of anything are 1e-3 apart
+        assert agree(learn(plan, "cuda", torch.cuda.make_graphed_callables), learn(plan, "cuda", None))
 
 
 @pytest.mark.gpu

@@ -27,7 +27,7 @@ from toolkit.model.projection import Projection, find_kind
 from toolkit.model.shifts import Shifts
 
 PLACES = 128  # frames that a clip may have
-WIDE = 128  # of which products are as wide as a multiple (fused.FeedForward)
+WIDE = 128  # a feed-forward layer makes a multiple of so many numbers (fused.FeedForward)
 
 
 class ResBlock(SpatioTemporalResBlock):
@@ -166,19 +166,24 @@ def fuses(weight: Tensor) -> bool:
     if not weight.is_cuda or weight.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
         return False
     try:
-        from toolkit.model import fused, fused_cross
-
-        with torch.enable_grad():
-            x_NMC, ones_C = weight.new_ones(1, 2, 64).requires_grad_(), weight.new_ones(64)
-            x_NMC, y_NMC = fused.GroupNorm.apply(x_NMC, None, ones_C, ones_C, 32, 1e-5, True, True)
-            for y in fused.AddNorm.apply(x_NMC, y_NMC, ones_C, ones_C, 1e-5):
-                fused.Gated.apply(y).sum().backward(retain_graph=True)
-            fused.AddScaled.apply(x_NMC, y_NMC, ones_C, 0.5).sum().backward()
-            fused_cross.TableAttention.apply(x_NMC, x_NMC, x_NMC, ones_C, 1).sum().backward()
+        try_kernels(weight)
     except Exception as error:  # each compiler's own
         print(f"slower without Triton's kernels, which do not run here: {in_one_line(error)}", file=sys.stderr)
         return False
     return True
+
+
+@torch.enable_grad()
+def try_kernels(weight: Tensor) -> None:
+    """Run each kernel once, forward and backward, where a weight is and in its type; whatever stops one is raised."""
+    from toolkit.model import fused, fused_cross
+
+    x_NMC, ones_C = weight.new_ones(1, 2, 64).requires_grad_(), weight.new_ones(64)
+    kept_NMC, y_NMC = fused.GroupNorm.apply(x_NMC, None, ones_C, ones_C, 32, 1e-5, True, True)
+    total_NMC, y_NMC = fused.AddNorm.apply(kept_NMC, y_NMC, ones_C, ones_C, 1e-5)
+    y_NMC = fused.AddScaled.apply(total_NMC, y_NMC, ones_C, 0.5)
+    y_NMC = fused_cross.TableAttention.apply(y_NMC, y_NMC, y_NMC, ones_C, 1)
+    fused.Gated.apply(y_NMC).sum().backward()
 
 
 class Transformer(TransformerSpatioTemporalModel):
@@ -202,6 +207,7 @@ class Transformer(TransformerSpatioTemporalModel):
         height, width = hidden_states.shape[-2:]
         hidden_states, y = keep_and_norm(self.norm, hidden_states, self.fused, silu=False)
         x_FNC = self.proj_in(y.flatten(2).transpose(1, 2).contiguous())
+        del y  # not kept through the blocks
         for space, time in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
             x_BTNC = space(x_FNC).unflatten(0, (clips, frames))
             place_TNC = self.place_TNC if self.place_TNC is not None else find_place(self, frames)
@@ -276,7 +282,7 @@ class Gate(GEGLU):
 class Feed(FeedForward):
     """A feed-forward layer, as one function where it is frozen and kernels run."""
 
-    wide: tuple[Tensor, ...] | None  # fused.FeedForward's matrices and biases
+    wide: tuple[Tensor, ...] | None  # fused.FeedForward's weights and biases
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.wide is None or torch.compiler.is_compiling():
@@ -288,16 +294,16 @@ class Feed(FeedForward):
 
 @torch.no_grad()
 def widen(layer: FeedForward) -> tuple[Tensor, ...] | None:
-    """What fused.FeedForward takes, of which the layer's weights become parts; None where the layer is adapted or trains."""
+    """What fused.FeedForward takes, of which a weight of the layer becomes a part; None where it is adapted or trains."""
     gate, dropout, out = layer.net
     layers = gate.proj, out
     if any(type(own) is not nn.Linear or own.weight.requires_grad for own in layers) or dropout.p:
         return None
     channels = out.out_features
     more = -channels % WIDE
-    in_GP, out_PH = F.pad(gate.proj.weight, (0, more)), F.pad(out.weight, (0, 0, 0, more))
-    gate.proj.weight.data, out.weight.data = in_GP[:, :channels], out_PH[:channels]
-    return in_GP, gate.proj.bias, out_PH, F.pad(out.bias, (0, more))
+    out_PH = F.pad(out.weight, (0, 0, 0, more))
+    out.weight.data = out_PH[:channels]
+    return gate.proj.weight, gate.proj.bias, out_PH, F.pad(out.bias, (0, more))
 
 
 class SelfAttention:

@@ -17,7 +17,9 @@ from toolkit.model.flat import Stack
 from toolkit.model.projection import find_kind, get_base, stack_lora, stack_weights
 
 PARTS = ("to_q", "to_k", "to_v", "to_out.0")
-MAX_COLUMNS = 64  # rows of a table, which are columns of the scores, that fused_cross.py's programs hold in registers
+# rows of a table, columns of the scores, for which fused_cross.py's kernels are faster: SVD's third level has 40, which
+# libraries multiply as they are (H200: 41 us forward and backward, 48 by the kernels; of 10 and 20, 124 and 72, 47 and 39)
+MAX_COLUMNS = 32
 
 
 class CrossTables:

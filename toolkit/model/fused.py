@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK, ROWS, CHANNELS = tl.constexpr(128), tl.constexpr(32), tl.constexpr(64)  # a program's tile: to sum, to apply
-STRIP, AHEAD = tl.constexpr(16), tl.constexpr(4)  # rows of a chunk that are summed at once, and how many such are read
+from toolkit.model.projection import multiply
+
+CHUNK, ROWS, CHANNELS = tl.constexpr(64), tl.constexpr(32), tl.constexpr(64)  # a program's tile: to sum, to apply
+STRIP, AHEAD = tl.constexpr(4), tl.constexpr(4)  # rows of a chunk that are summed at once, and how many such are read
 TILE = 1024  # numbers that a program gates
 
 
@@ -182,7 +184,9 @@ class GroupNorm(torch.autograd.Function):
         scale, offset = (x_NMC.new_empty(clips, channels, dtype=torch.float32) for _ in range(2))
         mean, rstd = (x_NMC.new_empty(clips, groups, dtype=torch.float32) for _ in range(2))
         out = torch.empty_like(x_NMC)
-        sum_chunks[by_chunk](x_NMC, shift_FC, None, None, None, sums, per_frame, channels, frames, False, silu)
+        sum_chunks[by_chunk](
+            x_NMC, shift_FC, None, None, None, sums, per_frame, channels, frames, False, silu, num_warps=1
+        )
         finish_forward[(clips, groups)](
             sums, weight_C, bias_C, mean, rstd, scale, offset, rows, channels, chunks, eps, **sizes
         )
@@ -203,7 +207,7 @@ class GroupNorm(torch.autograd.Function):
         sums = scale.new_empty(clips, chunks, 2, channels)
         of_x, constant, out = torch.empty_like(scale), torch.empty_like(scale), torch.empty_like(x_NMC)
         sum_chunks[by_chunk](
-            x_NMC, shift_FC, gradient, scale, offset, sums, per_frame, channels, ctx.frames, True, ctx.silu
+            x_NMC, shift_FC, gradient, scale, offset, sums, per_frame, channels, ctx.frames, True, ctx.silu, num_warps=1
         )
         finish_backward[(clips, ctx.groups)](
             sums, weight_C, mean, rstd, of_x, constant, rows, channels, chunks, **sizes
@@ -235,8 +239,8 @@ def _split(x_NMC: Tensor, frames: int, groups: int) -> tuple[int, int, Any, Any,
 
 @triton.jit
 def norm_rows(  # type: ignore[no-untyped-def]
-    x, added, added_stride, to_total, to_normed, normed_stride, weight, bias, total, out, rows, channels, per_added, shifts,
-    eps, BACKWARD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    x, added, added_stride, to_total, to_normed, weight, bias, total, out, rows, channels, per_added, shifts, eps,
+    BACKWARD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """x + added and its layer norm, a row of them at once; or of x the gradient, from those of both."""
     row, channel = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
@@ -254,8 +258,7 @@ def norm_rows(  # type: ignore[no-untyped-def]
     value *= spread
     w = tl.load(weight + channel, exists, 0.0).to(tl.float32)[None, :]
     if BACKWARD:
-        normed_at = row.to(tl.int64)[:, None] * normed_stride + channel[None, :]
-        g = tl.load(to_normed + normed_at, there, 0.0).to(tl.float32) * w
+        g = tl.load(to_normed + at, there, 0.0).to(tl.float32) * w
         y = g - (tl.sum(g, 1) / channels)[:, None] - value * (tl.sum(g * value, 1) / channels)[:, None]
         y = y * spread + tl.load(to_total + at, there, 0.0).to(tl.float32)
     else:
@@ -287,8 +290,8 @@ class AddNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         total, weight_C, bias_C = ctx.saved_tensors
         out = torch.empty_like(total)
-        to_total, to_normed = gradients
-        _norm(total, None, to_total.contiguous(), to_normed, weight_C, bias_C, out, out, ctx.eps)
+        to_total, to_normed = (gradient.contiguous() for gradient in gradients)
+        _norm(total, None, to_total, to_normed, weight_C, bias_C, out, out, ctx.eps)
         return out, out if ctx.alike else None, None, None, None
 
 
@@ -300,10 +303,10 @@ def _norm(
     rows, width = x.numel() // channels, triton.next_power_of_2(channels)
     per_added = 1 if added is None or added.shape == x.shape else x.shape[-2]
     shifts = 1 if added is None else added.numel() // channels
-    height = max(1, TILE // width)
+    height = 1 if to_normed is not None else max(1, TILE // width)
     norm_rows[(triton.cdiv(rows, height),)](
-        x, *_lay_rows(added), to_total, *_lay_rows(to_normed), weight_C, bias_C, total, out, rows, channels, per_added,
-        shifts, eps, to_normed is not None, height, width, num_warps=max(1, min(8, width // 512)),
+        x, *_lay_rows(added), to_total, to_normed, weight_C, bias_C, total, out, rows, channels, per_added, shifts, eps,
+        to_normed is not None, height, width, num_warps=max(1, min(8, width // 512)),
     )  # fmt: skip
 
 
@@ -396,36 +399,34 @@ class Gated(torch.autograd.Function):
 class FeedForward(torch.autograd.Function):
     """A gated feed-forward layer, frozen, of which the input of the gate alone is kept for the backward pass.
 
-    Products of 320 columns, of SVD's first level, take cuBLAS 1.6 times as long as those of 384 (H200, cuBLAS 13.0): so
-    matrices may be wider than what they stand for, by zeros.
+    What it gives may be longer by zeros: see projection.multiply.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, in_GP: Tensor, in_bias_G: Tensor, out_PH: Tensor, out_bias_P: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, in_GC: Tensor, in_bias_G: Tensor, out_PH: Tensor, out_bias_P: Tensor) -> Tensor:
         """
-        x                   (..., C), at most P of them
-        in_GP               to what is gated and the gate, H each
-        out_PH, out_bias_P  from there
+        x                   (..., C)
+        in_GC               to what is gated and the gate, H each
+        out_PH, out_bias_P  from there, C rows and others of zeros
         returns             (..., C), its rows parts of P
         """
         assert not any(ctx.needs_input_grad[1:])
         channels = x.shape[-1]
         x_MC = x.flatten(0, -2)
-        gated_MG = F.linear(x_MC, in_GP[:, :channels], in_bias_G)
+        gated_MG = F.linear(x_MC, in_GC, in_bias_G)
         hidden_MH = gated_MG.new_empty(len(gated_MG), out_PH.shape[1])
         _gate(gated_MG, None, hidden_MH, hidden_MH, False)
-        ctx.save_for_backward(gated_MG, in_GP, out_PH)
+        ctx.save_for_backward(gated_MG, in_GC, out_PH)
         return torch.addmm(out_bias_P, hidden_MH, out_PH.t())[:, :channels].unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        gated_MG, in_GP, out_PH = ctx.saved_tensors
+        gated_MG, in_GC, out_PH = ctx.saved_tensors
         (gradient,) = gradients
         channels = gradient.shape[-1]
         hidden_grad_MH, gated_grad_MG = gradient.flatten(0, -2) @ out_PH[:channels], torch.empty_like(gated_MG)
         _gate(gated_MG, hidden_grad_MH, gated_grad_MG, hidden_grad_MH, True)
-        x_grad = (gated_grad_MG @ in_GP)[:, :channels].unflatten(0, gradient.shape[:-1])
-        return x_grad, None, None, None, None
+        return multiply(gated_grad_MG, in_GC).view(gradient.shape), None, None, None, None
 
 
 def _gate(x: Tensor, gradient: Tensor | None, out: Tensor, like: Tensor, backward: bool) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from toolkit.model.dropout import KeyedDropout
 from toolkit.model.flat import Stack
 
+TILE, MOST_PARTS = 128, 10  # see multiply: columns that a GPU multiplies at once, parts of the rows
+
 
 class LoraLinear(torch.autograd.Function):
     """n frozen layers with their LoRA: x (M, I) to (M, n O)."""
@@ -45,8 +47,20 @@ class LoraLinear(torch.autograd.Function):
         low_MR_grad = torch.empty_like(low_MR)
         _by_layer(low_MR_grad, n).baddbmm_(g_NMO, b_NOR, beta=0, alpha=scale)
         a_grad = (low_MR_grad.t() @ x_MI).view(n, -1, x_MI.shape[1])
-        x_grad = (g_MO @ weight_OI).addmm_(low_MR_grad, a_RI) if ctx.needs_input_grad[0] else None
+        x_grad = multiply(g_MO, weight_OI).addmm_(low_MR_grad, a_RI) if ctx.needs_input_grad[0] else None
         return x_grad, None, None, a_grad, b_grad, None
+
+
+def multiply(x_MK: Tensor, y_KN: Tensor) -> Tensor:
+    """x y, on a GPU in parts of its rows where there are not whole tiles of columns.
+
+    For SVD's 320 columns cuBLAS takes a kernel for the whole that needs 1.5 to 1.8 times as long as for parts, or for 384
+    columns: on an H200 118, 70 and 73 us of 25,920 x 2,560.
+    """
+    if not x_MK.is_cuda or y_KN.shape[1] % TILE == 0:
+        return x_MK @ y_KN
+    parts = next((parts for parts in range(MOST_PARTS, 1, -1) if len(x_MK) % parts == 0), 1)
+    return torch.bmm(x_MK.view(parts, -1, len(y_KN)), y_KN.expand(parts, -1, -1)).flatten(0, 1)
 
 
 def add_lora(
