@@ -274,7 +274,7 @@ def test_blocks_are_a_name_or_a_list_of_parts(recipe: Path, given: Any, parts: t
         ({"lora.rank": 0}, "lora.rank is 0"),
         ({"data.stride": 0}, "data.stride is 0: Input should be greater than or equal to 1 or a valid list$"),
         ({"model.blocks": "lena"}, "model.blocks is 'lena': Input should be 'lean' or 'stock' or a valid list$"),
-        ({"model.blocks": "[norms]"}, "norms needs passes; name that too, or leave norms out"),
+        ({"model.blocks": "[fused]"}, "fused needs passes; name that too, or leave fused out"),
         ({"model.blocks": "[cross,passes]"}, "passes needs projections; name that too"),
     ],
 )

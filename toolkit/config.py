@@ -67,11 +67,12 @@ class Section(BaseModel):
 #   cross        attention to a few tokens, by tables
 #   projections  queries, keys, values and their LoRA, in one
 #   passes       forward passes that leave frames where they are in memory and compute constants once
-#   norms        these, gates and what is read of cross's tables, in Triton kernels, on a GPU
+#   fused        on a GPU: norms, sums, gates and what reads cross's tables in Triton kernels; what all residual blocks are
+#                told of the time, and convolutions along the frames, as few or faster matrix products
 #   frames       attention along them, in a Triton kernel, on a GPU
-Part = Literal["cross", "projections", "passes", "norms", "frames"]
+Part = Literal["cross", "projections", "passes", "fused", "frames"]
 LEAN: tuple[Part, ...] = get_args(Part)
-NEEDS: dict[Part, set[Part]] = {"passes": {"cross", "projections"}, "norms": {"passes"}, "frames": {"passes"}}
+NEEDS: dict[Part, set[Part]] = {"passes": {"cross", "projections"}, "fused": {"passes"}, "frames": {"passes"}}
 
 
 # of the model section, which network it is; the other fields say how it computes

@@ -158,12 +158,12 @@ def test_other_adapters_are_not_computed_wrongly(changes: dict[str, Any]) -> Non
         prepare_unet(unet, parameters, torch.float32, "sdpa", "fast", LEAN)
 
 
-@pytest.mark.parametrize("parts", [LEAN, tuple(part for part in LEAN if part != "norms")], ids=tell_parts)
-def test_norms_are_a_part_of_their_own(parts: tuple[Part, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("parts", [LEAN, tuple(part for part in LEAN if part != "fused")], ids=tell_parts)
+def test_what_is_fused_is_a_part_of_its_own(parts: tuple[Part, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Triton's kernels run, a network is computed by them, but with that part left out by none."""
     monkeypatch.setattr("toolkit.model.blocks.fuses", lambda weight: True)
     unet, parameters = make("all", torch.float32)
     prepare_unet(unet, parameters, torch.float32, "sdpa", "fast", parts)
     crossing = [module.processor for name, module in unet.named_modules() if name.endswith(".attn2")]
     fused = {place.fused for place in (*unet.modules(), *crossing) if hasattr(place, "fused")}
-    assert fused == {"norms" in parts} and all(hasattr(processor, "fused") for processor in crossing)
+    assert fused == {"fused" in parts} and all(hasattr(processor, "fused") for processor in crossing)

@@ -107,7 +107,7 @@ def install_parts(unet: Any, attention: str, parts: Collection[Part]) -> tuple[l
     kernel, stacks = KERNELS[attention], []
     tables = [CrossTables(layers) for layers in group_layers(unet)] if "cross" in parts else []
     attending = {name: module for name, module in unet.named_modules() if name.endswith(".attn1")}
-    fused = "passes" in parts and install_blocks(unet, "norms" in parts)
+    fused = "passes" in parts and install_blocks(unet, "fused" in parts)
     for name, layer in attending.items() if "projections" in parts else ():
         processor = SelfAttention(name, layer, kernel)
         stacks += processor.stacks
