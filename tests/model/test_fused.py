@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.model.adapters import settings
 from tests.model.conftest import forward, make_inputs, make_unet
-from toolkit.model.blocks import fuses, lay_channels_last
+from toolkit.model.blocks import fuses, lay_channels_last, widen
 from toolkit.model.cross import fits
+from toolkit.model.lora import inject_lora
+from toolkit.model.projection import TILE
 
 TOLERANCES = {"fp32": 1e-6, "bf16": 2**-7}  # of the largest number; bf16 holds 8 bits, and is rounded once
 needs_triton = pytest.mark.skipif(
@@ -66,7 +69,7 @@ def test_blocks_compute_the_same() -> None:
     """Residual blocks, transformer and the network's end, of two clips of three frames, what is added before a norm left to
     the kernel or, where that trains, not."""
     errors = interpret("blocks")
-    assert len(errors) == 3 and max(errors.values()) < 1e-5, errors
+    assert len(errors) == 4 and max(errors.values()) < 1e-5, errors
 
 
 @needs_triton
@@ -101,6 +104,19 @@ def test_cross_attention_compiles(width: int, capability: int, tmp_path: Path, m
 def test_other_tables_go_by_torch(heads: int, tokens: int, taken: bool) -> None:
     """One token, whose weight is known, other numbers than powers of two, and many go without the kernels."""
     assert fits(torch.empty(1, heads * tokens, 64), heads) is taken
+
+
+def test_feed_forward_layers_keep_their_weights() -> None:
+    """Where what they give is made longer, as parts of what does that, in no memory of their own; adapted ones stay."""
+    unet = make_unet()
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    layer = unet.down_blocks[0].attentions[0].transformer_blocks[0].ff
+    wide = widen(layer)
+    assert wide is not None and len(wide[2]) == len(wide[3]) == TILE > layer.net[2].out_features
+    assert wide[2].data_ptr() == layer.net[2].weight.data_ptr() and wide[3].data_ptr() == layer.net[2].bias.data_ptr()
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+    inject_lora(unet, settings(targets="mid_block.attentions.0.transformer_blocks.0.ff.net.2"), 0)
+    assert widen(unet.mid_block.attentions[0].transformer_blocks[0].ff) is None
 
 
 def test_the_layout_changes_nothing() -> None:

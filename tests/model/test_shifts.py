@@ -32,11 +32,7 @@ def test_each_block_is_given_its_own() -> None:
 
 
 def test_layers_that_train_are_asked_themselves() -> None:
-    """One adapted layer, or one that has a gradient, is enough."""
-    unet = make_unet().requires_grad_(False)
-    unet.down_blocks[0].resnets[0].temporal_res_block.time_emb_proj.weight.requires_grad_()
-    assert make_shifts(unet) is None
-    unet = make_unet().requires_grad_(False)
-    for parameter in inject_lora(unet, settings(targets=["time_emb_proj"]), 0).values():
-        parameter.requires_grad_(False)
+    """One adapted layer is enough."""
+    unet = make_unet()
+    inject_lora(unet, settings(targets="down_blocks.0.resnets.0.temporal_res_block.time_emb_proj"), 0)
     assert make_shifts(unet) is None

@@ -23,17 +23,16 @@ from toolkit.errors import in_one_line
 from toolkit.model.attention import FRAME_DIMS, MAX_FRAMES, Kernel, attend_in_chunks
 from toolkit.model.convolution import FrameConvolution
 from toolkit.model.flat import Stack
-from toolkit.model.projection import Projection, find_kind
+from toolkit.model.projection import TILE, Projection, find_kind
 from toolkit.model.shifts import Shifts
 
 PLACES = 128  # frames that a clip may have
-WIDE = 128  # a feed-forward layer makes a multiple of so many numbers (fused.FeedForward)
 
 
 class ResBlock(SpatioTemporalResBlock):
     """Convolutions in space, then along the frames, mixed."""
 
-    fused: bool  # whether fused.py's kernels compute its norms
+    fused: bool  # whether what a GPU computes otherwise is computed so: norms and sums by kernels, frames by products
     shifts: Shifts | None  # where layers that tell the time are frozen and kernels run
     alpha: float  # the share of the spatial part in the mix
     alpha_tensor: Tensor  # the same number; a compiled module would be another one for each float
@@ -45,7 +44,7 @@ class ResBlock(SpatioTemporalResBlock):
         in_space, in_time = self._find_shifts(temb)
         x = _residual(space, hidden_states, *in_space, self.fused)
         x_BCTHW = x.unflatten(0, (clips, frames)).transpose(1, 2)
-        if _adds_in_kernel(time, self.fused):  # what time adds to x, less: the mix
+        if by_kernels(self.fused):  # what time adds to x, less: the mix
             y_BCTHW = _residual(time, x_BCTHW, *in_time, self.fused, 1 - self.alpha)
         else:
             y_BCTHW = mix(self, _residual(time, x_BCTHW, *in_time, self.fused), x_BCTHW)
@@ -54,21 +53,27 @@ class ResBlock(SpatioTemporalResBlock):
     def _find_shifts(self, temb: Tensor) -> list[tuple[Tensor, Tensor | None]]:
         """What the first convolution of either part is given for the time, (F, C), and the bias that it still adds."""
         blocks = self.spatial_res_block, self.temporal_res_block
-        if self.shifts is None or temb.requires_grad or torch.compiler.is_compiling():
-            temb = F.silu(temb)
-            return [(block.time_emb_proj(temb), block.conv1.bias) for block in blocks]
-        return [(self.shifts(block, temb), None) for block in blocks]
+        if self.shifts is not None and not temb.requires_grad and by_kernels(self.fused):
+            return [(self.shifts(block, temb), None) for block in blocks]
+        temb = F.silu(temb)
+        found: list[tuple[Tensor, Tensor | None]] = []
+        for block in blocks:
+            shift_FC = block.time_emb_proj(temb)
+            # with the shift where a kernel adds that, which it does to none that has a gradient
+            apart = not self.fused or shift_FC.requires_grad
+            found.append((shift_FC, block.conv1.bias) if apart else (shift_FC + block.conv1.bias, None))
+        return found
 
 
 def _residual(
     block: Any, x: Tensor, shift_FC: Tensor, bias_C: Tensor | None, fused: bool, share: float = 1.0
 ) -> Tensor:
-    """x or its shortcut, and a share of what the block adds; other than 1 where _adds_in_kernel only."""
+    """x or its shortcut, and a share of what the block adds; other than 1 by kernels only."""
     x, y = keep_and_norm(block.norm1, x, fused, silu=True)
     y = _convolve(block.conv1, y, bias_C, fused)
     y = norm(block.norm2, y, fused, silu=True, shift_FC=shift_FC)
     shortcut = block.conv_shortcut
-    if not _adds_in_kernel(block, fused):
+    if not by_kernels(fused):
         y = _convolve(block.conv2, y, block.conv2.bias, fused)
         return (x if shortcut is None else shortcut(x)) + y
     from toolkit.model.fused import AddScaled
@@ -80,20 +85,19 @@ def _residual(
     return AddScaled.apply(x_last, y_last, bias_C, share).movedim(-1, 1)
 
 
-def _adds_in_kernel(block: Any, fused: bool) -> bool:
-    """Whether a block's last biases and sum are one kernel, which gives biases no gradient; a compiler makes its own."""
-    biases = [conv.bias for conv in (block.conv2, block.conv_shortcut) if conv is not None]
-    return fused and not torch.compiler.is_compiling() and not any(bias_C.requires_grad for bias_C in biases)
+def by_kernels(fused: bool) -> bool:
+    """Whether sums with what is beside them are kernels of ours: a compiler makes its own, but no better group norms."""
+    return fused and not torch.compiler.is_compiling()
 
 
 def _convolve(conv: Any, x: Tensor, bias_C: Tensor | None, fused: bool) -> Tensor:
     """In space, (F, C, H, W); or along the frames, (B, C, T, H, W), in the two dimensions that libraries do better.
 
-    fused  whether it is along the frames as matrix products, which a GPU does better still
+    fused  whether it is along the frames, without a bias, as matrix products, which a GPU does better still
     """
     if x.ndim == 4:
         return F.conv2d(x, conv.weight, bias_C, padding=conv.padding)
-    if fused and bias_C is None and not torch.compiler.is_compiling():
+    if by_kernels(fused) and bias_C is None:
         x_BTNC = x.movedim(1, -1).flatten(2, 3).contiguous()
         y_BTNC = FrameConvolution.apply(x_BTNC, conv.weight.flatten(2))
         return y_BTNC.unflatten(2, x.shape[3:]).movedim(-1, 1)
@@ -115,7 +119,7 @@ def norm(layer: nn.GroupNorm, x: Tensor, fused: bool, silu: bool, shift_FC: Tens
 
 def keep_and_norm(layer: nn.GroupNorm, x: Tensor, fused: bool, silu: bool) -> tuple[Tensor, Tensor]:
     """x, for whatever else reads it, and norm's: the kernels add the gradient of the one where they make the other's."""
-    if not fused or torch.compiler.is_compiling():
+    if not by_kernels(fused):
         return x, norm(layer, x, fused, silu)
     x, y = _norm_by_kernel(layer, x, None, silu, keep=True)
     return x, y
@@ -136,7 +140,7 @@ def add_and_norm(layer: nn.LayerNorm, x: Tensor, added: Tensor | None, fused: bo
     added  of x's size; or (T, 1, C) for x (B, T, N, C), where the kernel gives it no gradient
     """
     trained = added is not None and added.shape != x.shape and added.requires_grad
-    if not fused or trained or torch.compiler.is_compiling():  # a compiler fuses these by itself
+    if not by_kernels(fused) or trained:
         x = x if added is None else x + added
         return x, layer(x)
     from toolkit.model.fused import AddNorm
@@ -147,7 +151,7 @@ def add_and_norm(layer: nn.LayerNorm, x: Tensor, added: Tensor | None, fused: bo
 
 def add(x: Tensor, y: Tensor, fused: bool) -> Tensor:
     """x + y, whose rows may be parts of longer ones."""
-    if not fused or torch.compiler.is_compiling():
+    if not by_kernels(fused):
         return x + y
     from toolkit.model.fused import AddScaled
 
@@ -175,14 +179,15 @@ def fuses(weight: Tensor) -> bool:
 
 @torch.enable_grad()
 def try_kernels(weight: Tensor) -> None:
-    """Run each kernel once, forward and backward, where a weight is and in its type; whatever stops one is raised."""
+    """Run kernels, forward and backward, where a weight is and in its type, in tiles as of SVD; what stops one is raised."""
     from toolkit.model import fused, fused_cross
 
-    x_NMC, ones_C = weight.new_ones(1, 2, 64).requires_grad_(), weight.new_ones(64)
-    kept_NMC, y_NMC = fused.GroupNorm.apply(x_NMC, None, ones_C, ones_C, 32, 1e-5, True, True)
+    rows, ones_C = fused_cross.HEIGHTS[0] * fused_cross.PROGRAMS, weight.new_ones(64)
+    x_NMC, table_NSC = weight.new_ones(1, rows, 64).requires_grad_(), weight.new_ones(1, 20, 64).requires_grad_()
+    kept_NMC, y_NMC = fused.GroupNorm.apply(x_NMC, ones_C[None], ones_C, ones_C, 32, 1e-5, True, True)
     total_NMC, y_NMC = fused.AddNorm.apply(kept_NMC, y_NMC, ones_C, ones_C, 1e-5)
     y_NMC = fused.AddScaled.apply(total_NMC, y_NMC, ones_C, 0.5)
-    y_NMC = fused_cross.TableAttention.apply(y_NMC, y_NMC, y_NMC, ones_C, 1)
+    y_NMC = fused_cross.TableAttention.apply(y_NMC, table_NSC, table_NSC, ones_C, 10)
     fused.Gated.apply(y_NMC).sum().backward()
 
 
@@ -294,16 +299,16 @@ class Feed(FeedForward):
 
 @torch.no_grad()
 def widen(layer: FeedForward) -> tuple[Tensor, ...] | None:
-    """What fused.FeedForward takes, of which a weight of the layer becomes a part; None where it is adapted or trains."""
+    """What fused.FeedForward takes, of which the last layer's weights become parts; None where a layer is adapted."""
     gate, dropout, out = layer.net
-    layers = gate.proj, out
-    if any(type(own) is not nn.Linear or own.weight.requires_grad for own in layers) or dropout.p:
+    if type(gate.proj) is not nn.Linear or type(out) is not nn.Linear or dropout.p:
         return None
-    channels = out.out_features
-    more = -channels % WIDE
-    out_PH = F.pad(out.weight, (0, 0, 0, more))
-    out.weight.data = out_PH[:channels]
-    return gate.proj.weight, gate.proj.bias, out_PH, F.pad(out.bias, (0, more))
+    out_PH: Tensor = out.weight
+    bias_P: Tensor = out.bias
+    if more := -out.out_features % TILE:
+        out_PH, bias_P = F.pad(out_PH, (0, 0, 0, more)), F.pad(bias_P, (0, more))
+        out.weight.data, out.bias.data = out_PH[:-more], bias_P[:-more]
+    return gate.proj.weight, gate.proj.bias, out_PH, bias_P
 
 
 class SelfAttention:
@@ -348,14 +353,14 @@ class SelfAttention:
 def install_blocks(unet: Any, fused: bool) -> bool:
     """Give a frozen network these forward passes; its attention layers still need SelfAttention and CollapsedAttention.
 
-    fused    whether by fused.py's kernels, where they run
-    returns  whether they do
+    fused    whether with what a GPU computes otherwise, where it runs
+    returns  whether it does
     """
-    fused = fused and fuses(unet.conv_in.weight)
+    assert not any(parameter.requires_grad for parameter in list_frozen(unet)), "other weights than LoRA's train"
+    fused = fused and fuses(unet.conv_out.weight)  # the first convolution may train, and in another type
     if fused:
         lay_channels_last(unet)
-        if isinstance(unet.conv_norm_out, nn.GroupNorm):  # a ControlNet has none
-            unet.conv_norm_out.__class__, unet.conv_act = LastNorm, nn.Identity()
+        unet.conv_norm_out.__class__, unet.conv_act = LastNorm, nn.Identity()
     shifts = make_shifts(unet) if fused else None
     for module in unet.modules():
         if type(module) is SpatioTemporalResBlock:
@@ -385,17 +390,21 @@ def install_blocks(unet: Any, fused: bool) -> bool:
 
 
 def make_shifts(unet: nn.Module) -> Shifts | None:
-    """Those of a network's residual blocks, if all that tells them the time is frozen."""
+    """Those of a network's residual blocks, where no layer that tells them the time is adapted."""
     blocks = [
         part
         for module in unet.modules()
         if isinstance(module, SpatioTemporalResBlock)
         for part in (module.spatial_res_block, module.temporal_res_block)
     ]
-    layers = [layer for block in blocks for layer in (block.time_emb_proj, block.conv1)]
-    adapted = any(hasattr(layer, "get_base_layer") for layer in layers)
-    trained = any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
-    return None if adapted or trained else Shifts(blocks)
+    return Shifts(blocks) if all(type(block.time_emb_proj) is nn.Linear for block in blocks) else None
+
+
+def list_frozen(unet: nn.Module) -> list[nn.Parameter]:
+    """What of a network's residual blocks and transformers an adapter does not bring."""
+    kinds = SpatioTemporalResBlock | TransformerSpatioTemporalModel
+    blocks = [module for module in unet.modules() if isinstance(module, kinds)]
+    return [own for block in blocks for name, own in block.named_parameters() if "lora_" not in name]
 
 
 def lay_channels_last(unet: nn.Module) -> None:

@@ -104,7 +104,7 @@ class CollapsedAttention:
         x_BNC = hidden_states.reshape(len(m_BSC), -1, hidden_states.shape[-1])
         bias_C = get_base(attn.to_out[0]).bias
         # a compiler makes kernels of its own
-        if self.fused and not torch.compiler.is_compiling() and not bias_C.requires_grad and fits(m_BSC, attn.heads):
+        if self.fused and not torch.compiler.is_compiling() and fits(m_BSC, attn.heads):
             from toolkit.model.fused_cross import TableAttention
 
             y_BNC = TableAttention.apply(x_BNC, m_BSC, u_BSC, bias_C, attn.heads)

@@ -20,7 +20,7 @@ from toolkit.model.projection import multiply
 
 CHUNK, ROWS, CHANNELS = tl.constexpr(64), tl.constexpr(32), tl.constexpr(64)  # a program's tile: to sum, to apply
 STRIP, AHEAD = tl.constexpr(4), tl.constexpr(4)  # rows of a chunk that are summed at once, and how many such are read
-TILE = 1024  # numbers that a program gates
+NUMBERS = 1024  # numbers that a program gates, or norms in rows
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def sum_chunks(  # type: ignore[no-untyped-def]
     x, shift, gradient, scale, offset, sums, rows, channels, frames, BACKWARD: tl.constexpr, SILU: tl.constexpr
 ):
     """Of a chunk of rows, sums over it of each channel: of x and x^2, or of z's gradient and of that times x."""
-    frame, chunk = tl.program_id(0), tl.program_id(1)
+    chunk, frame = tl.program_id(0), tl.program_id(1)
     clip, channel = frame // frames, tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     first = frame.to(tl.int64) * rows * channels  # more than 2^31 numbers may stand before a frame
     if shift is not None:
@@ -68,7 +68,7 @@ def sum_chunks(  # type: ignore[no-untyped-def]
             weight = _slope(tl.load(gradient + first + at, there, 0.0).to(tl.float32), value * a + b, SILU)
         one += weight
         two += weight * value
-    out = sums + (frame * tl.num_programs(1) + chunk) * 2 * channels + channel
+    out = sums + (frame * tl.num_programs(0) + chunk) * 2 * channels + channel
     tl.store(out, tl.sum(one, 0), channel < channels)
     tl.store(out + channels, tl.sum(two, 0), channel < channels)
 
@@ -176,7 +176,7 @@ class GroupNorm(torch.autograd.Function):
         shift_FC  added before to as many rows each as there are rows to one of F; it gets no gradient
         keep      whether x, for whatever else reads it, comes before the result: its gradient is added in the same pass
         """
-        assert not any(ctx.needs_input_grad[1:4])
+        assert x_NMC.is_contiguous() and not any(ctx.needs_input_grad[1:4])
         clips, rows, channels = x_NMC.shape
         frames = 1 if shift_FC is None else len(shift_FC) // clips
         per_frame, chunks, by_chunk, by_row, sizes = _split(x_NMC, frames, groups)
@@ -228,9 +228,10 @@ def _split(x_NMC: Tensor, frames: int, groups: int) -> tuple[int, int, Any, Any,
     clips, rows, channels = x_NMC.shape
     per_frame, blocks = rows // frames, triton.cdiv(channels, CHANNELS.value)
     assert per_frame * channels < 2**31  # kernels count in 32 bits inside a frame
-    by_chunk = clips * frames, triton.cdiv(per_frame, CHUNK.value), blocks
-    by_row = triton.cdiv(per_frame, ROWS.value), clips * frames, blocks  # the first dimension alone goes beyond 65,535
-    chunks = frames * by_chunk[1]
+    # the first dimension alone goes beyond 65,535
+    by_chunk = triton.cdiv(per_frame, CHUNK.value), clips * frames, blocks
+    by_row = triton.cdiv(per_frame, ROWS.value), clips * frames, blocks
+    chunks = frames * by_chunk[0]
     size, height = triton.next_power_of_2(channels // groups), min(256, triton.next_power_of_2(chunks))
     warps = max(1, min(8, size * height // 512))
     sizes = {"SIZE": size, "HEIGHT": height, "STEPS": triton.cdiv(chunks, height), "num_warps": warps}
@@ -303,7 +304,7 @@ def _norm(
     rows, width = x.numel() // channels, triton.next_power_of_2(channels)
     per_added = 1 if added is None or added.shape == x.shape else x.shape[-2]
     shifts = 1 if added is None else added.numel() // channels
-    height = 1 if to_normed is not None else max(1, TILE // width)
+    height = 1 if to_normed is not None else max(1, NUMBERS // width)
     norm_rows[(triton.cdiv(rows, height),)](
         x, *_lay_rows(added), to_total, to_normed, weight_C, bias_C, total, out, rows, channels, per_added, shifts, eps,
         to_normed is not None, height, width, num_warps=max(1, min(8, width // 512)),
@@ -343,7 +344,7 @@ class AddScaled(torch.autograd.Function):
         y       (..., C)
         bias_C  gets no gradient
         """
-        assert x.shape == y.shape and not ctx.needs_input_grad[2]
+        assert x.shape == y.shape and x.is_contiguous() and not ctx.needs_input_grad[2]
         ctx.scale, out, channels = scale, torch.empty_like(x), x.shape[-1]
         rows = x.numel() // channels
         grid = triton.cdiv(rows, ROWS.value), triton.cdiv(channels, CHANNELS.value)
@@ -399,7 +400,7 @@ class Gated(torch.autograd.Function):
 class FeedForward(torch.autograd.Function):
     """A gated feed-forward layer, frozen, of which the input of the gate alone is kept for the backward pass.
 
-    What it gives may be longer by zeros: see projection.multiply.
+    What it gives may be longer by zeros, for projection.multiply's reason: parts would need a pass of its own for the bias.
     """
 
     @staticmethod
@@ -432,8 +433,10 @@ class FeedForward(torch.autograd.Function):
 def _gate(x: Tensor, gradient: Tensor | None, out: Tensor, like: Tensor, backward: bool) -> None:
     channels = like.shape[-1]
     rows = like.numel() // channels
-    width = max(64, min(TILE, channels & -channels))  # the largest power of two that divides them: 256 and more in SVD
-    height = TILE // width
+    width = max(
+        64, min(NUMBERS, channels & -channels)
+    )  # the largest power of two that divides them: 256 and more in SVD
+    height = NUMBERS // width
     gate_rows[(triton.cdiv(rows, height), triton.cdiv(channels, width))](
         x, gradient, out, rows, channels, backward, height, width
     )
