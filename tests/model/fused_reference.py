@@ -11,15 +11,16 @@ from toolkit.model.fused import AddNorm, AddScaled, FeedForward, Gated, GroupNor
 from toolkit.model.fused_cross import TableAttention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# clips, rows, channels, rows of the shift: a tile in part, one full and one over, channels that no tile divides
-NORMS = ((1, 40, 64, None), (2, 258, 96, 4), (3, 7, 320, 3))
+# clips, rows, channels, rows of the shift: a tile in part, full ones and one over, channels that no tile divides; more
+# chunks than are added up at once, as a clip has on SVD's first level
+NORMS = ((1, 40, 64, None), (2, 258, 96, 4), (3, 7, 320, 3), (1, 64 * 257, 32, None))
 # what is normed, and what is added before: nothing; a row each for the positions of a frame; as much
 ADDS = (((3, 5, 64), None), ((2, 3, 7, 96), (3, 1, 96)), ((2, 3, 7, 1280), (2, 3, 7, 1280)))
 SUMS = (((3, 5, 64), 1.0), ((2, 3, 7, 2600), 0.3))  # the last: tiles in part
 FEEDS = (((3, 5, 64), 64), ((2, 3, 7, 96), 128))  # and how long what it gives is
 GATES = (((3, 5, 64),), ((2, 4, 2600),))  # the last: two tiles a row, one of them in part
-# clips, rows, channels, heads, tokens: a tile in part; channels that no tile divides; SVD's heads; so
-# many clips that a program takes the largest tiles, and sums over more than one
+# clips, rows, channels, heads, tokens: a tile in part; channels that no tile divides; SVD's heads; so many clips that a
+# program takes the largest tiles, and sums over more than one
 TABLES = ((1, 7, 32, 2, 2), (2, 150, 96, 5, 2), (3, 33, 320, 20, 2), (60, 330, 64, 5, 4))
 
 

@@ -59,7 +59,7 @@ class ResBlock(SpatioTemporalResBlock):
         found: list[tuple[Tensor, Tensor | None]] = []
         for block in blocks:
             shift_FC = block.time_emb_proj(temb)
-            # with the shift where a kernel adds that, which it does to none that has a gradient
+            # the kernel that adds a shift adds the bias with it; to a shift that has a gradient torch adds, not the kernel
             apart = not self.fused or shift_FC.requires_grad
             found.append((shift_FC, block.conv1.bias) if apart else (shift_FC + block.conv1.bias, None))
         return found

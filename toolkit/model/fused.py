@@ -433,9 +433,8 @@ class FeedForward(torch.autograd.Function):
 def _gate(x: Tensor, gradient: Tensor | None, out: Tensor, like: Tensor, backward: bool) -> None:
     channels = like.shape[-1]
     rows = like.numel() // channels
-    width = max(
-        64, min(NUMBERS, channels & -channels)
-    )  # the largest power of two that divides them: 256 and more in SVD
+    # the largest power of two that divides them: 256 and more in SVD
+    width = max(64, min(NUMBERS, channels & -channels))
     height = NUMBERS // width
     gate_rows[(triton.cdiv(rows, height), triton.cdiv(channels, width))](
         x, gradient, out, rows, channels, backward, height, width

@@ -1,10 +1,10 @@
 """Cross-attention by its tables (cross.py) in Triton kernels: softmax(x M^T) U + bias, read and written once.
 
-Test: pytest tests/model/test_fused.py (the formula, in float64). A table has 10 to 40 rows in SVD: as matrix products these
-go by a library's slow kernels, and each product, the softmax and the bias are a pass of their own. Here a program takes some
-rows of x through both tables; of what lies between only the softmax's weights are kept. Its gradient goes the same way, U
-and M in each other's place; those of the tables are summed over parts of the rows first, in an order that is always the
-same. The bias is frozen. Imported where it runs only: Triton is there with CUDA only.
+Test: pytest tests/model/test_fused.py (the formula, in float64). A table has 10 or 20 rows on SVD's first two levels: as
+matrix products these go by a library's slow kernels, and each product, the softmax and the bias are a pass of their own.
+Here a program takes some rows of x through both tables; of what lies between only the softmax's weights are kept. Its
+gradient goes the same way, U and M in each other's place; those of the tables are summed over parts of the rows first, in
+an order that is always the same. The bias is frozen. Imported where it runs only: Triton is there with CUDA only.
 """
 
 from __future__ import annotations

@@ -100,18 +100,18 @@ def bench_step(
         raise UserError(f"case {case} is not known; give --case {', '.join(CASES)}")
     world = init_world(join=False)
     config = make_config(case, world.device)
+    on_card = world.device.type == "cuda"
+    names = [*list_makers(config, "sdpa", on_card, parts)]
+    chosen = names if only is None else [only] if isinstance(only, str) else only
+    if unknown := [name for name in chosen if name not in names]:
+        raise UserError(f"--only {unknown[0]} is no contender here; give some of {'; '.join(names)}")
     precision = PRECISIONS[config.engine.precision]
     attention = choose_kernel(config.model.attention, config, world, precision, LEAN)
-    on_card = world.device.type == "cuda"
     base = (make_random_base if on_card else make_tiny_base)(world.device, precision)
     base = replace(base, vae=None, image_encoder=None)  # cached clips need neither
     base.unet.cpu()  # what contenders are copies of takes none of their room
     makers = list_makers(config, attention, on_card, parts)
-    if only is not None:
-        chosen = (only,) if isinstance(only, str) else only
-        if unknown := [name for name in chosen if name not in makers]:
-            raise UserError(f"--only {unknown[0]} is no contender here; give some of {', '.join(makers)}")
-        makers = {name: makers[name] for name in chosen}
+    makers = {name: makers[name] for name in chosen}
     launched = list_makers(with_model(config, cuda_graphs=False), attention, on_card, parts)
     # A card may have room for one alone, and keeps its speed; a CPU's drifts, so there they take turns
     groups = [{name: make} for name, make in makers.items()] if on_card else [makers]
