@@ -13,7 +13,7 @@ from toolkit.model.fused_cross import TableAttention
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # clips, rows, channels, rows of the shift: a tile in part, full ones and one over, channels that no tile divides; more
 # chunks than are added up at once, as a clip has on SVD's first level
-NORMS = ((1, 40, 64, None), (2, 258, 96, 4), (3, 7, 320, 3), (1, 64 * 257, 32, None))
+NORMS = ((1, 40, 64, None), (2, 258, 96, 4), (3, 7, 320, 3), (1, 257, 32, 257))
 # what is normed, and what is added before: nothing; a row each for the positions of a frame; as much
 ADDS = (((3, 5, 64), None), ((2, 3, 7, 96), (3, 1, 96)), ((2, 3, 7, 1280), (2, 3, 7, 1280)))
 SUMS = (((3, 5, 64), 1.0), ((2, 3, 7, 2600), 0.3))  # the last: tiles in part
