@@ -32,12 +32,13 @@ def pack(
         out: folder for the shards
         clip_seconds: longest clip; what lies between two changes of shot is cut into equal parts
         stride_seconds: instead of equal parts, start a clip of full length every so often; less than clip_seconds overlaps
-        holdout: share of the videos that goes to val, for evaluation
+        holdout: share of the videos that goes to val, for evaluation; of a single one its end
         short_side: scale the shorter side down to this many pixels; never up. More than 2048 x 2048 are scaled down anyway
         aspects: crop the middle to the nearest of these, width to height: 1:1 or 16:9,1:1,9:16
         gop: most frames from keyframe to keyframe, 1 to 12; 1 makes every frame a picture of its own
         captions: CSV of video,caption,label; without a row there, the text file beside a video is its caption. With
-            start_s and end_s, in seconds, a row is about a part of a video, of which nothing but such parts is packed
+            start_s and end_s, in seconds, a row is about a part of a video, of which nothing but such parts is packed.
+            With split, train or val, it says what is held out: where a row says val, nothing else is
         min_frames: drop a clip with fewer frames
         min_motion: drop a clip that moves less, from 1 to 255; signing scores about 127
         min_brightness: drop a clip that is darker, from 0 to 255

@@ -93,6 +93,19 @@ def test_rows_about_parts(folder: Path) -> None:
     assert read_words(folder, NAMES, table).of_parts == {"a.mp4": [Part(0.5, 1, Words())]}
 
 
+def test_a_column_may_say_what_is_held_out(folder: Path) -> None:
+    """Of whole videos and of parts; nothing in it leaves that to the packing."""
+    table = folder / "words.csv"
+    table.write_text("video,split\na.mp4, val\nsilent.mp4,\ndeep/b c.mkv,train\n")
+    assert read_words(folder, NAMES, table)[0] == {
+        "a.mp4": Words(split="val"), "deep/b c.mkv": Words(split="train"),
+    }  # fmt: skip
+    table.write_text("video,start_s,end_s,label,split\na.mp4,0,1,dog,train\na.mp4,1,2,dog,val\n")
+    assert read_words(folder, NAMES, table).of_parts == {
+        "a.mp4": [Part(0, 1, Words(None, "dog", "train")), Part(1, 2, Words(None, "dog", "val"))]
+    }
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -111,6 +124,7 @@ def test_rows_about_parts(folder: Path) -> None:
         ("video,start_s,end_s\na.mp4,nan,2\n", "line 2: start_s or end_s is 'nan'"),
         ("video,start_s,end_s\na.mp4,2,2\n", "line 2: a part from 2 to 2 s; give an end_s above start_s"),
         ("video,start_s,end_s\na.mp4,4,6\na.mp4,1,5\n", "parts of a.mp4 overlap, 1 to 5 s and 4 to 6 s"),
+        ("video,split\na.mp4,test\n", "line 2: split is 'test'; give train, val, or nothing"),
         ("video,caption\na.mp4,a dog, running\n", "line 2: not 2 fields"),
         ("video,caption,label\na.mp4,x\n", "line 2: not 3 fields"),
         ("video,caption\n,dog\n", "line 2: names no video"),

@@ -132,7 +132,29 @@ def test_faults_between_shards(folder: Path, parts: dict[str, list[tuple[str, by
     assert [(fault.shard, fault.key, fault.repairable) for fault in faults] == [
         ("train-1.tar", "a", False), ("val-0.tar", "c", False),
     ]  # fmt: skip
-    assert "train-0.tar has that key too" in faults[0].fault and "c.mp4 are in train and in val" in faults[1].fault
+    assert "train-0.tar has that key too" in faults[0].fault and "of c.mp4 is in train too" in faults[1].fault
+
+
+def test_parts_of_one_video_may_be_in_train_and_val_where_they_share_no_frame(folder: Path) -> None:
+    """Of a video at 25 fps frames 0 to 9, 10 to 19, 30 to 39, and 31 to 33 again, are trained on; what is held out may touch none of them."""
+    for number, (first, frames) in enumerate(((30, 10), (0, 10), (10, 10), (31, 3))):
+        fields = {"frames": frames, "fps": 25.0, "source": "long.mp4", "start_s": first / 25}
+        write_tar(folder / f"train-{number + 1}.tar", members(f"t{number}", clip(frames), **fields))
+    for first, frames, is_shared in (
+        (20, 10, False),
+        (40, 5, False),
+        (19, 5, True),
+        (22, 9, True),
+        (25, 20, True),
+        (3, 4, True),
+        (36, 4, True),
+    ):
+        fields = {"frames": frames, "fps": 25.0, "source": "long.mp4", "start_s": first / 25}
+        for leftover in folder.glob("val-1*"):
+            leftover.unlink()
+        write_tar(folder / "val-1.tar", members("v", clip(frames), **fields))
+        named = {(fault.shard, fault.key) for fault in check(folder).faults}
+        assert named == ({("val-1.tar", "v")} if is_shared else set()), first
 
 
 @pytest.mark.parametrize("name", [".packing", ".publishing", ".caching"])

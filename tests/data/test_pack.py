@@ -714,6 +714,33 @@ def test_of_a_video_whose_parts_are_named_nothing_else_is_packed(videos: Path, t
     )
 
 
+def test_a_single_recording_is_trained_on_and_judged(videos: Path, tmp_path: Path) -> None:
+    """Its last clips are held out, or the parts that the table names; no frame is in both, and check.py finds no fault."""
+    folder, table = tmp_path / "one", tmp_path / "signs.csv"
+    folder.mkdir()
+    shutil.copy(videos / "v2.mp4", folder)
+
+    def packed_numbers(**settings: Any) -> dict[str, set[int]]:
+        pack(folder, out := tmp_path / str(len(settings)), duplicate_distance=0, min_motion=0, **settings)
+        assert not check(out, deep=True).faults
+        numbers = {}
+        for split in ("train", "val"):
+            index = open_shards(out, split)
+            clips = [frame_numbers(read_frames(index.read(i, "mp4"))) for i in range(len(index))]
+            numbers[split] = {number for clip in clips for number in clip}
+        return numbers
+
+    found = packed_numbers(clip_seconds=0.3)
+    assert max(found["train"]) < min(found["val"]) and found["train"] | found["val"] == set(
+        range(len(found["train"] | found["val"]))
+    )
+    found = packed_numbers(clip_seconds=0.3, stride_seconds=0.12)  # overlapping: what would be in both is dropped
+    assert max(found["train"]) < min(found["val"])
+    table.write_text("video,start_s,end_s,split\nv2.mp4,0.2,0.4,val\nv2.mp4,0.4,0.6,train\nv2.mp4,0,0.2,\n")
+    found = packed_numbers(captions=table, clip_seconds=4, holdout=0.9)
+    assert found == {"train": {*range(5), *range(10, 15)}, "val": {*range(5, 10)}}
+
+
 def test_other_parts_are_another_packing(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose videos are looked through again; for other words of the same parts they are not."""
     table, out, seen = tmp_path / "signs.csv", tmp_path / "out", []

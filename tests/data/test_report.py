@@ -272,6 +272,7 @@ DOUBTS = {
     "55% of the clips are held out": lambda c: (
         [replace(x, split="val") for x in c[:22]] + [replace(x, split="train") for x in c[22:]]
     ),
+    "All clips come from one video": lambda c: [replace(card, source="a.mkv") for card in c],
     "52% of the kept clips come from one video, a.mkv": lambda c: [replace(x, source="a.mkv") for x in c[:21]] + c[21:],
     "Frame rates reach from 12.5 to 30 fps": lambda c: [replace(c[0], fps=12.5), *c[1:]],
     "Half of the kept clips hardly move": lambda c: [replace(card, motion=4 + card.motion % 5) for card in c],

@@ -31,7 +31,7 @@ def facts(value: int = 90, **changes: float) -> ClipFacts:
 
 def reasons(*clips: ClipFacts, **settings: float) -> list[str | None]:
     """Why each is dropped, as it is told."""
-    plan = make_plan([Survey(name="a.mp4", clips=clips)], PackSettings(**settings))
+    plan = make_plan([Survey(name="a.mp4", clips=clips)], PackSettings(**settings), {})
     return [clip.reason and str(clip.reason) for clip in plan]
 
 
@@ -68,7 +68,7 @@ def test_clips_that_share_frames_are_no_duplicates() -> None:
     expected = [None, None, None, *["duplicate: difference 0.00 is below 2.5"] * 2]
     assert reasons(*clips) == expected
     both = [Survey(name=name, clips=tuple(clips)) for name in ("a.mp4", "b.mp4")]
-    kept = [clip.source for clip in make_plan(both, PackSettings()) if clip.reason is None]
+    kept = [clip.source for clip in make_plan(both, PackSettings(), {}) if clip.reason is None]
     assert len(kept) == 3 and len(set(kept)) == 1
 
 
@@ -109,7 +109,7 @@ def change(frames_THWC: np.ndarray, filtered: Callable[[Image.Image], Image.Imag
 def test_real_videos_and_their_spoilt_copies(real_videos: Path, tmp_path: Path) -> None:
     """Signing stays, and two signs of one signer are two; blurred, darkened, frozen, coded anew or combed it is left out."""
     surveys = [survey(path, path.stem, 4.0, None) for path in sorted((real_videos / "asl").iterdir())]
-    assert all(clip.reason is None for clip in make_plan(surveys, PackSettings()))
+    assert all(clip.reason is None for clip in make_plan(surveys, PackSettings(), {}))
     signatures_NP = np.stack([np.frombuffer(s.clips[0].signature, np.uint8) for s in surveys])
     places_N3 = np.array([(number, 0, 1) for number in range(len(surveys))])
     assert [
@@ -128,7 +128,7 @@ def test_real_videos_and_their_spoilt_copies(real_videos: Path, tmp_path: Path) 
         for kind, (changed_THWC, crf) in spoilt.items():
             write_video(tmp_path / "copy.mp4", changed_THWC, 30, crf=crf)
             copy = survey(tmp_path / "copy.mp4", "copy.mp4", 4.0, None)
-            found = [clip.reason for clip in make_plan([original, copy], PackSettings()) if clip.reason]
+            found = [clip.reason for clip in make_plan([original, copy], PackSettings(), {}) if clip.reason]
             assert [reason.kind.words for reason in found] == [kind.split()[0]], (name, kind, found)
         woven_THWC = read_frames(real_videos / "asl" / f"{name}.mkv")
         woven_THWC = np.where(np.arange(480)[:, None, None] % 2, woven_THWC[1:], woven_THWC[:-1])
@@ -177,12 +177,58 @@ def test_a_plan_is_the_same_in_any_order_and_splits_what_is_kept() -> None:
     names = sorted((f"{i}.mp4" for i in range(24)), key=name_hash)
     moving = {name: 100.0 if i >= 8 else 1.0 for i, name in enumerate(names)}
     surveys = [Survey(name=name, clips=(facts(9 * i, motion=moving[name]),)) for i, name in enumerate(sorted(names))]
-    plan = make_plan(surveys, PackSettings(holdout=0.5))
-    assert plan == make_plan(surveys[::-1], PackSettings(holdout=0.5))
+    plan = make_plan(surveys, PackSettings(holdout=0.5), {})
+    assert plan == make_plan(surveys[::-1], PackSettings(holdout=0.5), {})
     assert [clip.source for clip in plan] == names
     kept = [clip for clip in plan if clip.reason is None]
     assert {clip.source for clip in kept if clip.split == "val"} == split_sources([c.source for c in kept], 0.5)
     assert [clip.split for clip in kept].count("val") == 8
+
+
+@given(
+    lengths=st.lists(st.integers(3, 20), min_size=1, max_size=12), overlap=st.integers(0, 19),
+    holdout=st.floats(0, 0.99), still=st.sets(st.integers(0, 11)),
+)  # fmt: skip
+def test_of_a_single_video_the_end_is_held_out(
+    lengths: list[int], overlap: int, holdout: float, still: set[int]
+) -> None:
+    """About the share asked for of what is kept, later than all that is trained on, and no frame is in both."""
+    starts = [sum(max(1, length - overlap) for length in lengths[:i]) for i in range(len(lengths))]
+    clips = [
+        facts(first=start, frames=length, motion=1.0 if i in still else 100.0)
+        for i, (start, length) in enumerate(zip(starts, lengths, strict=True))
+    ]
+    plan = make_plan(
+        [Survey(name="a.mp4", clips=tuple(clips))], PackSettings(holdout=holdout, duplicate_distance=0), {}
+    )
+    moving = [clip for clip in plan if clip.facts.motion > 1]
+    kept = [clip for clip in moving if clip.reason is None]
+    train, val = ([clip.facts for clip in kept if clip.split == split] for split in ("train", "val"))
+    assert not val or max(clip.first + clip.frames for clip in train) <= min(clip.first for clip in val)
+    assert {clip.reason.kind for clip in moving if clip.reason} <= {Kind.BETWEEN}
+    if not overlap:
+        share = min(max(1, round(holdout * len(moving))), len(moving) - 1) if holdout and moving else 0
+        assert len(val) == share and len(kept) == len(moving)
+    if not val:
+        assert len(kept) == len(moving)
+
+
+def test_splits_that_people_give_come_first() -> None:
+    """Where any is val, the rest is trained on; where some are train, the others are held out as ever."""
+    names = sorted((f"{i}.mp4" for i in range(10)), key=name_hash)
+    surveys = [Survey(name=name, clips=tuple(facts(first=40 * j, part=j) for j in range(2))) for name in names]
+    settings = PackSettings(holdout=0.25, duplicate_distance=0)
+
+    def held_out(asked: dict[tuple[str, int | None], str]) -> set[tuple[str, int | None]]:
+        plan = make_plan(surveys, settings, asked)
+        return {(clip.source, clip.facts.part) for clip in plan if clip.split == "val"}
+
+    assert held_out({}) == {(name, part) for name in names[:2] for part in (0, 1)}
+    assert held_out({(names[5], 1): "val", (names[6], 0): "train"}) == {(names[5], 1)}
+    first = {(names[0], 0): "train", (names[0], 1): "train"}
+    assert held_out(first) == {(name, part) for name in names[1:3] for part in (0, 1)}
+    assert held_out({(name, part): "train" for name in names[1:] for part in (0, 1)}) == {(names[0], 1)}  # its end
+    assert held_out({(name, part): "train" for name in names for part in (0, 1)}) == set()
 
 
 def test_split_is_stable_and_leaves_some_to_each() -> None:

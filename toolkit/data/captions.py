@@ -6,7 +6,7 @@ Test: pytest tests/data/test_captions.py
 import math
 import unicodedata
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,14 +15,20 @@ from toolkit.errors import UserError
 
 _MAX_CHARACTERS = 10_000
 _MAX_SECONDS = 1e6  # eleven days
-_WANTED = "video,caption,label, or video and one of the others; for parts of videos with start_s,end_s too"
+_SAID = ("caption", "label", "split")
+_SPLITS = ("train", "val")
+_WANTED = "video,caption,label,split, or video and some of the others; for parts of videos with start_s,end_s too"
 
 
 class Words(NamedTuple):
-    """What is said about one video, or about a part of it."""
+    """What is said about one video, or about a part of it.
+
+    split   train or val, where it is not left to the packing
+    """
 
     caption: str | None = None
     label: str | None = None
+    split: str | None = None
 
 
 class Part(NamedTuple):
@@ -48,8 +54,8 @@ class Said(NamedTuple):
 def read_words(folder: Path, names: Sequence[str], table: Path | None) -> Said:
     """Find what is said about videos.
 
-    table   CSV of video and caption, label or both, which replaces the text file beside a video; with start_s and end_s of a
-            part of it, and a video may have several
+    table   CSV of video and caption, label or split, which replaces the text file beside a video; with start_s and end_s of
+            a part of it, and a video may have several
     raises  UserError for a text that is not UTF-8 or too long, other columns, or a table about none of the videos
     """
     words: dict[str, Words] = {}
@@ -79,15 +85,17 @@ def _read_table(table: Path, names: Sequence[str]) -> tuple[dict[str, Words], di
         alike.setdefault(unicodedata.normalize("NFC", name), []).append(name)
     words: dict[str, Words] = {}
     parts: dict[str, list[Part]] = {}
-    said = ({"caption", "label"}, {"caption"}, {"label"})
-    columns = [{"video", *own} for own in said] + [{"video", "start_s", "end_s", *own} for own in (*said, set())]
+    said = [{"video", *own} for count in range(len(_SAID) + 1) for own in combinations(_SAID, count)]
+    columns = [*said[1:], *({"start_s", "end_s", *own} for own in said)]
     for where, row in read_rows(table, columns, _WANTED):
         name = row["video"]
         if not name:
             raise UserError(f"{where}: names no video; give its path within the folder of the videos")
         fits = alike.get(unicodedata.normalize("NFC", name), [])
         name = fits[0] if len(fits) == 1 else name
-        own = Words(*(_clean(row.get(column) or "", where) for column in ("caption", "label")))
+        own = Words(*(_clean(row.get(column) or "", where) for column in _SAID))
+        if own.split not in (None, *_SPLITS):
+            raise UserError(f"{where}: split is {own.split!r}; give train, val, or nothing where either will do")
         times = row.get("start_s"), row.get("end_s")
         if name in words or (name in parts and not any(times)):
             raise UserError(

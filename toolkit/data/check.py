@@ -3,12 +3,13 @@
 Test: pytest tests/data/test_check.py
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from tarfile import DIRTYPE
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import load
 from tqdm import tqdm
@@ -278,17 +279,43 @@ def _refuse_values(data: bytes) -> None:
 
 
 def _faults_between(indexes: dict[Path, ShardIndex]) -> Iterator[Fault]:
-    """Yield keys that two shards share, and videos that have clips in both train and val."""
+    """Yield keys that two shards share, and clips that are held out of a stretch of a video that is trained on."""
     keys: dict[str, str] = {}
-    split_of: dict[str, bool] = {}
+    shown: dict[str, list[_Shown]] = {}
     for tar, row in ((tar, row) for tar, index in indexes.items() for row in index.samples):
         offset = min(member.offset for member in row.members.values())
         if row.key in keys:
             yield Fault(tar.name, row.key, offset, f"{keys[row.key]} has that key too; pack again", False)
         keys.setdefault(row.key, tar.name)
-        source = row.clip.source
-        if source and split_of.setdefault(source, _is_val(tar)) != _is_val(tar):
-            yield Fault(tar.name, row.key, offset, f"clips of {source} are in train and in val; pack again", False)
+        if row.clip.source:
+            shown.setdefault(row.clip.source, []).append(_Shown(*_shown_s(row.clip), tar, row.key, offset))
+    for source, clips in shown.items():
+        latest: dict[bool, _Shown] = {}  # of each split, what ends last so far
+        for clip in sorted(clips):
+            is_val = _is_val(clip.tar)
+            other = latest.get(not is_val)
+            if other is not None and clip.begin_s < other.end_s:
+                val = clip if is_val else other
+                fault = f"what it shows of {source} is in train too; pack again"
+                yield Fault(val.tar.name, val.key, val.offset, fault, False)
+            latest[is_val] = max(clip, latest.get(is_val, clip), key=lambda found: found.end_s)
+
+
+class _Shown(NamedTuple):
+    """A clip, and from when to when of its source it is, up to the middle of its last frame."""
+
+    begin_s: float
+    end_s: float
+    tar: Path
+    key: str
+    offset: int
+
+
+def _shown_s(clip: ClipInfo) -> tuple[float, float]:
+    """From when to when of its source a clip is; all of it where it does not say."""
+    if clip.start_s is None:
+        return -math.inf, math.inf
+    return clip.start_s, clip.start_s + (clip.frames - 0.5) / clip.fps
 
 
 def _faults_beside(folder: Path, tars: list[Path]) -> Iterator[Fault]:

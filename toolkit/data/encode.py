@@ -9,7 +9,7 @@ so the same videos and settings give the same bytes.
 import io
 import tarfile
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,14 +102,15 @@ def _read_sha256(video: Path) -> str:
         raise UserError(f"{video}: {error.strerror}; {GOES_ON}") from error
 
 
-def lay_out(staging: Path, sources: Iterable[tuple[str, Path]], shard_mb: float) -> list[ShardWork]:
-    """Fill shards with the clips of encoded sources, (split, tar) in order, opening the next when one is full."""
+def lay_out(staging: Path, tars: Iterable[Path], split_of: Mapping[str, str], shard_mb: float) -> list[ShardWork]:
+    """Fill shards with the clips of encoded sources, in order, opening the next when one is full; split_of: by key."""
     shards: dict[str, list[list[Piece]]] = {}
     in_last_bytes: Counter[str] = Counter()  # of each split
-    for split, path in sources:
+    for path in tars:
         with tarfile.open(path, "r:") as tar:
             pieces = [Piece(path, member.name, member.offset_data, member.size) for member in tar]
         for video, sidecar in zip(pieces[::2], pieces[1::2], strict=True):
+            split = split_of[video.name.removesuffix(".mp4")]
             filled = shards.setdefault(split, [[]])
             if filled[-1] and in_last_bytes[split] + video.size_bytes > shard_mb * 1e6:
                 filled.append([])

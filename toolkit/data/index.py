@@ -134,7 +134,9 @@ def _choose(tars: dict[str, list[Shard]], split: Split) -> dict[str, list[Shard]
         chosen[source] = [tar for tar in all_of_it if tar.name.startswith("val-") == (split == "val")]
     empty = [source for source in chosen if not chosen[source]]
     if empty and (split == "train" or len(empty) == len(chosen)):
-        remedy = "pack at least two videos with --holdout above 0" if split == "val" else "pack with a lower --holdout"
+        remedy = (
+            f"pack with a {'--holdout above 0' if split == 'val' else 'lower --holdout'}, or name some in --captions"
+        )
         raise UserError(f"{empty[0]} holds no {split} shards among its {len(tars[empty[0]])} tars; {remedy}")
     return {source: shards for source, shards in chosen.items() if shards}
 

@@ -156,14 +156,12 @@ class _Packing:
         whole = [(name, _times(self.said.of_parts.get(name, ()))) for name in self.job.videos]
         self._do("survey", task, whole, lambda item: self.job.videos[item[0]], "B")
         surveys = [_without_pictures(self._survey(name)) for name in self.job.videos]
-        plan = make_plan(surveys, settings)
+        plan = make_plan(surveys, settings, self._asked())
         sources = self._sources(surveys, plan)
         self._refuse_empty(surveys, plan)
         self._do("encode", encode_source, sources, lambda work: work.frames, " frames")
-        split_of = {clip.source: clip.split for clip in plan}
-        shards = lay_out(
-            self.staging, ((split_of[work.clips[0].source], work.target) for work in sources), settings.shard_mb
-        )
+        split_of = {clip.key: clip.split for clip in plan}
+        shards = lay_out(self.staging, (work.target for work in sources), split_of, settings.shard_mb)
         self._do("write", write_shard, shards, lambda work: work.size_bytes, "B")
         self._describe(surveys, plan, shards)
         publish(self.staging, self.out)
@@ -203,6 +201,14 @@ class _Packing:
             )
             for name, clips in kept.items()
         ]
+
+    def _asked(self) -> dict[tuple[str, int | None], str]:
+        """Splits that people gave, by video and part."""
+        said = self.said
+        words = {(name, None): words for name, words in said.of_videos.items()} | {
+            (name, number): part.words for name, parts in said.of_parts.items() for number, part in enumerate(parts)
+        }
+        return {place: own.split for place, own in words.items() if own.split is not None}
 
     def _words(self, clip: PlannedClip) -> Words:
         if clip.facts.part is not None:

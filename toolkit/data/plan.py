@@ -8,7 +8,7 @@ A plan depends on the surveys and the settings alone, so every process of every 
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
@@ -73,6 +73,7 @@ class Kind(Enum):
     BLURRED = "blurred", "min_sharpness"
     DUPLICATE = "duplicate", "duplicate_distance"
     TOO_SMALL = "too small", None
+    BETWEEN = "between train and val", None
 
     def __init__(self, words: str, option: str | None) -> None:
         self.words, self.option = words, option
@@ -102,28 +103,60 @@ class PlannedClip:
     reason: Reason | None
 
 
-def make_plan(surveys: Sequence[Survey], settings: PackSettings) -> list[PlannedClip]:
-    """Decide about every clip of every survey, sources in the order of a hash of their names."""
+def make_plan(
+    surveys: Sequence[Survey], settings: PackSettings, asked: Mapping[tuple[str, int | None], str]
+) -> list[PlannedClip]:
+    """Decide about every clip of every survey, sources in the order of a hash of their names.
+
+    asked   train or val by a video and the number of a part of it, None for all; where any is val, no other is held out
+    """
     surveys = sorted(surveys, key=lambda survey: name_hash(survey.name))
     keys = name_keys([survey.name for survey in surveys])
     found = [(survey.name, part, clip) for survey in surveys for part, clip in enumerate(survey.clips)]
     frames = [fit(clip.height_px, clip.width_px, settings) for _, _, clip in found]
     reasons = [_fault(clip, size_px, settings) for (_, _, clip), (_, size_px) in zip(found, frames, strict=True)]
     _mark_duplicates(found, reasons, settings.duplicate_distance)
-    usable = {name for (name, _, _), reason in zip(found, reasons, strict=True) if reason is None}
-    held_out = split_sources([survey.name for survey in surveys if survey.name in usable], settings.holdout)
+    others = "train" if "val" in asked.values() else None
+    splits = [asked.get((name, clip.part), others) for name, _, clip in found]
+    held_out = _hold_out(found, reasons, [i for i, split in enumerate(splits) if split is None], settings.holdout)
     return [
         PlannedClip(
             key=f"{keys[name]}_{part:04d}",
             source=name,
-            split="val" if name in held_out else "train",
+            split=split or ("val" if i in held_out else "train"),
             facts=clip,
             box_px=box_px,
             size_px=size_px,
             reason=reason,
         )
-        for (name, part, clip), (box_px, size_px), reason in zip(found, frames, reasons, strict=True)
+        for i, ((name, part, clip), (box_px, size_px), reason, split) in enumerate(
+            zip(found, frames, reasons, splits, strict=True)
+        )
     ]
+
+
+def _hold_out(
+    found: list[tuple[str, int, ClipFacts]], reasons: list[Reason | None], free: list[int], holdout: float
+) -> Collection[int]:
+    """Choose what is held out of the clips that may go to either split: whole videos, or the end of a single one.
+
+    reasons  gains one for each clip that would be in both
+    """
+    kept = [i for i in free if reasons[i] is None]
+    names = list(dict.fromkeys(found[i][0] for i in kept))
+    if len(names) != 1:
+        chosen = split_sources(names, holdout)
+        return {i for i in free if found[i][0] in chosen}
+    if holdout == 0:
+        return set()
+    last = kept[-min(max(1, round(holdout * len(kept))), len(kept) - 1) :]
+    begin = found[last[0]][2].first
+    before = [i for i in kept if found[i][2].first + found[i][2].frames <= begin]
+    if not before:
+        return set()
+    for i in set(kept) - {*before, *last}:
+        reasons[i] = Reason(Kind.BETWEEN, "shares frames with clips that are held out")
+    return set(last)
 
 
 def split_sources(names: Sequence[str], holdout: float) -> set[str]:

@@ -128,11 +128,16 @@ def find_doubts(clips: list[Card]) -> list[str]:
         doubts.append("No clip is held out for validation, so nothing will tell learning from memorizing.")
     elif held_out > len(kept) / 2:
         doubts.append(
-            f"{held_out / len(kept):.0%} of the clips are held out for validation, because whole videos are: lower "
-            "--holdout, or leave out the long ones."
+            f"{held_out / len(kept):.0%} of the clips are held out for validation: lower --holdout, by which whole videos "
+            "are, leave out the long ones, or name others in a column split of --captions."
         )
     source, count = Counter(clip.source for clip in kept).most_common(1)[0]
-    if count > len(kept) / 2:
+    if count == len(kept) and held_out:
+        doubts.append(
+            "All clips come from one video, and those held out are a part of it: they will not tell what becomes of other "
+            "people, clothes and light; add videos."
+        )
+    elif count > len(kept) / 2:
         doubts.append(f"{count / len(kept):.0%} of the kept clips come from one video, {source}: add others.")
     slowest, fastest = min(clip.fps for clip in kept), max(clip.fps for clip in kept)
     if fastest > 2 * slowest:

@@ -22,7 +22,7 @@ from toolkit.data.plan import PackSettings
 from toolkit.data.survey import Survey
 from toolkit.errors import UserError
 
-PACK_VERSION = 4  # bump when the same videos and settings would give other clips
+PACK_VERSION = 5  # bump when the same videos and settings would give other clips
 RECORD, REPORT, _JOB = "pack.json", "report.html", "job.json"
 _SHARD = re.compile(r"(train|val)-\d{6,}\.(tar|index\.json)")  # what a packing names its shards and their indexes
 
@@ -31,7 +31,7 @@ class Job(BaseModel):
     """What decides the bytes of a packing: two commands with one job may work on one folder.
 
     videos  size in bytes of each, by its path within the folder
-    words   sha256 of the captions and labels
+    words   sha256 of the captions, labels and splits
     parts   sha256 of from when to when videos are packed; empty for all of all
     """
 
