@@ -136,7 +136,7 @@ def test_faults_between_shards(folder: Path, parts: dict[str, list[tuple[str, by
 
 
 def test_parts_of_one_video_may_be_in_train_and_val_where_they_share_no_frame(folder: Path) -> None:
-    """Of a video at 25 fps frames 0 to 9, 10 to 19, 30 to 39, and 31 to 33 again, are trained on; what is held out may touch none of them."""
+    """Of a video at 25 fps frames 0 to 19, 30 to 39, and 31 to 33 again are trained on; what is held out may touch none."""
     for number, (first, frames) in enumerate(((30, 10), (0, 10), (10, 10), (31, 3))):
         fields = {"frames": frames, "fps": 25.0, "source": "long.mp4", "start_s": first / 25}
         write_tar(folder / f"train-{number + 1}.tar", members(f"t{number}", clip(frames), **fields))
