@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that the file runs from any folder
-from toolkit.run.curves import Interval, Point, chart, intervals, stack_charts  # noqa: E402
+from toolkit.commands.curves import Interval, Point, chart, intervals, stack_charts  # noqa: E402
 
 FIGURE, AXIS = "psnr_moving_middle", "gain in middle moving PSNR, dB"
 OTHERS = {"base": "on untuned base", "linear": "on linear blend"}

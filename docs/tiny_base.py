@@ -26,11 +26,11 @@ def start(out: str, pictures: str, seed: int = 0, count: int = 150) -> str:
     import torch
     from diffusers import AutoencoderKLTemporalDecoder
 
+    from toolkit.commands.find_lr import read
     from toolkit.config import load_config
     from toolkit.data.index import open_sources
     from toolkit.data.loader import MicroBatches
     from toolkit.model.tiny import fit_decoder, make_tiny_base
-    from toolkit.run.find_lr import read
     from toolkit.run.framer import to_signed
     from toolkit.run.job import clip_settings
 

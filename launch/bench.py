@@ -33,7 +33,7 @@ def bench(
 
     from toolkit.errors import UserError
 
-    module = import_module("toolkit.run.bench" if what == "full" else f"toolkit.run.bench_{what}")
+    module = import_module(f"toolkit.bench.{what}")
     measure = getattr(module, f"bench_{what}")
     if what == "full":
         if config is None:

@@ -8,7 +8,7 @@ def demo(videos: str | None = None) -> None:
 
     videos  folder of your own videos; default: signing figures that shards/synth.py renders
     """
-    from toolkit.run.demo import run_demo
+    from toolkit.commands.demo import run_demo
 
     run_demo(videos)
 

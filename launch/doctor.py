@@ -16,8 +16,8 @@ def doctor(config: str, json: bool = False, ranks: PositiveInt = 1, **overrides:
     """
     from json import dumps
 
+    from toolkit.commands.verdict import report
     from toolkit.config import dump_config, load_config
-    from toolkit.run.verdict import report
 
     resolved = load_config(config, overrides)
     if not json:

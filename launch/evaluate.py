@@ -47,8 +47,8 @@ def evaluate(
     from pathlib import Path
 
     if plot:
+        from toolkit.commands.curves import write_curves
         from toolkit.errors import UserError
-        from toolkit.run.curves import write_curves
 
         others = (adapter, gaps, sweep, clips, steps, base, lpips, fvd, out, shards, compile, json, checkpoint)
         if run is None or any(other not in (None, (), False) for other in others):
@@ -56,8 +56,8 @@ def evaluate(
         print("\n".join(f"wrote {write_curves(Path(name).expanduser())}" for name in split(run)))
         return
     with redirect_stdout(sys.stderr), importing():
-        from toolkit.run.evaluate import evaluate_run
-        from toolkit.run.report import to_text
+        from toolkit.commands.evaluate import evaluate_run
+        from toolkit.commands.report import to_text
 
     with redirect_stdout(sys.stderr):
         report = evaluate_run(

@@ -21,7 +21,7 @@ def export(
     ema         0.1 for the average over the training of this sigma_rel, of a run with checkpoint.ema; 0 is none
     """
     with importing():
-        from toolkit.run.export import export_run
+        from toolkit.commands.export import export_run
 
     print(f"wrote {export_run(run, to, out, checkpoint, precision, ema)}")
 

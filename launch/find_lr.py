@@ -17,8 +17,8 @@ def find_lr(config: str, steps: Annotated[int, Field(ge=10)] = 100, **overrides:
     overrides  any field of the recipe by its dotted name
     """
     with importing():
-        from toolkit.run.find_lr import find_lr as start
-        from toolkit.run.find_lr import tell
+        from toolkit.commands.find_lr import find_lr as start
+        from toolkit.commands.find_lr import tell
 
     print(tell(start(config, steps, overrides)))
 

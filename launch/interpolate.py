@@ -60,9 +60,9 @@ def interpolate(
     from toolkit.errors import UserError
 
     with importing():
+        from toolkit.commands.interpolate import interpolate_stills, settle
+        from toolkit.commands.pairs import interpolate_pairs
         from toolkit.run.inference import read_source, recipe_sampling
-        from toolkit.run.interpolate import interpolate_stills, settle
-        from toolkit.run.pairs import interpolate_pairs
 
     if compile and batch > 1:
         raise UserError(

@@ -33,7 +33,7 @@ def sweep(
     overrides  any field of the recipe by its dotted name
     """
     with importing():
-        from toolkit.run.sweep import run_sweep
+        from toolkit.commands.sweep import run_sweep
 
     run_sweep(config, name, grid, seeds, split(gaps), ranks, part, overrides)
 

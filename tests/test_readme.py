@@ -56,7 +56,7 @@ def test_every_command_names_a_program_and_flags_it_takes(command):
             continue
         known |= set(inspect.signature(function).parameters)
         if program == "launch/bench.py":
-            bench = importlib.import_module(f"toolkit.run.bench_{given[0]}")
+            bench = importlib.import_module(f"toolkit.bench.{given[0]}")
             known |= set(inspect.signature(getattr(bench, f"bench_{given[0]}")).parameters)
     assert {word[2:] for word in given if word.startswith("--")} <= known
     for word in words:

@@ -32,9 +32,9 @@ def submit(
     dry_run    print the job's script, and write nothing
     overrides  any field of the recipe by its dotted name: --lora.rank 32
     """
+    from toolkit.commands.slurm import Resources, submit_run
     from toolkit.config import load_config
     from toolkit.errors import UserError
-    from toolkit.run.slurm import Resources, submit_run
 
     if gpus and tasks:
         raise UserError(f"--tasks {tasks} goes with --gpus 0 alone: each of the {gpus} GPUs of a node has one rank")

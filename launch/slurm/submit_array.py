@@ -29,8 +29,8 @@ def submit_array(
     """
     from pathlib import Path
 
-    from toolkit.run.slurm import Resources
-    from toolkit.run.slurm import submit_array as start
+    from toolkit.commands.slurm import Resources
+    from toolkit.commands.slurm import submit_array as start
 
     resources = Resources(1, 1, gpus, cpus, time, partition, account, qos, mem)
     print(start(COMMAND, parts, resources, Path(logs), dry_run))

@@ -13,13 +13,13 @@ import pytest
 import yaml
 
 from tests.cluster.conftest import Cluster, wait_until
+from tests.commands.test_sweep import do
 from tests.launching import RECIPE, ROOT, adapter_bytes, free_port, read_numbers, run
-from tests.run.test_sweep import do
+from toolkit.commands.slurm import Resources, submit_array, submit_run
 from toolkit.config import dump_config, load_config
 from toolkit.errors import UserError
 from toolkit.run.checkpoint import checkpoint_step, newest_good
 from toolkit.run.folder import COMMIT_FILE, prepare_folder, record_start
-from toolkit.run.slurm import Resources, submit_array, submit_run
 
 TWO_NODES = Resources(nodes=2)
 pytestmark = pytest.mark.launch

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from tests.launching import RECIPE, ROOT, run
+from toolkit.commands.slurm import Resources, code_files, copy_code, digest_code, submit_array, submit_run, time_s
 from toolkit.config import ModelConfig, RunConfig, dump_config, load_config
 from toolkit.errors import UserError
 from toolkit.model.base import check_weights
 from toolkit.model.sources import TINY_FOLDER
 from toolkit.run.folder import COMMIT_FILE
-from toolkit.run.slurm import Resources, code_files, copy_code, digest_code, submit_array, submit_run, time_s
 
 # What a shell, or sbatch's own reading of a line, would take for more than a value.
 INJECTIONS = [

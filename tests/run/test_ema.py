@@ -19,6 +19,8 @@ from launch.interpolate import interpolate
 from tests.faults.forked import BACKWARD, Warm, newest, same_run, strike
 from tests.launching import read_numbers, train_here
 from tests.model.adapters import make_trained
+from toolkit.commands.evaluate import evaluate_run
+from toolkit.commands.export import export_run
 from toolkit.config import load_config
 from toolkit.errors import UserError
 from toolkit.model.base import load_base
@@ -37,8 +39,6 @@ from toolkit.run.ema import (
     snapshot_file,
     write_snapshot,
 )
-from toolkit.run.evaluate import evaluate_run
-from toolkit.run.export import export_run
 from toolkit.run.inference import load_framer, read_source
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"

@@ -10,6 +10,7 @@ from diffusers import UNetSpatioTemporalConditionModel
 from safetensors.torch import load_file
 
 from tests.launching import RECIPE, read_numbers, train_here
+from toolkit.commands.export import export_run
 from toolkit.config import FullConfig, ModelConfig, RunConfig, load_config
 from toolkit.data.loader import Batch
 from toolkit.engine.world import init_world
@@ -18,7 +19,6 @@ from toolkit.model.base import load_base
 from toolkit.model.tuning import match_parameters
 from toolkit.model.unet import FramerUNet
 from toolkit.pipeline import FramerPipeline
-from toolkit.run.export import export_run
 from toolkit.run.framer import Framer
 from toolkit.run.inference import load_framer, read_source
 from toolkit.run.job import build_job, make_batches

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from tests.launching import RECIPE, adapter_bytes, launch, read_numbers, train_here
 from tests.run.test_monitor import read_board, read_charts
 from tests.test_metrics import lpips_weights
+from toolkit.commands.evaluate import evaluate_run
 from toolkit.config import load_config
 from toolkit.engine.world import World
 from toolkit.errors import UserError
 from toolkit.run.cache import cache_shards
 from toolkit.run.checkpoint import best_checkpoint, list_checkpoints
-from toolkit.run.evaluate import evaluate_run
 from toolkit.run.framer import NotFinite
 from toolkit.run.gallery import Gallery
 from toolkit.run.judge import own_gaps

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from tests.launching import RECIPE, adapter_bytes, read_numbers, train_here
+from toolkit.commands.doctor import examine
 from toolkit.config import load_config
 from toolkit.data.index import open_shards
 from toolkit.data.loader import Substitution
 from toolkit.engine.world import World
 from toolkit.errors import UserError
-from toolkit.run.doctor import examine
 from toolkit.run.judge import load_held_out
 from toolkit.run.ledger import NAME, Ledger, bad_limit, cut_ledger
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.launching import RECIPE, ROOT, TINY, free_port
+from toolkit.bench.counts import CASES, count_sampling
 from toolkit.config import RunConfig, load_config
 from toolkit.engine.world import World
 from toolkit.model.base import describe_encoders
@@ -17,7 +18,6 @@ from toolkit.model.encoders import USABLE
 from toolkit.model.tiny import build_unet, build_vae
 from toolkit.model.unet import SVD_CONFIG
 from toolkit.run import memory
-from toolkit.run.bench_counts import CASES, count_sampling
 from toolkit.run.memory import (
     choose_plan,
     choose_replay,

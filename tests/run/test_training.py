@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from tests.launching import RECIPE, adapter_bytes, read_numbers, train_here
 from tests.model.control import make_controlnet
+from toolkit.commands.evaluate import evaluate_run
 from toolkit.config import ModelConfig, load_config
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
 from toolkit.model.base import load_base
-from toolkit.run.evaluate import evaluate_run
 from toolkit.run.folder import newest_adapter
 from toolkit.run.job import build_job
 from toolkit.run.judge import load_held_out

@@ -1,6 +1,6 @@
 """Strips: frames beside each other under their names, a row per clip.
 
-Test: pytest tests/run/test_evaluate.py
+Test: pytest tests/commands/test_evaluate.py
 """
 
 from __future__ import annotations
