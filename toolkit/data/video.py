@@ -296,9 +296,11 @@ def _decode(
     container: InputContainer, stream: VideoStream, wanted: set[int]
 ) -> Iterator[tuple[int | None, np.ndarray]]:
     """Yield (display time, frame_HWC) of the wanted times, up to the last of them."""
-    last = max(wanted)
+    last, is_done = max(wanted), False
     reformatter = SdrReformatter()
     for packet in container.demux(stream):
+        if is_done:  # to the end, for a generator of packets that is left before it leaks (PyAV 18.1)
+            continue
         # What no other frame refers to and nobody wants is not decoded: a quarter of the time at a keyframe every 12.
         idle = packet.pts is not None and packet.pts not in wanted
         stream.codec_context.skip_frame = "NONREF" if idle else "DEFAULT"
@@ -306,7 +308,8 @@ def _decode(
             if frame.pts in wanted:
                 yield frame.pts, _to_rgb(frame, reformatter, frame.width, frame.height)
             if frame.pts is not None and frame.pts >= last:
-                return
+                is_done = True
+                break
 
 
 def decode_on(container: InputContainer, stream: VideoStream) -> Iterator[tuple[VideoFrame, bool]]:
