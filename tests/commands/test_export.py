@@ -277,7 +277,7 @@ def test_others_may_read_it(run: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_overwritten(run: Path, tmp_path: Path) -> None:
-    """A file, or a folder with anything in it, stays as it is; an empty folder is taken."""
+    """A file, or a folder with anything in it, stays as it is; an empty folder, as a mounted disk is, is filled."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes").write_text("mine")
     for taken in ("full", "full/notes"):
@@ -285,7 +285,9 @@ def test_nothing_is_overwritten(run: Path, tmp_path: Path) -> None:
             export_run(str(run), "peft", str(tmp_path / taken))
     assert (tmp_path / "full/notes").read_text() == "mine"
     (tmp_path / "empty").mkdir()
+    before = (tmp_path / "empty").stat().st_ino
     assert (export_run(str(run), "peft", str(tmp_path / "empty")) / "README.md").exists()
+    assert (tmp_path / "empty").stat().st_ino == before
 
 
 def test_a_failed_export_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,16 @@
 
 import io
 import os
+import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from toolkit.data.files import add_member, link_or_copy, share, written_aside
+from toolkit.data.files import add_member, appearing, link_or_copy, share, written_aside
+from toolkit.errors import UserError
 
 
 def test_nothing_is_written_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +56,32 @@ def test_the_last_or_the_first_of_two_stays(tmp_path: Path, monkeypatch: pytest.
     with written_aside(path, first_stays=True) as file:
         file.write(b"again")
     assert path.read_bytes() == b"again" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_is_ended_leaves_nothing(tmp_path: Path, number: int, folder: bool) -> None:
+    """As a batch system or a closed terminal ends it: no half of a network or a film stays beside its place."""
+    code = (
+        "import os, sys, time; from pathlib import Path; from toolkit.data.files import appearing\n"
+        "with appearing(Path(sys.argv[1]), sys.argv[2] == 'True') as aside:\n"
+        "    (aside / 'half' if aside.is_dir() else aside).write_text('half')\n"
+        "    os.kill(os.getpid(), int(sys.argv[3])); time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "out", str(folder), str(int(number))])
+    assert done.returncode and not [*tmp_path.iterdir()]
+
+
+def test_two_folders_are_not_mixed(tmp_path: Path) -> None:
+    """Both were empty when their work began: the first to end is there, and the other's is kept."""
+    (tmp_path / ".begun").touch()  # of a command that was killed
+    says = pytest.raises(UserError, match="has come there meanwhile, and stays; what was made is")
+    with says, appearing(tmp_path, folder=True) as late:
+        (late / "0").write_text("late")
+        with appearing(tmp_path, folder=True) as early:
+            (early / "0").write_text("early")
+    (kept,) = tmp_path.glob("*/")
+    assert (tmp_path / "0").read_text() == "early" and (kept / "0").read_text() == "late"
 
 
 def _refuse_link(*paths: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from toolkit.config import RunConfig, parse_config
-from toolkit.data.files import share
+from toolkit.data.files import appearing, is_free, share
 from toolkit.errors import UserError
 from toolkit.model.base import PRECISIONS, build_unet_on_meta, describe_unet, find_unet, load_unet, name_base, sign_unet
 from toolkit.model.formats import AdapterFile, read_metadata, read_peft, write_diffusers, write_kohya, write_peft
@@ -84,7 +83,7 @@ def export_run(
     if precision is not None and to != "merged":
         raise UserError(f"--precision is for --to merged; an adapter in the form {to} is always fp32, so leave it out")
     folder = Path(os.path.expanduser(out)).resolve()
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    if not is_free(folder, folder=True):
         raise UserError(f"{out} is there already; give --out a folder that is new or empty")
     source, config = find_checkpoint(Path(run) if run is not None else None, checkpoint)
     if config.tuning == "full" and to != "merged":
@@ -97,12 +96,7 @@ def export_run(
     adapter = None if config.tuning == "full" else replace(read_peft(source), metadata=about)
     if adapter is not None and values is not None:
         adapter = with_values(adapter, values)
-    aside = folder.with_name(f"{folder.name}.tmp{os.getpid()}")
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
-    try:
+    with appearing(folder, folder=True) as aside:
         if adapter is None or to == "merged":
             _write_merged(aside, source, about | {"precision": precision or "fp16"}, config, values)
         elif to == "peft":
@@ -113,9 +107,6 @@ def export_run(
             _write_kohya(aside / f"{config.name}.safetensors", adapter, source, config)
         (aside / "README.md").write_text(make_card(adapter, about, config, to))
         share(aside)
-        os.replace(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 

@@ -6,9 +6,7 @@ Test: pytest tests/commands/test_interpolate.py.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from toolkit.config import RunConfig
+from toolkit.data.files import appearing, is_free
 from toolkit.data.stills import Stills, is_video, read_stills
 from toolkit.data.trajectory import match_stills, read_trajectories
 from toolkit.data.video import write_gif, write_video
@@ -104,7 +103,7 @@ def interpolate_stills(
         raise UserError("give --first and --last, or --stills with two pictures or more, or with one video")
     film = plan_film(source, paths, Path(os.path.expanduser(out)).resolve(), filling)
     tell(film)
-    with appearing(film.place) as aside:
+    with appearing(film.place, folder=not film.place.suffix) as aside:
         framer = load_framer(source, any(points is not None for points in film.steering), compiled)
         note_unguided(filling.sampling, source.config)
         with tqdm(total=count_steps(framer, filling) * len(film.steering), unit="step", desc="sampling") as bar:
@@ -227,38 +226,9 @@ def refuse_ending(out: Path, fps: float) -> None:
         raise UserError(f"cannot write {out}: the ending must be .mp4 or .gif, or none for a folder of PNG")
     if out.suffix == ".gif" and fps > GIF_FPS:
         raise UserError(f"a GIF shows {GIF_FPS} frames a second at most, not {fps:g}; give --fps {GIF_FPS}, or an .mp4")
-    if out.exists() and (out.suffix or out.is_file() or any(out.iterdir())):
+    if not is_free(out, folder=not out.suffix):
         new = "another --out" if out.suffix else "--out a folder that is new or empty"
         raise UserError(f"{out} is there already; give {new}")
-
-
-@contextmanager
-def appearing(out: Path) -> Iterator[Path]:
-    """Give a place of out's kind, whose content is out's once all is done; what fails leaves nothing.
-
-    raises  UserError where nothing can be written there, or something has come there meanwhile, which stays
-    """
-    inside = out.is_dir()  # an empty folder may be where a disk is mounted, whose name stays
-    mark = os.urandom(4).hex()
-    aside = (out if inside else out.parent) / f".{mark}{out.suffix}"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside.touch() if out.suffix else aside.mkdir()
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
-    try:
-        yield aside
-        if inside:
-            for path in aside.iterdir():
-                path.rename(out / path.name)
-        elif out.exists():
-            kept = out.with_name(f"{out.stem}.{mark}{out.suffix}")
-            os.replace(aside, kept)
-            raise UserError(f"{out} has come there meanwhile, and stays; what was made is {kept}")
-        else:
-            os.replace(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
 
 
 def write_frames(out: Path, frames: Iterable[np.ndarray], count: int, fps: float) -> None:

@@ -13,15 +13,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from toolkit.commands.interpolate import (
-    Filling,
-    appearing,
-    count_steps,
-    fill_gaps,
-    note_unguided,
-    plan_film,
-    write_frames,
-)
+from toolkit.commands.interpolate import Filling, count_steps, fill_gaps, note_unguided, plan_film, write_frames
+from toolkit.data.files import appearing
 from toolkit.data.parallel import parse_part
 from toolkit.data.table import read_rows
 from toolkit.errors import UserError, list_some

@@ -6,7 +6,9 @@ Test: pytest tests/data/test_files.py
 import io
 import os
 import shutil
+import signal
 import tarfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -56,6 +58,55 @@ def written_aside(path: Path, first_stays: bool = False) -> Iterator[BinaryIO]:
             os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def is_free(out: Path, folder: bool) -> bool:
+    """Whether nothing is at a place, or for a folder nothing but hidden files, such as a killed command leaves."""
+    return not out.exists() or (folder and out.is_dir() and all(path.name.startswith(".") for path in out.iterdir()))
+
+
+@contextmanager
+def appearing(out: Path, folder: bool = False) -> Iterator[Path]:
+    """Give a place for a file, or a folder, whose content is out's once all is done; what fails or is ended leaves nothing.
+
+    raises  UserError where nothing can be written there, or something has come there meanwhile, which stays
+    """
+    beside = out if out.is_dir() else out.parent  # an empty folder may be where a disk is mounted, whose name stays
+    name = f"{out.stem}.{os.urandom(4).hex()}{out.suffix}"
+    aside = beside / f".{name}"
+    with _ended_in_order():
+        try:
+            if not beside.exists():
+                beside.mkdir(parents=True, exist_ok=True)
+            aside.mkdir() if folder else aside.touch()
+        except OSError as error:
+            raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from None
+        try:
+            yield aside
+            if not is_free(out, folder):
+                os.replace(aside, beside / name)
+                raise UserError(f"{out} has come there meanwhile, and stays; what was made is {beside / name}")
+            if out.is_dir():
+                for path in aside.iterdir():
+                    path.rename(out / path.name)
+            else:
+                os.replace(aside, out)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Let SIGTERM and a closed terminal end this process as Ctrl-C does, which tidies up."""
+    numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]  # nohup ignores some
+    for number in taken:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _aside(path: Path) -> Path:
