@@ -225,7 +225,7 @@ def test_any_checkpoint_can_be_named(run: Path, tmp_path: Path) -> None:
     (first / "manifest.json").unlink()
     write_manifest(first, copy.name, 1)
     alone = shutil.copytree(first, tmp_path / "handed over")
-    named = ((copy, "latest", 2), (copy, "best", 1), (None, alone, 1), (run, alone, 1))
+    named = ((copy, "latest", 2), (copy, "best", 1), (None, alone, 1), (copy, first, 1))
     for i, (of, checkpoint, step) in enumerate(named):
         out = export_run(None if of is None else str(of), "kohya", str(tmp_path / f"out{i}"), str(checkpoint))
         assert read_metadata(out / "to_export.safetensors")["step"] == step
@@ -238,6 +238,12 @@ def test_a_place_that_cannot_be_is_told(run: Path, tmp_path: Path) -> None:
         export_run(str(run), "peft", str(tmp_path / "file/out"))
 
 
+def test_home_is_the_users_own(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a shell leaves ~ as it is, as in --run=~/runs/NAME."""
+    monkeypatch.setenv("HOME", str(run.parent))
+    assert export_run(f"~/{run.name}", "peft", str(tmp_path / "out")).is_dir()
+
+
 def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
     """Nothing named, a folder of something else, a damaged one, the best of a run without validation: a sentence each."""
     harmed = shutil.copytree(run / "checkpoints/step_000001", tmp_path / "harmed")
@@ -248,6 +254,7 @@ def test_what_is_no_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
         (None, str(run), "is no checkpoint: it has no manifest.json"),
         (None, str(harmed), "harmed is damaged: state.json differs"),
         (str(run), "best", "has no best checkpoint"),
+        (str(run), str(harmed), f"--checkpoint {harmed} is none of {run}; leave --run out"),
     ):
         with pytest.raises(UserError, match=says):
             export_run(of, "peft", str(tmp_path / "out"), checkpoint)

@@ -85,7 +85,7 @@ def export_run(
     folder = Path(os.path.expanduser(out)).resolve()
     if not is_free(folder, folder=True):
         raise UserError(f"{out} is there already; give --out a folder that is new or empty")
-    source, config = find_checkpoint(Path(run) if run is not None else None, checkpoint)
+    source, config = find_checkpoint(None if run is None else Path(run).expanduser(), checkpoint)
     if config.tuning == "full" and to != "merged":
         raise UserError(
             f"{source} holds a whole UNet (tuning full) and no adapter that could be written in the form {to}; give --to "
@@ -114,10 +114,12 @@ def find_checkpoint(run: Path | None, name: str | None) -> tuple[Path, RunConfig
     """Find a checkpoint, verified, and its recipe: the run's, or for a folder named by its path that in its header.
 
     name    latest (None too), best, one of the run's such as step_000200, or a path
-    raises  UserError where there is none, it is damaged, or it is no checkpoint
+    raises  UserError where there is none, it is damaged, it is no checkpoint, or one of another run
     """
     if name is not None and (os.sep in name or run is None):
         folder = Path(name).expanduser()
+        if run is not None and not folder.resolve().is_relative_to(run.resolve()):
+            raise UserError(f"--checkpoint {name} is none of {run}; leave --run out, or name one of its own")
         refuse_damaged(folder, "give another one")
         return folder, parse_config(read_about(folder).get("recipe"), folder)
     if run is None:
