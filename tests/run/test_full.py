@@ -147,7 +147,7 @@ def test_refuses_what_cannot_be(full: dict[str, Any], overrides: dict[str, Any],
 
 
 def test_has_no_adapter_to_give(full: dict[str, Any], tmp_path: Path) -> None:
-    """No adapter can be exported from it, scaled, or taken as a start."""
+    """No adapter can be exported from it, scaled, or taken as a start, and no other UNet put in its place."""
     run = train_here(full | {"schedule.steps": 1, "full.parameters": "mid_block.*"})
     with pytest.raises(UserError, match="whole UNet"):
         export_run(str(run), "peft", str(tmp_path / "out"))
@@ -155,6 +155,8 @@ def test_has_no_adapter_to_give(full: dict[str, Any], tmp_path: Path) -> None:
         read_source(str(run), lora_scale=0.5)
     with pytest.raises(UserError, match="and no adapter"):
         train_here({**full, "name": "lora", "tuning": "lora", "lora.init_from": str(run)})
+    with pytest.raises(UserError, match="both --unet and .*step_000001 are given, which is a whole UNet"):
+        read_source(str(run)).with_model(unet=str(tmp_path))
 
 
 def test_recipe_default_is_lora() -> None:

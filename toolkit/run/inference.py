@@ -67,8 +67,15 @@ class Source:
         return self.about.get("precision", self.config.engine.precision)
 
     def with_model(self, **changes: Any) -> Source:
-        """The same on another base; a base of one's own brings its UNet with it."""
+        """The same on another base; a base of one's own brings its UNet with it.
+
+        raises  UserError where another UNet would stand in place of what a run made of its own
+        """
         changes = {name: value for name, value in changes.items() if value is not None}
+        if self.tuned_unet is not None and "unet" in changes:
+            raise UserError(
+                f"both --unet and {self.tuned_unet} are given, which is a whole UNet (tuning full); give one of them"
+            )
         if "base" in changes:
             changes = {"unet": None, "revision": None, "variant": None} | changes
         if "base" in changes or "unet" in changes:
@@ -76,8 +83,7 @@ class Source:
         if "controlnet" in changes:
             changes = {"controlnet_revision": None} | changes
         model = ModelConfig.model_validate(self.config.model.model_dump() | changes)
-        tuned = None if changes.get("unet") is not None else self.tuned_unet
-        return replace(self, config=self.config.model_copy(update={"model": model}), tuned_unet=tuned)
+        return replace(self, config=self.config.model_copy(update={"model": model}))
 
     def on_shards(self, folder: str) -> Source:
         """The same with other clips to judge on."""
