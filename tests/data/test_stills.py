@@ -1,5 +1,6 @@
 """Every picture a user may have is read as it is seen, or refused in a sentence. Run: pytest tests/data/test_stills.py"""
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,37 @@ def test_turned_pictures_are_upright(tmp_path: Path) -> None:
     exif[0x0112] = 6  # orientation: turn by 90 degrees clockwise
     Image.fromarray(RGB[:8]).save(tmp_path / "x.png", exif=exif)
     assert np.array_equal(read_still(str(tmp_path / "x.png")), np.rot90(RGB[:8], -1))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_colours_of_a_phone_are_shown_as_a_film_shows_them(tmp_path: Path, mode: str) -> None:
+    """Display P3 has its red further out: what it calls (200, 60, 50) is (219, 37, 34) in sRGB; no profile is sRGB."""
+    profiles = {"p3": display_p3(), "none": None, "other": b"words"}
+    for name, profile in profiles.items():
+        Image.new(mode, (4, 4), (200, 60, 50)).save(tmp_path / f"{name}.png", icc_profile=profile)
+    made = {name: read_still(str(tmp_path / f"{name}.png"))[0, 0].tolist() for name in profiles}
+    assert made == {"p3": [219, 37, 34], "none": [200, 60, 50], "other": [200, 60, 50]}
+
+
+def display_p3() -> bytes:
+    """The smallest ICC profile of it: its primaries adapted to D50, and a gamma of 2.2."""
+
+    def number(*values: float) -> bytes:
+        return b"".join(struct.pack(">i", round(65536 * value)) for value in values)
+
+    white = 0.9642, 1.0, 0.8249
+    places = {b"rXYZ": (0.5151, 0.2412, -0.0011), b"gXYZ": (0.292, 0.6922, 0.0419), b"bXYZ": (0.1571, 0.0666, 0.7841)}
+    tags = {name: b"XYZ \0\0\0\0" + number(*place) for name, place in (places | {b"wtpt": white}).items()}
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), struct.pack(">4s4xIHxx", b"curv", 1, round(2.2 * 256)))
+    tags |= {b"desc": struct.pack(">4s4xI11s79x", b"desc", 11, b"Display P3"), b"cprt": b"text\0\0\0\0none"}
+    table, data, begin = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, tag in tags.items():
+        padded = tag.ljust(-(-len(tag) // 4) * 4, b"\0")
+        table += struct.pack(">4sII", name, begin + len(data), len(tag))
+        data += padded
+    kinds = b"none", 0x02100000, b"mntr", b"RGB ", b"XYZ ", b"acsp"
+    head = struct.pack(">I4sI4s4s4s12x4s28x", begin + len(data), *kinds) + number(*white)
+    return head.ljust(128, b"\0") + table + data
 
 
 @pytest.mark.parametrize("content", [b"", b"words", b"P6 x y 255\n", None], ids=str)

@@ -1,16 +1,19 @@
-"""Pictures as a user has them, to RGB: phones turn them, editors make them transparent, cameras store 16 bits, or a film.
+"""Pictures as a user has them, to RGB: phones turn them and see more colours, editors make them transparent, cameras store
+16 bits, or a film.
 
 Test: pytest tests/data/test_stills.py
 """
 
+import io
 import os
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from toolkit.data.clips import resize_cover
 from toolkit.data.sources import SOURCE_EXTENSIONS
@@ -109,11 +112,20 @@ def read_end(path: str, last: bool) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """A picture upright, on white where it is transparent, uint8 (H, W, 3); ValueError where it has more than 8 bits."""
+    """A picture upright, in sRGB, on white where it is transparent, uint8 (H, W, 3).
+
+    raises  ValueError where it has more than 8 bits
+    """
     if image.mode.startswith(("I", "F")):  # converted, these are cut off at 255, not scaled
         raise ValueError(f"its pixels have more than 8 bits (mode {image.mode})")
     upright = ImageOps.exif_transpose(image)
-    if upright.has_transparency_data:
-        seen = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
-    return np.asarray(upright.convert("RGB"))
+    seen = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
+    if profile := image.info.get("icc_profile"):
+        with suppress(
+            ImageCms.PyCMSError, OSError
+        ):  # of grey or print colours, or damaged: most viewers pass over it too
+            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            ImageCms.profileToProfile(seen, own, ImageCms.createProfile("sRGB"), inPlace=True)
+    if seen.mode == "RGBA":
+        seen = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
+    return np.asarray(seen.convert("RGB"))
