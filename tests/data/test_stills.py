@@ -100,13 +100,18 @@ def display_p3() -> bytes:
     return head.ljust(128, b"\0") + table + data
 
 
-@pytest.mark.parametrize("content", [b"", b"words", b"P6 x y 255\n", None], ids=str)
+STRANGE = struct.pack("<4s19II44x", b"DDS ", 124, 0, 4, 4, *[0] * 14, 32, 131)  # a pixel format that nobody has
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"words", b"P6 x y 255\n", STRANGE, None], ids=["empty", "text", "bare", "strange", "folder"]
+)
 def test_what_is_no_picture_is_a_sentence(tmp_path: Path, content: bytes | None) -> None:
-    """An empty file, text, a header without numbers, a folder, and nothing at all."""
+    """An empty file, text, headers without numbers and of no known kind, a folder, and nothing at all."""
     path = tmp_path / "x.ppm"
     path.mkdir() if content is None else path.write_bytes(content)
     for place in (path, tmp_path / "nowhere.png"):
-        with pytest.raises(UserError, match=f"cannot read {place} as a picture: .+; give an 8-bit picture"):
+        with pytest.raises(UserError, match=f"cannot read {place} as a picture: .+; give a PNG or JPEG of 8 bits"):
             read_still(str(place))
 
 

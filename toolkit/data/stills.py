@@ -92,8 +92,10 @@ def read_still(path: str) -> np.ndarray:
         with Image.open(os.path.expanduser(path)) as image:
             return to_rgb(image)
     # Pillow's readers of damaged files raise what they like
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read {path} as a picture: {in_one_line(error)}; give an 8-bit picture") from None
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"cannot read {path} as a picture: {in_one_line(error)}; give a PNG or JPEG of 8 bits"
+        ) from None
 
 
 def read_end(path: str, last: bool) -> np.ndarray:
