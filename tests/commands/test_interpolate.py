@@ -19,6 +19,7 @@ from torch import Tensor
 
 import toolkit.commands.interpolate as interpolate_module
 from launch.interpolate import interpolate
+from tests.data.test_stills import film as write_film
 from tests.launching import ROOT, train_here
 from tests.model.control import make_controlnet
 from toolkit.commands.interpolate import write_frames
@@ -124,10 +125,16 @@ def test_a_video_is_filled_between_its_frames(
     for batch in (1, 2):
         made = frames_of(run=str(trained), stills=str(film), frames=5, batch=batch)
         assert (made == frames_of(run=str(trained), stills=pictures, frames=5, fps=32, batch=batch)).all()
-    assert "3 frames at 8 fps become 9 at 32, without sound" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 frames at 8 fps become 9 at 32, without sound" in said and "unevenly" not in said
     interpolate(str(tmp_path / "out.mp4"), run=str(trained), stills=str(film), frames=3, steps=1)
     filled = probe(tmp_path / "out.mp4")
     assert (filled.frames, filled.fps) == (5, 16)
+    capsys.readouterr()
+    uneven = write_film(tmp_path / "uneven.mkv", read_frames(film), times=[0, 1, 25])
+    interpolate(str(tmp_path / "even.mp4"), run=str(trained), stills=uneven, frames=3, steps=1)
+    assert "3 frames at 2 fps become 5 at 4" in (said := capsys.readouterr().out)
+    assert "note: the video's frames come unevenly (1 of 2 steps), and will be shown evenly" in said
 
 
 def test_every_frame_has_noise_of_its_own(trained: Path, stills: list[str], frames_of: Frames) -> None:

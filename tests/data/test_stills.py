@@ -1,6 +1,7 @@
 """Every picture a user may have is read as it is seen, or refused in a sentence. Run: pytest tests/data/test_stills.py"""
 
 import struct
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -136,20 +137,28 @@ def test_stills_of_one_video_have_one_size(tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{i}.png") for i in range(3)]
     assert np.array_equal(read_stills(paths[:2], 16, 16).cut_NHWC, [RGB, RGB])
     wide = read_stills(paths[:2], 8, 16)
-    assert wide.cut_NHWC.shape == (2, 8, 16, 3) and wide[1:] == ((16, 16), None)
+    assert wide.cut_NHWC.shape == (2, 8, 16, 3) and wide[1:3] == ((16, 16), None)
     with pytest.raises(UserError, match="different sizes, 16x16 and 16x8"):
         read_stills(paths, 16, 16)
 
 
-def film(path: Path, frames_THWC: np.ndarray, aspect: Fraction = Fraction(1)) -> str:
-    """Write a video with what its kind of file usually holds, B-frames in most; aspect: width of a pixel to its height."""
+def film(
+    path: Path, frames_THWC: np.ndarray, aspect: Fraction = Fraction(1), times: Iterable[int] | None = None
+) -> str:
+    """Write a video with what its kind of file usually holds, B-frames in most.
+
+    aspect  width of a pixel to its height
+    times   of the frames, in 25ths of a second
+    """
     codec = {".webm": "libvpx-vp9", ".avi": "mpeg4", ".mpg": "mpeg1video"}.get(path.suffix, "libx264")
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream(codec, rate=25, options={"bf": "2"} if codec == "mpeg4" else {})
         stream.height, stream.width, stream.pix_fmt = *frames_THWC.shape[1:3], "yuv420p"
         stream.codec_context.sample_aspect_ratio = aspect
-        for frame_HWC in frames_THWC:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
+        for time, frame_HWC in zip(times or range(len(frames_THWC)), frames_THWC, strict=True):
+            frame = av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 25)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return str(path)
 
@@ -168,9 +177,18 @@ def test_a_video_alone_gives_all_its_frames(tmp_path: Path, extension: str) -> N
     """In order, cut as pictures are, with its rate."""
     path = film(tmp_path / f"a.{extension}", numbered_frames(range(5, 25)))
     stills = read_stills([path], 48, 64)
-    assert frame_numbers(stills.cut_NHWC) == list(range(5, 25)) and stills[1:] == ((48, 64), 25)
+    assert frame_numbers(stills.cut_NHWC) == list(range(5, 25)) and stills[1:] == ((48, 64), 25, 0)
     square = read_stills([path], 24, 24)
-    assert np.array_equal(square.cut_NHWC, resize_cover(stills.cut_NHWC, 24, 24)) and square[1:] == ((48, 64), 25)
+    assert np.array_equal(square.cut_NHWC, resize_cover(stills.cut_NHWC, 24, 24)) and square[1:] == ((48, 64), 25, 0)
+
+
+@pytest.mark.parametrize("extension", ["mp4", "mkv"])
+def test_a_video_of_uneven_frames_is_as_long_as_it_was(tmp_path: Path, extension: str) -> None:
+    """A recording of a screen, which waits where nothing changes: an MKV says 25 frames a second of it all the same."""
+    times = [0, 1, 2, 3, 40, 41, 42, 43, 44, 100]
+    stills = read_stills([film(tmp_path / f"a.{extension}", numbered_frames(range(10)), times=times)], 48, 64)
+    assert frame_numbers(stills.cut_NHWC) == list(range(10)) and stills.uneven > 1
+    assert stills.fps == pytest.approx(9 / (100 / 25), rel=1e-3)
 
 
 def test_videos_are_seen_as_players_show_them(tmp_path: Path) -> None:

@@ -136,6 +136,11 @@ def tell(film: Film) -> None:
     if film.stills.fps is not None:
         before = f"{len(film.stills.cut_NHWC):,} frames at {film.stills.fps:g} fps"
         print(f"{before} become {film.count:,} at {film.fps:g}, without sound")
+    if film.stills.uneven:
+        print(
+            f"note: the video's frames come unevenly ({film.stills.uneven:,} of {len(film.steering):,} steps), and will be "
+            "shown evenly, so what moves changes its speed; make them even first: ffmpeg -i VIDEO -vf fps=30 EVEN.mp4"
+        )
     if (height, width) != (own_height, own_width):
         print(
             f"the stills are scaled and cropped from {width}x{height} to {own_width}x{own_height}, "

@@ -66,7 +66,7 @@ def rate_of(times_s: np.ndarray, declared_fps: float, tick_s: float) -> float:
     intervals, lasts_s = len(times_s) - 1, float(times_s[-1] - times_s[0])
     if abs(intervals / declared_fps - lasts_s) <= 2 * tick_s:
         return declared_fps
-    return intervals / lasts_s
+    return intervals / max(lasts_s, tick_s)
 
 
 def cut_span(frames: int, fps: float, clip_seconds: float, stride_seconds: float | None) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from toolkit.data.clips import resize_cover
+from toolkit.data.shots import find_breaks, rate_of
 from toolkit.data.sources import SOURCE_EXTENSIONS
 from toolkit.data.video import VideoError, iter_frames, probe
 from toolkit.errors import UserError, in_one_line
@@ -30,7 +31,8 @@ class Stills(NamedTuple):
 
     cut_NHWC: np.ndarray  # uint8
     source_px: tuple[int, int]  # height and width
-    fps: float | None  # of the video that they are all frames of
+    fps: float | None = None  # of the video that they are all frames of
+    uneven: int = 0  # frames of it that do not follow the one before as those before did
 
 
 def read_stills(paths: Sequence[str], height_px: int, width_px: int) -> Stills:
@@ -55,7 +57,7 @@ def read_stills(paths: Sequence[str], height_px: int, width_px: int) -> Stills:
         sizes[size_of(still_HWC)] = f"{still_HWC.shape[1]}x{still_HWC.shape[0]}"
     if len(sizes) > 1:
         raise UserError(f"the stills have different sizes, {' and '.join(sizes.values())}; give pictures of one size")
-    return Stills(np.stack(cut), next(iter(sizes)), fps=None)
+    return Stills(np.stack(cut), next(iter(sizes)))
 
 
 def size_of(frame_HWC: np.ndarray) -> tuple[int, int]:
@@ -83,7 +85,9 @@ def read_all(path: str, height_px: int, width_px: int) -> Stills:
             raise VideoError(f"{len(cut)} of {facts.frames} frames decode")
     except (OSError, VideoError) as error:
         raise UserError(f"cannot read {path}: {in_one_line(error)}; give a video that plays from end to end") from None
-    return Stills(np.stack(cut), sizes[0], facts.fps)
+    times_s = np.array(facts.times_s)
+    fps = rate_of(times_s, facts.fps, facts.tick_s)  # what a file says of itself may be that of a part
+    return Stills(np.stack(cut), sizes[0], fps, len(find_breaks(times_s, facts.tick_s)))
 
 
 def read_still(path: str) -> np.ndarray:

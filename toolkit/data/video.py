@@ -13,7 +13,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ class VideoError(ValueError):
 class VideoFacts:
     """What a video is: frames counted from its packets, size as displayed.
 
-    tick_s  what times are rounded to
+    tick_s   what times are rounded to
+    times_s  when each frame is shown, ascending
     """
 
     fps: float
@@ -65,6 +66,7 @@ class VideoFacts:
     height_px: int
     width_px: int
     tick_s: float
+    times_s: tuple[float, ...] = field(repr=False)
 
 
 def probe(source: Source, extension: str | None = None) -> VideoFacts:
@@ -78,12 +80,14 @@ def probe(source: Source, extension: str | None = None) -> VideoFacts:
         frame = next(container.decode(stream))
         sides_px = frame.height, frame.width
         height_px, width_px = sides_px[::-1] if frame.rotation // 90 % 2 else sides_px
+        tick_s = float(stream.time_base or 1 / rate)
         return VideoFacts(
             fps=float(rate),
             frames=len(times),
             height_px=height_px,
             width_px=width_px,
-            tick_s=float(stream.time_base or 1 / rate),
+            tick_s=tick_s,
+            times_s=tuple(time * tick_s for time in times),
         )
 
 
