@@ -74,6 +74,17 @@ def test_a_flag_of_several_values_is_given_once(monkeypatch, capsys):
     assert not CALLS
 
 
+@pytest.mark.parametrize(
+    "arguments", [("x", "--gaps", "4", "8"), ("--folder=x", "8"), ("x", "8", "--fresh"), ("--gaps=4", "x", "8")]
+)
+def test_a_value_without_a_flag_is_no_other_flag_s(monkeypatch, capsys, arguments):
+    """Spaces in place of commas: of --gaps 4 8 the second would be the number of steps."""
+    with pytest.raises(SystemExit) as ended:
+        start(monkeypatch, *arguments)
+    assert ended.value.code == 2 and not CALLS
+    assert "8 stands without a flag; write --FLAG VALUE, and commas between several" in capsys.readouterr().err
+
+
 def test_what_fails_inside_is_no_flag(monkeypatch):
     """A value of another one's making that pydantic refuses, in the middle of the work, is not said of a flag."""
 

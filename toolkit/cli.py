@@ -56,6 +56,7 @@ def main(function: Callable[..., Any]) -> None:
         refuse_unknown_flags(function, sys.argv[1:])
         refuse_bare_flags(function, sys.argv[1:])
         refuse_repeated_flags(function, sys.argv[1:])
+        refuse_loose_values(function, sys.argv[1:])
         # else Fire misses a required argument first, where any flag is taken
         fire.Fire(command, ["--", "--help"] if sys.argv[1:] == ["--help"] else None)
     except ValidationError as error:
@@ -180,6 +181,25 @@ def refuse_repeated_flags(function: Callable[..., Any], arguments: list[str]) ->
         times = flags.count(flag)
         if times > 1 and any(get_origin(kind) is tuple for kind in kinds):
             raise UserError(f"--{flag} is given {times} times; give it once, with commas between: --{flag} a,b")
+
+
+def refuse_loose_values(function: Callable[..., Any], arguments: list[str]) -> None:
+    """Refuse values without a flag beyond those of what must be given: Fire deals them out to whatever flags come next."""
+    parameters = inspect.signature(function).parameters.values()
+    flags = [argument for argument in arguments if re.match("--|-[a-zA-Z]", argument)]
+    named = {flag.lstrip("-").partition("=")[0].replace("-", "_") for flag in flags}
+    wanted = [
+        p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in named
+    ]
+    loose = [
+        (before, argument)
+        for before, argument in pairwise(["=", *arguments])
+        if argument not in flags and (before not in flags or "=" in before)
+    ]
+    if len(loose) > len(wanted):
+        raise UserError(
+            f"{loose[len(wanted)][1]} stands without a flag; write --FLAG VALUE, and commas between several values of one"
+        )
 
 
 def _overrides(function: Callable[..., Any], fields: Callable[[], list[str]]) -> list[str]:
