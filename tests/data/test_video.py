@@ -10,12 +10,12 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from tests.data.conftest import encode, frame_numbers, numbered_frames
 from toolkit.data import video
 from toolkit.data.small import iter_small
-from toolkit.data.video import VideoError, iter_frames, probe, read_frames, write_video
+from toolkit.data.video import VideoError, iter_frames, probe, read_frames, write_gif, write_video
 
 
 @pytest.mark.parametrize("gop", [1, 2, 3, 12, 250])
@@ -243,3 +243,13 @@ def test_limits_hold_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video, "MAX_PIXELS", 64 * 48 - 1)
     with pytest.raises(VideoError, match="64 x 48"):
         read_frames(data, [0])
+
+
+@pytest.mark.parametrize("fps", [7, 24, 29.97, 40, 50])
+def test_an_animation_lasts_as_long_as_its_frames(fps: float) -> None:
+    """To a hundredth of a second, which is what a GIF counts in: at 40 frames a second they last 2 and 3 of them."""
+    target = io.BytesIO()
+    write_gif(target, np.random.default_rng(0).integers(0, 256, (81, 4, 4, 3), np.uint8), fps)
+    with Image.open(target) as image:
+        lasts_ms = [shown.info["duration"] for shown in ImageSequence.Iterator(image)]
+    assert len(lasts_ms) == 81 and abs(sum(lasts_ms) - 81_000 / fps) <= 5 and min(lasts_ms) >= 20

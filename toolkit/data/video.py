@@ -15,6 +15,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +202,14 @@ def write_video(
 
 
 def write_gif(target: Path | io.BytesIO, frames_THWC: np.ndarray, fps: float) -> None:
-    """Write uint8 frames as an animation that goes round for ever."""
+    """Write uint8 frames as an animation that goes round for ever.
+
+    A GIF knows hundredths of a second alone, so frames of other rates last now one more, now one less.
+    """
     images = [Image.fromarray(frame_HWC) for frame_HWC in frames_THWC]
-    images[0].save(target, "GIF", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+    ends_cs = [round(100 * i / fps) for i in range(len(images) + 1)]
+    lasts_ms = [10 * (end - begin) for begin, end in pairwise(ends_cs)]
+    images[0].save(target, "GIF", save_all=True, append_images=images[1:], duration=lasts_ms, loop=0)
 
 
 def packed_rate(fps: float) -> Fraction:
