@@ -60,7 +60,7 @@ def test_each_row_is_what_it_is_alone(
     trained: Path, folder: Path, fill: Callable[..., dict[str, bytes]], flags: dict[str, Any]
 ) -> None:
     """To the byte, of pictures and of videos, by the name that the row gives, or that its stills have."""
-    made = fill("a.png,b.png,", f"b.png,{folder}/deep/c.png,one", "film.mp4,a.png,two", **flags)
+    made = fill("a.png,b.png,", f"b.png,{folder}/deep/c.png,one.mp4", "film.mp4,a.png,two", **flags)
     assert made == {
         "a-b.mp4": alone(trained, folder, "a.png", "b.png", **flags),
         "one.mp4": alone(trained, folder, "b.png", "deep/c.png", **flags),

@@ -98,7 +98,7 @@ def read_pairs(table: Path, folder: Path) -> list[Pair]:
                 f"{where}: no video can be called {name!r}; give a name of {MAX_NAME_BYTES} bytes at most, without / and "
                 "without a dot in front"
             )
-        place = folder / f"{name}.mp4"
+        place = folder / f"{name.removesuffix('.mp4')}.mp4"
         if place in pairs:
             raise UserError(f"{where}: {name} comes twice, before in {pairs[place].where}; give each a name of its own")
         pairs[place] = Pair(where, str(first), str(last), place)
