@@ -254,9 +254,9 @@ class FramerPipeline(DiffusionPipeline):
 
         image, last_image    PIL image, list of them, or tensor (B, 3, H, W) in [0, 1]: the two stills of each clip
         height, width        multiples of 8; stills of another size are scaled to cover it and cropped. Default: theirs
-        num_frames           both stills included. In layout spec_middle always 3
+        num_frames           of the window, both stills included; layout spec_middle makes its middle one alone
         min_, max_guidance_scale  classifier-free guidance rises over the window from one to the other; max 1: none
-        fps                  of the result, told as fps - 1
+        fps                  of the window's frames, told as fps - 1
         noise_aug_strength   std of the noise on the stills' pixels; the config's is noise_augmentation
         decode_chunk_size    frames the VAE decodes at once: fewer take longer, give the same; default as many as fit
         trajectories         (P, K, 2): (x, y) of P points at K times from the first still to the last, in pixels of
