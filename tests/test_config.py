@@ -290,6 +290,9 @@ def test_the_user_s_own_folder_is_found(recipe: Path, monkeypatch: pytest.Monkey
     config = load_config(recipe, {"model.base": "~/svd", "data.shards": "~/x", "lora.init_from": "a/~b"})
     assert (config.model.base, config.data.shards) == ("/home/someone/svd", "/home/someone/x")
     assert config.lora.init_from == "a/~b"
+    assert "/home/someone/.cache" not in dump_config(
+        config
+    )  # a recipe goes to others, in a run's folder and a model card
 
 
 def test_patterns_are_read_from_the_command_line(recipe: Path) -> None:

@@ -168,7 +168,7 @@ class DataConfig(Section):
     # or several of these, {folder: clips of every sum(weights) clips}; every source is walked through by itself
     mix: Annotated[dict[Place, Annotated[int, Field(ge=1, le=1000)]], Field(min_length=1)] | None = None
     remote: list[Literal["https", "s3", "hf"]] = []  # the kinds of address that may be read from
-    cache_dir: Place = Field("~/.cache/framer-toolkit", validate_default=True)  # keeps what was read from them
+    cache_dir: str = "~/.cache/framer-toolkit"  # keeps what was read from them; ~ is whoever's who reads
     cache_gb: float = Field(50, ge=0)
     # T: frames of one sample's window, both ends included; even in layout framer_clip only
     frames: int = Field(5, ge=3, le=128)

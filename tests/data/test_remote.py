@@ -430,12 +430,15 @@ def store(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "WAITS_S", (0,))
 
 
-def test_folders_are_listed(store: None, packed: Path, tmp_path: Path) -> None:
-    """s3:// and hf:// name a folder, whose tars are found, and split, by name."""
-    data = DataConfig(shards="s3://bucket/asl/", remote=["s3"], cache_dir=str(tmp_path))
+def test_folders_are_listed(store: None, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """s3:// and hf:// name a folder, whose tars are found, and split, by name; what is read is kept in the user's own."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = DataConfig(shards="s3://bucket/asl/", remote=["s3"], cache_dir="~/kept")
     for split in ("train", "val"):
         assert open_sources(data, split).fingerprint == open_shards(packed, split).fingerprint
     assert str(open_sources(data, "val").shards[0]) == "s3://bucket/asl/val-000000.tar"
+    open_sources(data, "val").read(0, "mp4")
+    assert any((tmp_path / "kept").iterdir())
 
 
 def test_short_answer_of_a_store_is_noticed(store: None, packed: Path, tmp_path: Path) -> None:

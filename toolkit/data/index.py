@@ -78,7 +78,7 @@ def open_sources(data: DataConfig, split: Split) -> DatasetIndex:
     file of it changed is given again: a start asks for the held-out clips six times.
     raises  UserError naming the source or shard that cannot be used
     """
-    cache = DiskCache(Path(data.cache_dir), int(data.cache_gb * 1e9))
+    cache = DiskCache(Path(data.cache_dir).expanduser(), int(data.cache_gb * 1e9))
     tars = {
         source: find_shards(source, data.remote, cache) if is_remote(source) else _list_folder(Path(source))
         for source in data.sources
