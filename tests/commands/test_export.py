@@ -165,7 +165,13 @@ def test_model_card_tells_what_it_is(exported: Exported, to: str, tiny_base: Pat
     card = ModelCard.load(exported[to] / "README.md")
     assert card.data.library_name == ("peft" if to == "peft" else "diffusers") and card.data.license == "other"
     assert "frame-interpolation" in card.data.tags and card.data.base_model is None  # a folder is no id of the hub
-    for row in ("| rank | 4 |", "| targets | all |", "| optimizer steps | 2 |", f"| base | {tiny_base} |"):
+    for row in (
+        "| rank | 4 |",
+        "| targets | all |",
+        "| optimizer steps | 2 |",
+        f"| base | {tiny_base} |",
+        "| weights of the base | unet/diff",
+    ):
         assert row in card.text
     recipe = re.search(r"```yaml\n(.*?)```", card.text, re.DOTALL)
     assert recipe and RunConfig.model_validate(yaml.safe_load(recipe[1])).lora.dora

@@ -155,10 +155,10 @@ def make_card(adapter: AdapterFile | None, about: dict[str, Any], config: RunCon
         what = f"A UNet tuned from that of {base}"
     patterns = {f"{name} of {key}": value for name in ("rank", "alpha")
                 for key, value in getattr(lora, f"{name}_pattern").items()}  # fmt: skip
-    facts: dict[str, Any] = {
-        "base": base,
-        "weights of the base": about.get("base_files", {}).get("unet", "unknown"),
-    }
+    weights = about.get("base_files", {}).get("unet", "unknown")
+    if os.path.isabs(weights):
+        weights = "/".join(Path(weights).parts[-2:])  # the rest is a place on one machine
+    facts: dict[str, Any] = {"base": base, "weights of the base": weights}
     if adapter is None:
         facts["trained parameters"] = config.full.parameters
     else:
