@@ -68,7 +68,7 @@ def test_ours_against_stock() -> None:
         row = report[case][LABELS[name]]
         assert [float(figure.replace(",", "")) for figure in figures] == pytest.approx([*row.values()], rel=0.02), case
     rows = report["framer_5_576"]
-    ladder = [rows[f"ours_fast{parts}"]["ops"] for parts in (", stock", ", cross", ", cross + projections", "")]
+    ladder = [rows[f"ours_fast{parts}"]["ops"] for parts in ("_stock", "_cross", "_cross_projections", "")]
     assert ladder[0] < rows["stock"]["ops"] and all(more > 1.2 * less for more, less in itertools.pairwise(ladder))
     assert rows["ours_small"]["peak_gb"] <= 1.7 and rows["ours_fast"]["ops"] <= 3300
     for plan, limits in MOST.items():

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from toolkit.bench.counts import name_rung
 from toolkit.bench.full import make_tiny_base
 from toolkit.bench.step import (
     Contender,
@@ -26,12 +27,12 @@ from toolkit.bench.step import (
     read_clips,
     write_clips,
 )
+from toolkit.cli import main
 from toolkit.config import LEAN, RunConfig
 from toolkit.data.loader import Batch
 from toolkit.engine.plain import PlainEngine
 from toolkit.errors import UserError
 from toolkit.model.base import Base
-from toolkit.model.prepare import tell_parts
 
 CPU = torch.device("cpu")
 
@@ -49,7 +50,7 @@ def test_all_contenders_take_the_same_steps() -> None:
     report = bench_step(rounds=1, parts=True)
     assert report["device"] == "cpu" and report["kernel"] == "sdpa" and report["data_wait_ms"] > 0
     rows, losses = report["contenders"], report["loss"]
-    fewer = {f"ours_fast, {tell_parts(LEAN[:i])}" for i in range(len(LEAN))}
+    fewer = {name_rung(LEAN[:i]) for i in range(len(LEAN))}
     assert rows.keys() == losses.keys() == {"stock", "ours_fast", "ours_balanced", "ours_small"} | fewer
     assert all(row.keys() == {"ratio", "attention"} and row["ratio"] > 0 and row["attention"] for row in rows.values())
     assert rows["stock"]["ratio"] == 1
@@ -138,8 +139,17 @@ def test_some_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [*bench_step(rounds=1, only=("ours_fast", "stock"))["contenders"]] == ["ours_fast", "stock"]
     assert [*bench_step(rounds=1, only="ours_small")["contenders"]] == ["ours_small"]
     monkeypatch.delattr("toolkit.bench.step.make_tiny_base")
-    with pytest.raises(UserError, match="--only ours_quick is no contender here; give some of stock; ours_fast;"):
+    with pytest.raises(UserError, match="--only ours_quick is no contender here; give some of stock, ours_fast,"):
         bench_step(only="ours_quick")
+
+
+def test_each_contender_can_be_named_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of --parts as well, all of them in one list with commas between."""
+    names = [*list_makers(make_config("framer_5_576", CPU), "sdpa", on_card=True, parts=True)]
+    given: list[Any] = []
+    monkeypatch.setattr("sys.argv", ["bench.py", "--only", ",".join(names)])
+    main(lambda only: given.append(only))
+    assert [*map(tuple, given)] == [tuple(names)] and "ours_fast_cross_projections" in names
 
 
 def test_mfu_by_hand() -> None:

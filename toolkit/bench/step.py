@@ -27,7 +27,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from toolkit.bench.counts import CASES, LORA
+from toolkit.bench.counts import CASES, LORA, name_rung
 from toolkit.bench.full import make_random_base, make_tiny_base, stopwatch
 from toolkit.bench.loader import write_cached
 from toolkit.config import LEAN, DataConfig, DiffusionConfig, EngineConfig, RunConfig
@@ -40,7 +40,7 @@ from toolkit.errors import UserError, in_one_line
 from toolkit.model.base import PRECISIONS, Base
 from toolkit.model.flat import NAME
 from toolkit.model.lora import inject_lora
-from toolkit.model.prepare import Plan, tell_parts
+from toolkit.model.prepare import Plan
 from toolkit.run.attention import choose_kernel
 from toolkit.run.framer import Framer
 from toolkit.run.job import adam_settings, make_framer
@@ -104,7 +104,7 @@ def bench_step(
     names = [*list_makers(config, "sdpa", on_card, parts)]
     chosen = names if only is None else [only] if isinstance(only, str) else only
     if unknown := [name for name in chosen if name not in names]:
-        raise UserError(f"--only {unknown[0]} is no contender here; give some of {'; '.join(names)}")
+        raise UserError(f"--only {unknown[0]} is no contender here; give some of {', '.join(names)}")
     precision = PRECISIONS[config.engine.precision]
     attention = choose_kernel(config.model.attention, config, world, precision, LEAN)
     base = (make_random_base if on_card else make_tiny_base)(world.device, precision)
@@ -174,7 +174,7 @@ def list_makers(config: RunConfig, attention: str, on_card: bool, parts: bool = 
     rows = attention.removesuffix(" + triton")  # which is the last part
     for own in (LEAN[:i] for i in range(len(LEAN)) if parts):
         fewer = with_model(config, blocks=list(own))
-        makers[f"ours_{PLANS[0]}, {tell_parts(own)}"] = partial(make_ours, fewer, rows, PLANS[0])
+        makers[name_rung(own)] = partial(make_ours, fewer, rows, PLANS[0])
     return makers
 
 
