@@ -1,6 +1,7 @@
 """A recipe says what runs, and a wrong one is refused by name. Run: pytest tests/test_config.py"""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +195,10 @@ def test_missing_required_is_named(recipe: Path, missing: str) -> None:
     *section, key = missing.split(".")
     del (tree[section[0]] if section else tree)[key]
     recipe.write_text(yaml.safe_dump(tree))
-    with pytest.raises(UserError, match=f"{missing} is missing; .*--{missing}"):
+    with pytest.raises(UserError, match=f"{missing} is missing; .*--{missing}") as caught:
         load_config(recipe)
+    flag = re.findall(r"--([\w.]+)", str(caught.value))[0]
+    assert load_config(recipe, {flag: "x"}).name in ("a", "x")
 
 
 @pytest.mark.parametrize("text", ["lora: {rank: 4}\nlora: {alpha: 8}\n", "lora:\n  lora: 1\n  rank: 4\n  rank: 8\n"])
@@ -231,6 +234,13 @@ def test_overrides_win_by_dotted_name(recipe: Path) -> None:
     assert changed == {
         "lora.rank": (8, 32), "optimizer.lr": (1e-4, 3e-4), "name": ("a", "b"), "schedule.steps": (None, 7)
     }  # fmt: skip
+
+
+def test_a_section_with_nothing_under_it_is_that_of_no_word(recipe: Path) -> None:
+    """As when all of its fields are commented out; whether one is then set on the command line or not."""
+    plain = load_config(recipe, {"lora.rank": 64})
+    recipe.write_text("name: a\ndata: {shards: shards/a}\nlora:\nseed:\n")
+    assert load_config(recipe) == plain and load_config(recipe, {"lora.rank": 8}).lora.rank == 8
 
 
 @pytest.mark.parametrize(
@@ -321,6 +331,16 @@ def test_one_kind_of_source_takes_the_place_of_the_other(recipe: Path, tmp_path:
     saved.write_text(yaml.safe_dump(mixed.model_dump(mode="json")))
     assert load_config(saved, {"data.shards": "a"}).data.sources == {"a": 1}
     assert load_config(saved, {"data.mix": {"d": 1}}).data.sources == {"d": 1}
+
+
+def test_epochs_on_the_command_line_take_the_place_of_a_recipe_s_steps(recipe: Path, tmp_path: Path) -> None:
+    """Which would win unseen, in a recipe and in the config.yaml of a run; given side by side, steps win."""
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(dump_config(load_config(recipe, {"schedule.steps": 7})))
+    asked = load_config(saved, {"schedule.epochs": 2}).schedule
+    assert (asked.epochs, asked.steps) == (2, None)
+    assert load_config(saved, {"schedule.epochs": "null"}).schedule.steps == 7
+    assert load_config(saved, {"schedule.epochs": 2, "schedule.steps": 5}).schedule.steps == 5
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ DEEPSPEED_KEYS = {
 }  # fmt: skip
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero2_offload": 2, "zero3": 3}
 _MAX_RECIPE_CHARACTERS = 1 << 16
+# section and fields: the first, given on the command line, takes the place of the second in the recipe
+_RIVALS = (("data", "mix", "shards"), ("data", "shards", "mix"), ("schedule", "epochs", "steps"))
 
 
 Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, or a hub id; ~ is the user's own folder
@@ -383,12 +385,13 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
     tree = read_yaml(path, "the recipe", "recipes are in launch/recipes")
     if not isinstance(tree, dict):
         raise UserError(f"{path} is not a recipe: it must hold `section: {{key: value}}`, see launch/recipes")
+    tree = {name: value for name, value in tree.items() if value is not None}  # `lora:` with nothing under it
     given_none = ("null", "None")  # as text: recipes say the one, Python the other
     overrides = {name: None if value in given_none else value for name, value in (overrides or {}).items()}
-    for given, other in (("mix", "shards"), ("shards", "mix")):  # the one takes the other's place
-        data = tree.get("data")
-        if overrides.get(f"data.{given}") is not None and f"data.{other}" not in overrides and isinstance(data, dict):
-            data.pop(other, None)
+    for section, given, other in _RIVALS:
+        own, named = tree.get(section), overrides.get(f"{section}.{given}") is not None
+        if named and f"{section}.{other}" not in overrides and isinstance(own, dict):
+            own.pop(other, None)
     for name, value in overrides.items():
         _set_dotted(tree, name, value)
     return parse_config(tree, path)
@@ -539,9 +542,7 @@ def _set_dotted(tree: dict[str, Any], name: str, value: Any) -> None:
         )
     *sections, key = name.split(".")
     for section in sections:
-        if tree.get(section) is None:  # absent, or `lora:` with nothing under it
-            tree[section] = {}
-        tree = tree[section]
+        tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             if name in known:
                 raise UserError(
@@ -574,7 +575,8 @@ def _explain(error: Any) -> tuple[str, str]:
     if error["type"] == "extra_forbidden":
         return _unknown(name), ""
     if error["type"] == "missing":
-        return f"{name} is missing; set it in the recipe or with --{name}", ""
+        flag = "data.shards" if name == "data" else name  # of all sections the one that has no defaults
+        return f"{name} is missing; set it in the recipe or with --{flag}", ""
     message = error["msg"].removeprefix("Value error, ")
     if not name:  # a check of the whole tree names its fields by itself
         return message, ""
