@@ -82,7 +82,7 @@ def test_a_value_without_a_flag_is_no_other_flag_s(monkeypatch, capsys, argument
     with pytest.raises(SystemExit) as ended:
         start(monkeypatch, *arguments)
     assert ended.value.code == 2 and not CALLS
-    assert "8 stands without a flag; write --FLAG VALUE, and commas between several" in capsys.readouterr().err
+    assert "'8' is a word too many; give each value its flag, several with commas" in capsys.readouterr().err
 
 
 def test_what_fails_inside_is_no_flag(monkeypatch):
@@ -194,6 +194,14 @@ def test_help_shows_the_flags_and_does_no_work(monkeypatch, capsys):
     assert "GROUP" not in shown and "FIRE" not in shown and "Optional[]" not in shown and "Type: int" in shown
 
 
+@pytest.mark.parametrize("arguments", [("x", "--help"), ("--steps", "3", "-h"), ("--help", "--steps", "many")])
+def test_help_is_shown_whatever_stands_beside_it(monkeypatch, capsys, arguments):
+    """Fire would do the work first, which may take hours."""
+    with pytest.raises(SystemExit) as ended:
+        start(monkeypatch, *arguments)
+    assert ended.value.code == 0 and CALLS == [] and "Stands for a long job." in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize(
     ("annotation", "words"),
     [
@@ -259,6 +267,10 @@ def test_a_rank_is_named_where_there_are_several(monkeypatch, capsys):
         (("--folder", "--fresh"), "--folder is given without a value; write --folder VALUE"),
         (("x", "--steps", "--out", "o"), "--steps is given without a value; write --steps VALUE"),
         (("x", "--noout"), "unknown flag --noout; did you mean --out?"),
+        (
+            ("my", "--steps=3", "--fresh=1", "--out", "y", "--gaps=4", "videos"),
+            "'videos' is a word too many; give each value",
+        ),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_no_work(monkeypatch, capsys, arguments, words):

@@ -25,6 +25,7 @@ from toolkit.errors import UserError, in_one_line, in_words, printable
 fire.decorators.FIRE_METADATA = (
     "__fire__"  # what it hangs on a command by this name, its help would offer as a group of commands
 )
+_FLAG = re.compile("--|-[a-zA-Z]")  # how one begins, as Fire tells it
 _FULL_DISK = "the disk is full; what was published so far is whole, so free some space and start the same command again"
 _FULL_MEMORY = (
     "memory is used up; to train in less take model.memory small, then model.quantize int8, fewer data.frames or a smaller "
@@ -53,12 +54,11 @@ def main(function: Callable[..., Any]) -> None:
     texts += _overrides(function, text_fields)
     fire.decorators.SetParseFns(**dict.fromkeys(texts, str))(command)  # Fire reads 2024_01 as a number
     try:
-        refuse_unknown_flags(function, sys.argv[1:])
-        refuse_bare_flags(function, sys.argv[1:])
-        refuse_repeated_flags(function, sys.argv[1:])
-        refuse_loose_values(function, sys.argv[1:])
-        # else Fire misses a required argument first, where any flag is taken
-        fire.Fire(command, ["--", "--help"] if sys.argv[1:] == ["--help"] else None)
+        # Fire misses a required argument first, and shows what is behind other words only after the work is done
+        helps = not {"--help", "-h"}.isdisjoint(sys.argv[1:])
+        if not helps:
+            refuse_wrong_flags(function, sys.argv[1:])
+        fire.Fire(command, ["--", "--help"] if helps else None)
     except ValidationError as error:
         if not error.title.startswith(
             function.__qualname__
@@ -146,12 +146,20 @@ def _leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def refuse_unknown_flags(function: Callable[..., Any], arguments: list[str]) -> None:
-    """Refuse a flag that the function does not take; Fire itself would say so only after the work is done."""
+def refuse_wrong_flags(function: Callable[..., Any], arguments: list[str]) -> None:
+    """Refuse what the function does not take, or not so: Fire itself would say so only after the work is done, or never."""
+    _refuse_unknown(function, arguments)
+    _refuse_bare(function, arguments)
+    _refuse_repeated(function, arguments)
+    _refuse_surplus(function, arguments)
+
+
+def _refuse_unknown(function: Callable[..., Any], arguments: list[str]) -> None:
+    """Refuse a flag that the function does not take."""
     parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
     flags, fields = [p.name for p in parameters], _overrides(function, field_names)
     parts = {part for name in fields for part in name.split(".")}
-    taken = {*flags, *fields, "help", *(f"no{p.name}" for p in parameters if p.annotation is bool)}
+    taken = {*flags, *fields, *(f"no{p.name}" for p in parameters if p.annotation is bool)}
     for argument in arguments:
         name = re.match(r"--([\w.-]+)", argument)
         flag = name[1].replace("-", "_") if name else ""
@@ -163,17 +171,17 @@ def refuse_unknown_flags(function: Callable[..., Any], arguments: list[str]) -> 
             raise UserError(f"unknown flag --{flag}; {known}")
 
 
-def refuse_bare_flags(function: Callable[..., Any], arguments: list[str]) -> None:
+def _refuse_bare(function: Callable[..., Any], arguments: list[str]) -> None:
     """Refuse a flag without the value that its parameter needs: Fire makes it True, which passes for a text and a number."""
     valued = [p.name for p in inspect.signature(function).parameters.values() if p.annotation is not bool]
     valued += _overrides(function, text_fields)
     for argument, after in pairwise([*arguments, "--"]):
         flag = argument.removeprefix("--").replace("-", "_")
-        if argument.startswith("--") and flag in valued and re.match("--|-[a-zA-Z]", after):  # as Fire tells a flag
+        if argument.startswith("--") and flag in valued and _FLAG.match(after):
             raise UserError(f"--{flag} is given without a value; write --{flag} VALUE")
 
 
-def refuse_repeated_flags(function: Callable[..., Any], arguments: list[str]) -> None:
+def _refuse_repeated(function: Callable[..., Any], arguments: list[str]) -> None:
     """Refuse a flag of several values that is given twice: of each flag Fire keeps the last alone."""
     flags = [name[1].replace("-", "_") for argument in arguments if (name := re.match(r"--([\w-]+)", argument))]
     for flag, parameter in inspect.signature(function).parameters.items():
@@ -183,22 +191,19 @@ def refuse_repeated_flags(function: Callable[..., Any], arguments: list[str]) ->
             raise UserError(f"--{flag} is given {times} times; give it once, with commas between: --{flag} a,b")
 
 
-def refuse_loose_values(function: Callable[..., Any], arguments: list[str]) -> None:
-    """Refuse values without a flag beyond those of what must be given: Fire deals them out to whatever flags come next."""
+def _refuse_surplus(function: Callable[..., Any], arguments: list[str]) -> None:
+    """Refuse words without a flag beyond those that must be given: Fire deals them out to whatever flags come next."""
+    given = {argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
     parameters = inspect.signature(function).parameters.values()
-    flags = [argument for argument in arguments if re.match("--|-[a-zA-Z]", argument)]
-    named = {flag.lstrip("-").partition("=")[0].replace("-", "_") for flag in flags}
-    wanted = [
-        p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in named
+    wanted = sum(p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in given for p in parameters)
+    words = [
+        word
+        for before, word in pairwise(["", *arguments])
+        if not _FLAG.match(word) and ("=" in before or not _FLAG.match(before))
     ]
-    loose = [
-        (before, argument)
-        for before, argument in pairwise(["=", *arguments])
-        if argument not in flags and (before not in flags or "=" in before)
-    ]
-    if len(loose) > len(wanted):
+    if len(words) > wanted:
         raise UserError(
-            f"{loose[len(wanted)][1]} stands without a flag; write --FLAG VALUE, and commas between several values of one"
+            f"{words[wanted]!r} is a word too many; give each value its flag, several with commas, one with spaces quotes"
         )
 
 

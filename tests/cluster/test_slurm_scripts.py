@@ -142,6 +142,13 @@ def test_what_could_not_run_is_refused_before_it_is_queued(
             submit_array(["shards/pack.py", "v", "o", *part], 2, Resources(), tmp_path, dry_run=True)
     with pytest.raises(UserError, match="unknown flag --clip_secs; did you mean --clip_seconds"):
         submit_array(["shards/pack.py", "v", "o", "--clip_secs", "4"], 2, Resources(), tmp_path, dry_run=True)
+    for wrong in (
+        ["--help"],
+        ["--gop"],
+        ["--gop", "8", "--overwrite", "--clip_seconds=2", "--help"],
+    ):  # in each of the parts
+        with pytest.raises(UserError, match="unknown flag --help|--gop is given without a value"):
+            submit_array(["shards/pack.py", "v", "o", *wrong], 2, Resources(), tmp_path, dry_run=True)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="sbatch is not on this machine"):
         submit_run(config, Resources(), 60)

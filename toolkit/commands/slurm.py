@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from toolkit.cli import refuse_unknown_flags
+from toolkit.cli import refuse_wrong_flags
 from toolkit.commands.doctor import examine
 from toolkit.config import RunConfig, dump_config
 from toolkit.errors import UserError
@@ -151,7 +151,7 @@ def submit_array(command: Sequence[str], parts: int, resources: Resources, folde
     if any(re.match("--part(=|$)", word) for word in command):
         raise UserError("--part is given, but the array gives each job its own; leave it out")
     name = Path(command[0]).stem
-    refuse_unknown_flags(runpy.run_path(str(ROOT / command[0]))[name], list(command[1:]))
+    refuse_wrong_flags(runpy.run_path(str(ROOT / command[0]))[name], list(command[1:]))
     code = folder.absolute() / "code" / digest_code()
     options = resources.options() | {
         "job-name": name, "output": f"{folder.absolute()}/{name}_%A_%a.log", "array": f"1-{parts}",
