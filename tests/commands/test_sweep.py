@@ -135,7 +135,10 @@ def test_what_is_finished_is_not_done_again(settings: dict[str, Any], swept: Pat
     assert do(fewer, part="1/4") == [f"train {NAMES[0]}", f"evaluate {NAMES[0]}"]
     assert [[row["seeds"] for row in table["rows"].values()] for table in read(folder)["tables"]] == [[[0]]] * 2
     assert do(settings) == [f"train {NAMES[0]}", f"evaluate {NAMES[0]}"]
-    with pytest.raises(UserError, match="rank-2: .*was made by another recipe .lora.alpha was 4.0, is 8.0"):
+    wrong = "rank-2: .*was made by another recipe .lora.alpha was 4.0, is 8.0"
+    with pytest.raises(
+        UserError, match=wrong + r".; choose another --name for the sweep, or move \S+/rank-2_seed-0 away$"
+    ):
         do(settings | {"lora.alpha": 8})
 
 

@@ -214,7 +214,7 @@ def check_points(points: Sequence[Point], gaps: Sequence[int], ranks: int | None
                         "note: lora.rank varies without lora.alpha, and so alpha / rank, the adapter's scale, as well"
                     )
                 print(f"{point.combination}: {found['optimizer_steps']:,} steps, {found['ranks']} processes a run")
-            check_folder(config)
+            check_folder(config, remedy=f"choose another --name for the sweep, or move {config.folder} away")
         except UserError as error:
             raise UserError(f"{point.combination}: {error}") from None
         clips[config.name] = looked_at[point.combination]

@@ -58,6 +58,7 @@ _OWN_TEXTS = ("config.yaml", "env.json", "LATEST", "BEST", "*.jsonl")  # which t
 # what a kill at the very start can leave, beside what is half written, and what is there of a job that was submitted
 _OWN_FIRST_FILES = ("lock", "slurm", "code", *RATE_FILES)
 COMMIT_FILE = "COMMIT"  # beside the copy of the code that a batch job runs: what the original was
+REMEDY = "choose another --name, start anew with --fresh, or go on all the same with --allow_change"
 INEXACT = "the run goes on, but not to the last digit as it would have"
 
 
@@ -76,11 +77,14 @@ class Resume:
     misses: int = 0  # looks since that one
 
 
-def check_folder(config: RunConfig, allow_change: bool = False) -> str:
-    """Refuse a run folder that does not belong to this recipe, naming the fields that differ; returns those allowed to."""
+def check_folder(config: RunConfig, allow_change: bool = False, remedy: str = REMEDY) -> str:
+    """Refuse a run folder that does not belong to this recipe, naming the fields that differ; returns those allowed to.
+
+    remedy  what whoever started it can do
+    """
     folder = config.folder
     if (folder / "config.yaml").exists():
-        return _check_same_recipe(folder, config, allow_change)
+        return _check_same_recipe(folder, config, allow_change, remedy)
     if folder.exists() and any(p.name not in _OWN_FIRST_FILES and p.suffix != ".tmp" for p in folder.iterdir()):
         raise UserError(f"{folder} holds files but no run; choose another --name or --runs_dir")
     return ""
@@ -293,7 +297,7 @@ def _lock(folder: Path) -> IO[str]:
     return lock
 
 
-def _check_same_recipe(folder: Path, config: RunConfig, allow_change: bool) -> str:
+def _check_same_recipe(folder: Path, config: RunConfig, allow_change: bool, remedy: str) -> str:
     saved = load_config(folder / "config.yaml")
     changed = {name: values for name, values in diff_configs(saved, config).items() if not name.startswith(FREE_FIELDS)}
     trained = any(p.suffix not in (".tmp", ".old") for p in (folder / "checkpoints").glob("step_*"))
@@ -301,10 +305,7 @@ def _check_same_recipe(folder: Path, config: RunConfig, allow_change: bool) -> s
         return ""
     rows = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
     if not allow_change:
-        raise UserError(
-            f"{folder} was made by another recipe ({rows}); choose another --name, start anew with --fresh, or go on "
-            "all the same with --allow_change"
-        )
+        raise UserError(f"{folder} was made by another recipe ({rows}); {remedy}")
     if any(name.startswith("lora.") for name in changed):
         raise UserError(
             f"{folder} was made by another recipe ({rows}), and an adapter cannot change in the middle of a run, not "
