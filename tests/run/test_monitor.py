@@ -26,6 +26,7 @@ from toolkit.rng import rng
 from toolkit.run.board import BESIDE, GROUPS, OWN, TAGS
 from toolkit.run.monitor import Monitor
 from toolkit.run.rows import read_rows
+from toolkit.run.scores import Scores
 from toolkit.run.signals import STOP_FILE
 from toolkit.run.timings import PHASES
 
@@ -254,6 +255,19 @@ def monitors(tmp_path: Path) -> Iterator[Any]:
 
     yield make
     opened[-1].close()
+
+
+def test_the_first_step_is_no_measure_of_those_to_come(
+    monitors: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It loads, captures and compiles: ten minutes, where each later step, pauses included, takes two seconds."""
+    clock = 100.0
+    monkeypatch.setattr("toolkit.run.monitor.time.monotonic", lambda: clock)
+    monitor = monitors(4)
+    for step, took_s in ((5, 600.0), (6, 1.0), (7, 3.0), (10, 6.0)):
+        clock += took_s
+        monitor.report(step, Scores(*torch.ones(3, 1).double()), 1.0, 1e-3)
+    assert [row["eta_s"] for row in read_rows(tmp_path / "log.jsonl")] == [600 * 5, 4, 2 * 3, 0]
 
 
 FIGURES = {"psnr": {"linear": 20.0, "tuned": 21.5}, "psnr_moving": {"linear": 15.0, "tuned": 18.0}}

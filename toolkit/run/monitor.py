@@ -85,7 +85,7 @@ class Monitor:
         blocks = health.blocks if health is not None else ()
         self.board = Board(run / "tb", start, name_bins(edges), blocks, sorted(figures))
         self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, disable=None)
-        self.began_s = time.monotonic()
+        self.timed_from = start, time.monotonic()  # a step, and when it was done, by which the time left is told
         self.timings = Timings(world.device)
 
     def timing(self, phase: str) -> contextlib.AbstractContextManager[Any]:
@@ -127,8 +127,6 @@ class Monitor:
         self.step = step
         own, known = self.timings.end_step()
         self._book(known)
-        if step == self.start + 1:  # it starts loader workers, captures and compiles, which later ones do not
-            self._say(f"first step in {own.total_s:.1f} s")
         self.scores.append(scores)
         row: dict[str, Any] = {
             "step": step, "clips": self.position + (step - self.start) * self.clips_per_step,
@@ -137,6 +135,9 @@ class Monitor:
             "clips_per_s": self.clips_per_step / own.total_s, "data_wait_share": own.parts_s["data"] / own.total_s,
             "memory_gib": peak_memory_gib(), "eta_s": self._left_s(),
         }  # fmt: skip
+        if step == self.start + 1:  # it starts loader workers, captures and compiles, which later ones do not
+            self._say(f"first step in {own.total_s:.1f} s")
+            self.timed_from = step, time.monotonic()
         if validation is not None:
             row |= {
                 "validation_look": self.look, "validation_loss": validation.held_out, "seen_loss": validation.seen,
@@ -239,7 +240,8 @@ class Monitor:
         sys.stdout.flush()
 
     def _left_s(self) -> float:
-        return (time.monotonic() - self.began_s) / (self.step - self.start) * (self.total - self.step)
+        step, then_s = self.timed_from
+        return (time.monotonic() - then_s) / (self.step - step) * (self.total - self.step)
 
 
 def peak_memory_gib() -> float:
