@@ -155,6 +155,19 @@ def test_what_could_not_run_is_refused_before_it_is_queued(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_variables_that_the_manual_tells_a_user_to_set_reach_a_job(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of its part on SLURM, and of the networks between machines."""
+    manual = (ROOT / "docs/LAUNCHING.md").read_text()
+    text = manual.partition("## SLURM")[2].partition("\n## ")[0] + " ".join(re.findall(r"`\w+_SOCKET_IFNAME", manual))
+    names = set(re.findall(r"`([A-Z_]{8,})\b", text))
+    assert {"TORCHINDUCTOR_CACHE_DIR", "NCCL_SOCKET_IFNAME"} <= names
+    for name in names:
+        monkeypatch.setenv(name, "x")
+    assert names <= set(directives(submit_run(config, Resources(), 60, dry_run=True))["export"].split(","))
+
+
 def test_secrets_stay_behind(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job inherits the named variables that are set, by name alone, and no others."""
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "NCCL_$(id)", "PYTHONPATH"):

@@ -39,7 +39,8 @@ SNAPSHOT = (
 ARRAY_PROGRAMS = ("shards/pack.py", "shards/cache.py", "launch/sweep.py")
 # All that a job inherits from the shell it was submitted in; tokens and the like stay behind.
 EXPORTED = (
-    r"HOME|PATH|LD_LIBRARY_PATH|LANG|CUDA_HOME|HF_HOME|HF_HUB_OFFLINE|XDG_CACHE_HOME|TORCH_EXTENSIONS_DIR"
+    r"HOME|PATH|LD_LIBRARY_PATH|LANG|CUDA_HOME|HF_HOME|HF_HUB_CACHE|HF_HUB_OFFLINE|XDG_CACHE_HOME"
+    r"|TORCH_EXTENSIONS_DIR|TORCHINDUCTOR_CACHE_DIR|TRITON_CACHE_DIR"
     r"|(NCCL|TORCH_NCCL|GLOO|UCX|FI)_[A-Z0-9_]+|(https?|no)_proxy|(HTTPS?|NO)_PROXY"
 )
 
