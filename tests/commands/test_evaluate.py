@@ -19,7 +19,7 @@ from tests.data.test_report import Page
 from tests.launching import train_here
 from tests.test_metrics import MeanColours, lpips_weights, save_video_network
 from toolkit.commands import contenders as contenders_module
-from toolkit.commands.contenders import Result, list_contenders, read_sources
+from toolkit.commands.contenders import Result, list_contenders, parse_sweep, read_sources
 from toolkit.commands.evaluate import draw_extremes, evaluate_run, recommend
 from toolkit.commands.report import frame_charts, to_text, write_page
 from toolkit.config import dump_config, load_config
@@ -333,6 +333,12 @@ def test_a_folder_of_somebody_else_is_told_first(
         with pytest.raises(UserError, match=f"cannot write to {closed}; give another folder: --out FOLDER"):
             evaluate_run(str(trained), out=str(tmp_path / "run"))
     assert not list((tmp_path / "run/samples").iterdir())
+
+
+def test_values_of_a_sweep_are_those_of_their_labels() -> None:
+    """Two that are written alike, in six digits, are one; else the figures of the one stood beside the other as well."""
+    field, values = parse_sweep("lora_scale=0.70000004,0.7,1e-7,1,0.123456789")
+    assert (field, values) == ("lora_scale", [1e-7, 0.123457, 0.7, 1.0])
 
 
 def test_a_run_without_adapter_is_its_own_base(trained: Path) -> None:

@@ -184,14 +184,14 @@ def is_fed_alike(a: Source, b: Source) -> bool:
 
 
 def parse_sweep(sweep: str) -> tuple[str, list[float]]:
-    """Read FIELD=VALUE,VALUE,...; raises UserError."""
+    """Read FIELD=VALUE,VALUE,..., to the six digits that labels have; raises UserError."""
     field, _, text = sweep.partition("=")
     field = field.strip()
     if field not in SWEEPABLE:
         (near,) = difflib.get_close_matches(field, SWEEPABLE, 1, cutoff=0)
         raise UserError(f"--sweep {field}: did you mean {near}? What can be swept is {', '.join(SWEEPABLE)}")
     try:
-        values = [float(part) for part in text.split(",")]
+        values = [float(f"{float(part):g}") for part in text.split(",")]
     except ValueError:
         values = [math.nan]
     if not all(map(math.isfinite, values)):
