@@ -1,6 +1,7 @@
 """A grid of runs is ordinary runs, side by side, and none is done twice. Run: pytest tests/commands/test_sweep.py"""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -123,7 +124,14 @@ def test_what_is_finished_is_not_done_again(settings: dict[str, Any], swept: Pat
     pointer.rename(folder / NAMES[2] / "LATEST")
     for file in folder.glob("*/config.yaml"):  # as a start of a finished run does by hand
         file.write_text(file.read_text())
+    for place in folder.glob("*/checkpoints/*"):  # a clock that was set back by an hour before the runs were judged
+        os.utime(place, (time.time() + 3600,) * 2)
     assert do(settings) == []
+    told = folder / NAMES[0] / "evaluation/evaluation.json"
+    told.write_text(
+        told.read_text().replace("step_000002", "step_000001")
+    )  # of a checkpoint that is no more the newest
+    assert do(settings) == [f"evaluate {NAMES[0]}"]
     assert do(settings, "{lora.rank: [4, 2, 1]}", seeds=1) == ["train rank-1_seed-0", "evaluate rank-1_seed-0"]
     assert do(settings, "{lora.rank: [1]}", seeds=1, gaps=[]) == ["evaluate rank-1_seed-0"]
     # how it is judged is told by its recipe, which a start writes anew: it has nothing to train

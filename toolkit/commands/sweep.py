@@ -31,7 +31,7 @@ from toolkit.config import RunConfig, dump_config, load_config, parse_yaml, read
 from toolkit.data.index import open_sources
 from toolkit.data.parallel import parse_part
 from toolkit.errors import UserError
-from toolkit.run.checkpoint import list_checkpoints, replace_text
+from toolkit.run.checkpoint import checkpoint_step, find_best, list_checkpoints, replace_text
 from toolkit.run.folder import check_folder
 from toolkit.run.job import is_finished
 from toolkit.run.judge import check_gaps, compare, describe, find_figure, main_figure, own_gaps
@@ -261,15 +261,17 @@ def judge_point(point: Point, gaps: Sequence[int], requests: Requests) -> bool:
 
 
 def is_judged(point: Point, gaps: Sequence[int]) -> bool:
-    """Whether a finished run was evaluated by its recipe, at these gaps, after its last checkpoint."""
-    # not LATEST, before which a kill can come
-    newest, found = list_checkpoints(point.config.folder)[-1], point.evaluation
+    """Whether a finished run was evaluated by its recipe, at these gaps, and of it the checkpoint that counts."""
+    best = find_best(point.config.folder) if point.config.validation.patience is not None else None
+    # not LATEST, before which a kill can come; and not by the clock, which may have been set back meanwhile
+    step = checkpoint_step(list_checkpoints(point.config.folder)[-1]) if best is None else best.step
     try:
-        told, came_later = json.loads(found.read_text()), found.stat().st_mtime > newest.stat().st_mtime
-    except (FileNotFoundError, ValueError):  # none yet, or one that a power cut has spoilt
+        told = json.loads(point.evaluation.read_text())
+        judged = checkpoint_step(Path(told["judged"]["tuned"]))
+    except (FileNotFoundError, ValueError, KeyError):  # none yet, or one that a power cut has spoilt
         return False
     wanted = {str(gap) for gap in gaps or own_gaps(point.config)}
-    return came_later and told.get("recipe") == point.config.model_dump(mode="json") and set(told["gaps"]) == wanted
+    return judged == step and told.get("recipe") == point.config.model_dump(mode="json") and set(told["gaps"]) == wanted
 
 
 def follow(command: list[str], requests: Requests, ask: Callable[[subprocess.Popen[bytes]], None]) -> int:
