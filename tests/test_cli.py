@@ -82,7 +82,9 @@ def test_a_value_without_a_flag_is_no_other_flag_s(monkeypatch, capsys, argument
     with pytest.raises(SystemExit) as ended:
         start(monkeypatch, *arguments)
     assert ended.value.code == 2 and not CALLS
-    assert "'8' is a word too many; give each value its flag, several with commas" in capsys.readouterr().err
+    assert (
+        "'8' is a word too many; put what has spaces in quotes, and commas between several" in capsys.readouterr().err
+    )
 
 
 def test_what_fails_inside_is_no_flag(monkeypatch):
@@ -266,10 +268,11 @@ def test_a_rank_is_named_where_there_are_several(monkeypatch, capsys):
         (("x", "--out"), "--out is given without a value; write --out VALUE"),
         (("--folder", "--fresh"), "--folder is given without a value; write --folder VALUE"),
         (("x", "--steps", "--out", "o"), "--steps is given without a value; write --steps VALUE"),
+        (("--steps", "3"), "--folder must be given; --help says what is taken"),
         (("x", "--noout"), "unknown flag --noout; did you mean --out?"),
         (
             ("my", "--steps=3", "--fresh=1", "--out", "y", "--gaps=4", "videos"),
-            "'videos' is a word too many; give each value",
+            "'videos' is a word too many; put what has",
         ),
     ],
 )

@@ -151,7 +151,7 @@ def refuse_wrong_flags(function: Callable[..., Any], arguments: list[str]) -> No
     _refuse_unknown(function, arguments)
     _refuse_bare(function, arguments)
     _refuse_repeated(function, arguments)
-    _refuse_surplus(function, arguments)
+    _refuse_miscounted(function, arguments)
 
 
 def _refuse_unknown(function: Callable[..., Any], arguments: list[str]) -> None:
@@ -191,20 +191,24 @@ def _refuse_repeated(function: Callable[..., Any], arguments: list[str]) -> None
             raise UserError(f"--{flag} is given {times} times; give it once, with commas between: --{flag} a,b")
 
 
-def _refuse_surplus(function: Callable[..., Any], arguments: list[str]) -> None:
-    """Refuse words without a flag beyond those that must be given: Fire deals them out to whatever flags come next."""
+def _refuse_miscounted(function: Callable[..., Any], arguments: list[str]) -> None:
+    """Refuse words without a flag beyond those that must be given, which Fire gives to other flags, and too few of them."""
     given = {argument[2:].partition("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
-    parameters = inspect.signature(function).parameters.values()
-    wanted = sum(p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in given for p in parameters)
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    wanted = [p.name for p in parameters if p.default is p.empty and p.name not in given]
     words = [
         word
         for before, word in pairwise(["", *arguments])
         if not _FLAG.match(word) and ("=" in before or not _FLAG.match(before))
     ]
-    if len(words) > wanted:
+    if len(words) > len(wanted):
+        word = words[len(wanted)]
         raise UserError(
-            f"{words[wanted]!r} is a word too many; give each value its flag, several with commas, one with spaces quotes"
+            f"{word!r} is a word too many; put what has spaces in quotes, and commas between several values"
         )
+    missing = [f"--{name}" for name in wanted[len(words) :]]
+    if missing and not any(re.match("-[a-zA-Z]", argument) for argument in arguments):  # short for any of them
+        raise UserError(f"{' and '.join(missing)} must be given; --help says what is taken")
 
 
 def _overrides(function: Callable[..., Any], fields: Callable[[], list[str]]) -> list[str]:

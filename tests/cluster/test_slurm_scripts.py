@@ -92,6 +92,20 @@ def test_dry_run_of_the_command_lines(tmp_path: Path) -> None:
     assert refused.stderr.count("\n") == 1
 
 
+def test_arrays_of_the_manual_say_all_that_their_parts_need(tmp_path: Path) -> None:
+    """Else each of the parts would refuse its command, after the wait in the queue."""
+    pages = (ROOT / page for page in ("README.md", "docs/LAUNCHING.md"))
+    shown = [
+        words for page in pages for words in re.findall(r"submit_array\.py --parts 8 (.*?)[`\n]", page.read_text())
+    ]
+    assert len(shown) == 2
+    for words in map(shlex.split, shown):
+        program = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        assert submit_array(words[program:], 8, Resources(), tmp_path, dry_run=True)
+    with pytest.raises(UserError, match="--name must be given"):
+        submit_array(["launch/sweep.py", "--config", "c", "--grid", "g"], 8, Resources(), tmp_path, dry_run=True)
+
+
 @pytest.mark.parametrize("text", INJECTIONS)
 def test_values_that_would_be_more_are_refused(config: RunConfig, tmp_path: Path, text: str) -> None:
     """In every field, in the name of the run's folder, and among a program's arguments: a sentence, and nothing written."""
