@@ -378,7 +378,13 @@ def test_lora_verbs(tiny_base: Path, adapters: list[Path]) -> None:
     with pytest.warns(UserWarning, match="was trained with layout spec_middle .here it is framer_clip"):
         pipe.load_lora_weights(adapters[1].parent, weight_name=adapters[1].name)
     assert pipe.get_list_adapters() == {"unet": ["a", "adapter_0"]}
-    pipe.set_adapters(["a", "adapter_0"], [1.0, 0.5])
+    pipe.set_adapters(("a", "adapter_0"), (1.0, 0.5))
+    for names, weights, message in (
+        (["a", "a"], [1.0, 0.5], "2 weights for a, a; give each adapter once"), ("a", [1.0, 2.0], "2 weights for a;"),
+        ("a", float("nan"), "weights are nan; give finite numbers"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            pipe.set_adapters(names, weights)
     assert pipe.get_active_adapters() == ["a", "adapter_0"]
     two = make(pipe)
     pipe.disable_lora()

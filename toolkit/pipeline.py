@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -366,14 +367,20 @@ class FramerPipeline(DiffusionPipeline):
                 f"{source} was trained with {other}; FramerPipeline.from_run follows the recipe", stacklevel=2
             )
 
-    def set_adapters(self, adapter_names: str | list[str], adapter_weights: float | list[float] | None = None) -> None:
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
         """Activate exactly these loaded adapters; a weight multiplies alpha / rank."""
         self._refuse_while_fused()
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        given = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
-        if len(given) != len(names):
-            raise ValueError(f"{len(given)} weights for {len(names)} adapters; give one each")
+        given = list(adapter_weights) if isinstance(adapter_weights, Sequence) else [adapter_weights] * len(names)
+        if len(given) != len(names) or len(set(names)) < len(names):
+            raise ValueError(
+                f"{len(given)} weights for {', '.join(names)}; give each adapter once, and one weight each"
+            )
         weights = [1.0 if weight is None else float(weight) for weight in given]
+        if not all(map(math.isfinite, weights)):
+            raise ValueError(f"weights are {', '.join(map(str, weights))}; give finite numbers")
         set_adapters(self.unet, dict(zip(names, weights, strict=True)))
 
     def get_active_adapters(self) -> list[str]:
