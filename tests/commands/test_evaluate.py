@@ -531,5 +531,5 @@ def test_nothing_held_out_is_told(trained: Path, tiny_shards: Path, tmp_path: Pa
         path.unlink()
     config = run / "config.yaml"
     config.write_text(config.read_text().replace(str(tiny_shards), str(shards)))
-    with pytest.raises(UserError, match="holds no val shards among its .*; pack at least two videos"):
+    with pytest.raises(UserError, match="holds no val shards among its .*; pack with a --holdout above 0"):
         evaluate_run(str(run))

@@ -63,7 +63,8 @@ def test_the_last_or_the_first_of_two_stays(tmp_path: Path, monkeypatch: pytest.
 def test_what_is_ended_leaves_nothing(tmp_path: Path, number: int, folder: bool) -> None:
     """As a batch system or a closed terminal ends it: no half of a network or a film stays beside its place."""
     code = (
-        "import os, sys, time; from pathlib import Path; from toolkit.data.files import appearing\n"
+        "import os, signal, sys, time; from pathlib import Path; from toolkit.data.files import appearing\n"
+        "signal.signal(int(sys.argv[3]), signal.SIG_DFL)\n"  # nohup ignores one of them
         "with appearing(Path(sys.argv[1]), sys.argv[2] == 'True') as aside:\n"
         "    (aside / 'half' if aside.is_dir() else aside).write_text('half')\n"
         "    os.kill(os.getpid(), int(sys.argv[3])); time.sleep(60)"

@@ -300,7 +300,7 @@ def test_one_damaged_packet_costs_what_refers_to_it(tmp_path: Path, name: str) -
     path = videos / name
     mux(path, numbered_frames(range(100)), "mpeg4" if name == "b.avi" else "libx264", quality={"g": "20", "bf": "2"})
     damage(path, 30)
-    pack(videos, tmp_path / "out", clip_seconds=10, min_motion=0, min_sharpness=0, duplicate_distance=0)
+    pack(videos, tmp_path / "out", clip_seconds=10, holdout=0, min_motion=0, min_sharpness=0, duplicate_distance=0)
     index = open_shards(tmp_path / "out", "train")
     parts = [frame_numbers(read_frames(index.read(i, "mp4"))) for i in range(len(index.rows))]
     assert all(part == list(range(part[0], part[-1] + 1)) for part in parts)
