@@ -100,6 +100,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def start_cluster(folder: Path, stack: ExitStack) -> Cluster:
     """Start all daemons as this user, in the foreground, to be stopped in turn when the stack is closed."""
     environment = os.environ | {"PATH": search_path(), "SLURM_CONF": str(folder / "slurm.conf")}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # what trained in this very process before said of itself
+        environment.pop(name, None)
     cluster = Cluster(environment)
     user = cluster.run("id", "-un").strip()
     ports = {f"{name}_port": free_port() for name in ("ctld", *NODES)}
