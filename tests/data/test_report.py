@@ -280,6 +280,12 @@ DOUBTS = {
 }
 
 
+def test_a_video_that_is_held_out_whole_is_no_part() -> None:
+    """As a table may have it, for shards that others are judged on."""
+    doubts = find_doubts([make_card(i, source="a.mkv", split="val") for i in range(40)])
+    assert [doubt.split(" of ")[0] for doubt in doubts] == ["100%", "100%"]
+
+
 @pytest.mark.parametrize("words", DOUBTS)
 def test_what_looks_wrong_is_said(tmp_path: Path, words: str) -> None:
     """Each doubt alone is the one sentence on the page; a good data set raises none."""

@@ -132,7 +132,7 @@ def find_doubts(clips: list[Card]) -> list[str]:
             "are, leave out the long ones, or name others in a column split of --captions."
         )
     source, count = Counter(clip.source for clip in kept).most_common(1)[0]
-    if count == len(kept) and held_out:
+    if count == len(kept) and 0 < held_out < count:
         doubts.append(
             "All clips come from one video, and those held out are a part of it: they will not tell what becomes of other "
             "people, clothes and light; add videos."

@@ -127,9 +127,8 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     upright = ImageOps.exif_transpose(image)
     seen = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
     if profile := image.info.get("icc_profile"):
-        with suppress(
-            ImageCms.PyCMSError, OSError
-        ):  # of grey or print colours, or damaged: most viewers pass over it too
+        # one of grey or print colours, or a damaged one, most viewers pass over too
+        with suppress(ImageCms.PyCMSError, OSError):
             own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             ImageCms.profileToProfile(seen, own, ImageCms.createProfile("sRGB"), inPlace=True)
     if seen.mode == "RGBA":
