@@ -17,8 +17,8 @@ def check(shards: str, deep: bool = False, json: bool = False, repair: str | Non
     """
     from json import dumps
 
-    from toolkit.data import check as checking
-    from toolkit.data import repair as repairing
+    from toolkit.authoring import check as checking
+    from toolkit.authoring import repair as repairing
 
     report = repairing.repair(shards, repair, deep) if repair is not None else checking.check(shards, deep)
     print(dumps(report.as_dict(), indent=1) if json else report.summary())

@@ -50,7 +50,7 @@ def pack(
         overwrite: replace the shards that are in out, or what another command left half done there
     """
     settings = {name: value for name, value in locals().items() if name not in ("videos", "out")}
-    from toolkit.data.pack import pack as start
+    from toolkit.authoring.pack import pack as start
 
     return start(videos, out, **settings).summary()
 

@@ -20,7 +20,7 @@ def synth(
         fps: frames per second
         kind: motion for textured things that move, turn and grow, from which a base learns what motion is
     """
-    from toolkit.data import synth as synthesis
+    from toolkit.authoring import synth as synthesis
 
     return synthesis.synth(out, clips, seconds, size, seed, fps, kind)
 

@@ -46,8 +46,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve rendered clips of half a second, 32 x 32, packed; read only."""
-    from toolkit.data.pack import pack
-    from toolkit.data.synth import synth
+    from toolkit.authoring.pack import pack
+    from toolkit.authoring.synth import synth
 
     folder = tmp_path_factory.mktemp("tiny")
     synth(folder / "videos", clips=12, seconds=0.5, size=32, seed=1)

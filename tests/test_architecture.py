@@ -11,7 +11,7 @@ MODULES = sorted((ROOT / "toolkit").rglob("*.py"))
 SCRIPTS = sorted([*(ROOT / "launch").rglob("*.py"), *(ROOT / "shards").glob("*.py")])
 SEPARATE = ("data", "model", "diffusion", "engine")  # packages that do not import one another
 SHARED = ("rng", "errors", "config")  # modules that all of them may import
-ABOVE = ("commands", "bench")  # packages that use a training run, and that nothing uses but what a user starts
+ABOVE = ("authoring", "commands", "bench")  # packages that nothing uses but they themselves and what a user starts
 
 
 def name_of(path: Path) -> str:
@@ -53,10 +53,18 @@ def test_packages_do_not_import_one_another(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", ABOVE)
-def test_nothing_in_the_toolkit_stands_on_commands_and_benchmarks(package: str) -> None:
+def test_nothing_in_the_toolkit_stands_on_what_is_above_a_training_run(package: str) -> None:
     """What a training run needs is in run and below; the pipeline reads what a command wrote, not by that command's code."""
     users = {name_of(p) for p in MODULES if package in parts_of_toolkit(p)}
-    assert users and all(name.startswith(f"toolkit/{package}/") for name in users)
+    measuring = () if package == "commands" else ("toolkit/bench/",)  # a benchmark makes itself the clips it reads
+    assert users and all(name.startswith((f"toolkit/{package}/", *measuring)) for name in users)
+
+
+def test_to_author_data_takes_no_network() -> None:
+    """Videos become shards without a model: what packs, checks and repairs knows of data alone."""
+    allowed = {"authoring", "data", "page", "parallel", *SHARED}
+    foreign = {name_of(p): parts_of_toolkit(p) - allowed for p in (ROOT / "toolkit/authoring").rglob("*.py")}
+    assert foreign and not {name: parts for name, parts in foreign.items() if parts}
 
 
 @pytest.mark.parametrize("module", [*SHARED, "metrics"])

@@ -18,10 +18,10 @@ from shards.cache import cache
 from shards.pack import pack
 from shards.synth import synth
 from tests.launching import HEAVY, ROOT, run
+from toolkit.authoring.plan import PackSettings
+from toolkit.authoring.synth import synth as make_videos
 from toolkit.cli import importing, in_help, main
 from toolkit.config import load_config
-from toolkit.data.plan import PackSettings
-from toolkit.data.synth import synth as make_videos
 from toolkit.run.cache import cache_shards
 
 CALLS: list[tuple] = []

@@ -15,17 +15,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from launch.evaluate import evaluate
-from tests.data.test_report import Page
+from tests.authoring.test_report import Page
 from tests.launching import train_here
 from tests.test_metrics import MeanColours, lpips_weights, save_video_network
+from toolkit.authoring.pack import pack
+from toolkit.authoring.synth import synth
 from toolkit.commands import contenders as contenders_module
 from toolkit.commands.contenders import Result, list_contenders, parse_sweep, read_sources
 from toolkit.commands.evaluate import draw_extremes, evaluate_run, recommend
 from toolkit.commands.report import frame_charts, to_text, write_page
 from toolkit.config import dump_config, load_config
 from toolkit.data.index import open_shards
-from toolkit.data.pack import pack
-from toolkit.data.synth import synth
 from toolkit.errors import UserError
 from toolkit.metrics import frechet_distance
 from toolkit.run.framer import Sampling

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from toolkit.data.pack import pack
+from toolkit.authoring.pack import pack
 from toolkit.data.video import write_video
 
 HEIGHT_PX, WIDTH_PX, BITS = 48, 64, 8

@@ -24,13 +24,13 @@ from typing import Any
 import av
 import numpy as np
 
-from toolkit.data import check as checking
-from toolkit.data.check import check
+from toolkit.authoring import check as checking
+from toolkit.authoring.check import check
+from toolkit.authoring.repair import repair
 from toolkit.data.clips import ClipSettings, load_cached, load_clip
 from toolkit.data.format import BadSample, index_path, load_index
 from toolkit.data.index import open_shards
 from toolkit.data.latents import LatentsReader
-from toolkit.data.repair import repair
 from toolkit.data.video import write_video
 from toolkit.errors import UserError
 

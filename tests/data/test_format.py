@@ -15,8 +15,8 @@ import webdataset
 
 from tests.data.conftest import encode, frame_numbers, numbered_frames
 from tests.data.test_index import make_cached
+from toolkit.authoring.check import check
 from toolkit.data import format
-from toolkit.data.check import check
 from toolkit.data.format import (
     BadSample,
     build_index,

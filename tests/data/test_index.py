@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from toolkit.authoring.pack import pack
 from toolkit.config import DataConfig
 from toolkit.data.format import index_path
 from toolkit.data.index import DatasetIndex, open_shards, open_sources
 from toolkit.data.latents import pack_latents
-from toolkit.data.pack import pack
 from toolkit.errors import UserError
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from tests.data.hostile import box, clip, encode, header, members, pad, pax, record, write_tar
+from toolkit.authoring.plan import PackSettings, fit
 from toolkit.data import video
 from toolkit.data.boxes import claimed_samples
-from toolkit.data.plan import PackSettings, fit
 from toolkit.data.tar import TarFault, find_header, walk_tar
 from toolkit.data.video import MAX_MEMBER_PIXELS, VideoError, read_frames
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from toolkit.authoring.survey import survey
 from toolkit.data.shots import MIN_FRAMES, SHOT_JUMP, cut_span, find_breaks, find_shots, jump_between, rate_of
-from toolkit.data.survey import survey
 from toolkit.data.video import read_frames, write_video
 
 # Pairs by one signer before one wall, whose joints are the hardest to see of those that are seen. From learn to school,

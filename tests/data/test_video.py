@@ -13,8 +13,8 @@ import pytest
 from PIL import Image, ImageSequence
 
 from tests.data.conftest import encode, frame_numbers, numbered_frames
+from toolkit.authoring.small import iter_small
 from toolkit.data import video
-from toolkit.data.small import iter_small
 from toolkit.data.video import VideoError, iter_frames, probe, read_frames, write_gif, write_video
 
 

@@ -26,8 +26,8 @@ from tests.faults.forked import (
     wait_for_steps,
 )
 from tests.launching import adapter_bytes, kill_when, launch, read_numbers, start, train_command
-from toolkit.data.pack import pack
-from toolkit.data.synth import synth
+from toolkit.authoring.pack import pack
+from toolkit.authoring.synth import synth
 
 
 def kill_after(trial: Trial, run: Path, steps: int, delay_s: float) -> None:

@@ -26,12 +26,12 @@ import torch
 
 from tests.data.hostile import SETTINGS, build_corpus, clip, members, write_tar
 from tests.faults.conftest import Faults
-from toolkit.data.check import check
+from toolkit.authoring.check import check
+from toolkit.authoring.repair import repair
 from toolkit.data.clips import load_cached, load_clip
 from toolkit.data.format import BadSample, Member, SampleRow, index_path, load_index, read_member
 from toolkit.data.index import open_shards
 from toolkit.data.latents import LatentsReader, pack_latents
-from toolkit.data.repair import repair
 from toolkit.data.tar import walk_tar
 from toolkit.data.video import VideoError, probe, read_frames
 from toolkit.errors import UserError

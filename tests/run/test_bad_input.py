@@ -21,8 +21,8 @@ from PIL import Image
 
 from launch.interpolate import interpolate as launch_interpolate
 from tests.launching import RECIPE, free_port, kill_tree, launch, run, start, train_here
+from toolkit.authoring.pack import pack
 from toolkit.config import load_config
-from toolkit.data.pack import pack
 from toolkit.engine.world import World
 from toolkit.errors import UserError
 from toolkit.model.tiny import make_tiny_base

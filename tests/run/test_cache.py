@@ -22,12 +22,12 @@ import webdataset
 from safetensors.torch import load, load_file, save_file
 
 from tests.launching import ROOT, free_port, read_numbers, run, train_here
+from toolkit.authoring.synth import render_clip
 from toolkit.config import ModelConfig, load_config
 from toolkit.data.clips import ClipSettings, draw_crop, resize_cover
 from toolkit.data.files import add_member
 from toolkit.data.index import open_shards
 from toolkit.data.latents import CacheInfo, read_cache_info
-from toolkit.data.synth import render_clip
 from toolkit.data.video import read_frames, write_video
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError

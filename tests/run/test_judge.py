@@ -13,11 +13,11 @@ from torch import Tensor
 
 from tests.launching import RECIPE
 from tests.model.control import make_controlnet
+from toolkit.authoring.pack import pack
+from toolkit.authoring.synth import synth
 from toolkit.config import ModelConfig, RunConfig, load_config
 from toolkit.data.clips import ClipSettings, Crop, decode_frames
 from toolkit.data.index import open_shards
-from toolkit.data.pack import pack
-from toolkit.data.synth import synth
 from toolkit.data.trajectory import match_stills
 from toolkit.errors import UserError
 from toolkit.metrics import flicker, lighting_drift, moving_mask, psnr_db, psnr_moving_db, ssim

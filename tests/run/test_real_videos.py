@@ -13,8 +13,8 @@ from PIL import Image
 
 from launch.interpolate import interpolate
 from tests.launching import kill_when, launch, read_numbers, start, train_command
+from toolkit.authoring.pack import pack
 from toolkit.commands.evaluate import evaluate_run
-from toolkit.data.pack import pack
 from toolkit.data.video import read_frames
 
 STEPS, SIZE_PX = 60, 32

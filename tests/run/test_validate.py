@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from tests.launching import RECIPE, adapter_bytes, launch, read_numbers, train_here
+from toolkit.authoring.pack import pack
+from toolkit.authoring.synth import synth
 from toolkit.config import load_config
 from toolkit.data.index import open_shards
 from toolkit.data.loader import Batch
-from toolkit.data.pack import pack
-from toolkit.data.synth import synth
 from toolkit.diffusion.objective import min_snr_weight
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError

@@ -24,13 +24,13 @@ import webdataset
 from safetensors.torch import load
 from tqdm import tqdm
 
+from toolkit.authoring.synth import render_clip
 from toolkit.data.clips import ClipSettings, draw_window
 from toolkit.data.files import add_member
 from toolkit.data.format import ClipInfo
 from toolkit.data.index import DatasetIndex, open_shards
 from toolkit.data.latents import pack_latents
 from toolkit.data.loader import Batch, make_loader
-from toolkit.data.synth import render_clip
 from toolkit.data.video import write_video
 from toolkit.rng import rng
 

@@ -21,8 +21,8 @@ import psutil
 import torch
 from pydantic import PositiveInt
 
-from toolkit.data.pack import pack
-from toolkit.data.synth import synth
+from toolkit.authoring.pack import pack
+from toolkit.authoring.synth import synth
 from toolkit.errors import UserError
 from toolkit.model.tiny import make_tiny_base
 

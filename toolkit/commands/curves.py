@@ -11,8 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from toolkit.data.page import number, round_up
 from toolkit.errors import UserError
+from toolkit.page import number, round_up
 from toolkit.run.checkpoint import replace_text
 from toolkit.run.rows import read_rows
 

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from toolkit.commands.interpolate import Filling, count_steps, fill_gaps, note_unguided, plan_film, write_frames
 from toolkit.data.files import appearing
-from toolkit.data.parallel import parse_part
 from toolkit.data.table import read_rows
 from toolkit.errors import UserError, list_some
+from toolkit.parallel import parse_part
 from toolkit.run.inference import Source, load_framer
 
 MAX_NAME_BYTES = 200  # of the 255 that a disk takes, with what is put beside it

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from toolkit.commands.curves import Point, chart, training_charts
-from toolkit.data.page import document, table, text
+from toolkit.page import document, table, text
 from toolkit.run.checkpoint import replace_text
 from toolkit.run.judge import FIGURES, find_figure, main_figure
 

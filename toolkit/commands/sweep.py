@@ -29,8 +29,8 @@ from toolkit.commands.launcher import default_ranks, program, training_command
 from toolkit.commands.report import NAMES
 from toolkit.config import RunConfig, dump_config, load_config, parse_yaml, read_yaml
 from toolkit.data.index import open_sources
-from toolkit.data.parallel import parse_part
 from toolkit.errors import UserError
+from toolkit.parallel import parse_part
 from toolkit.run.checkpoint import checkpoint_step, find_best, list_checkpoints, replace_text
 from toolkit.run.folder import check_folder
 from toolkit.run.job import is_finished

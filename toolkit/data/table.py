@@ -1,6 +1,6 @@
 """Tables that people write: CSV with a header, as a spreadsheet or an editor saves it.
 
-Test: pytest tests/data/test_captions.py, tests/commands/test_pairs.py
+Test: pytest tests/authoring/test_captions.py, tests/commands/test_pairs.py
 """
 
 import csv

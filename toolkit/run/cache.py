@@ -26,12 +26,12 @@ from toolkit.data.files import add_member, link_or_copy, local_folder, refuse_fi
 from toolkit.data.format import MEMBER_BYTES, BadSample, build_index, is_whole, load_index, write_index
 from toolkit.data.index import CACHING, JOINING, DatasetIndex, open_shards
 from toolkit.data.latents import CACHE_FILE, CacheInfo, pack_latents, read_cache_info
-from toolkit.data.parallel import parse_part
 from toolkit.engine.world import World, init_world
 from toolkit.errors import UserError
 from toolkit.model.base import PRECISIONS, find_encoder_files, load_encoders
 from toolkit.model.encoders import embed_stills, encode_frames
 from toolkit.model.sources import fingerprint_files
+from toolkit.parallel import parse_part
 from toolkit.run.framer import to_signed
 
 

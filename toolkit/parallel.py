@@ -1,6 +1,6 @@
 """Work spread over processes: results in any order, a killed process is a sentence, and no process outlives the command.
 
-Test: pytest tests/data/test_pack.py
+Test: pytest tests/authoring/test_pack.py
 """
 
 import multiprocessing
@@ -47,7 +47,7 @@ class Workers:
         self.remedy = remedy
         # Forked from a process that has no threads yet, and has imported what all of them need.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["toolkit.data.pack"])
+        context.set_forkserver_preload(["toolkit.authoring.pack"])
         self.others = set(multiprocessing.active_children())
         self.pool = ProcessPoolExecutor(jobs, context, _start) if jobs > 1 else None
 

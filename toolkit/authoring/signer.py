@@ -1,6 +1,6 @@
 """Draws a person: looks and a room from a seed, then one frame for each pose of the hands and sway of the body.
 
-Test: pytest tests/data/test_synth.py
+Test: pytest tests/authoring/test_synth.py
 
 Lengths are shares of the frame's side, x to the right, y down; angles in radians.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from toolkit.data.shapes import Draws, muted_colour, noise_texture, pattern
+from toolkit.authoring.shapes import Draws, muted_colour, noise_texture, pattern
 
 Colour = np.ndarray  # (3,), 0 to 255
 Point = np.ndarray  # (x, y)

@@ -1,6 +1,6 @@
 """Which clips of the surveyed videos go where: dropped with a reason, or kept for train or val under a key.
 
-Test: pytest tests/data/test_screen.py
+Test: pytest tests/authoring/test_screen.py
 
 A plan depends on the surveys and the settings alone, so every process of every machine makes the same one.
 """
@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from toolkit.data.screen import find_duplicates
+from toolkit.authoring.screen import find_duplicates
+from toolkit.authoring.survey import ClipFacts, Survey
 from toolkit.data.shots import MIN_FRAMES
-from toolkit.data.survey import ClipFacts, Survey
 from toolkit.data.video import MAX_MEMBER_PIXELS
 from toolkit.errors import UserError, in_words
 

@@ -1,6 +1,6 @@
 """What people wrote about videos: a text file beside a video, or a CSV about many.
 
-Test: pytest tests/data/test_captions.py
+Test: pytest tests/authoring/test_captions.py
 """
 
 import math

@@ -1,4 +1,4 @@
-"""A check finds each fault and its place; a repair loses only what is damaged. Run: pytest tests/data/test_check.py"""
+"""A check finds each fault and its place; a repair loses only what is damaged. Run: pytest tests/authoring/test_check.py"""
 
 import gzip
 import json
@@ -16,16 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.data.hostile import clip, encode, header, members, pad, write_tar
-from toolkit.data import check as checking
-from toolkit.data import repair as repairing
-from toolkit.data.check import CheckReport, Fault, check
+from toolkit.authoring import check as checking
+from toolkit.authoring import repair as repairing
+from toolkit.authoring.check import CheckReport, Fault, check
+from toolkit.authoring.repair import repair
 from toolkit.data.format import build_index, index_path, load_index, write_index
 from toolkit.data.index import open_shards
 from toolkit.data.latents import pack_latents
-from toolkit.data.parallel import Workers
-from toolkit.data.repair import repair
 from toolkit.data.tar import walk_tar
 from toolkit.errors import UserError
+from toolkit.parallel import Workers
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = ("a", "b", "c")

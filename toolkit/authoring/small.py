@@ -1,6 +1,6 @@
 """Every frame of a video, scaled down to be judged instead of shown: far cheaper than RGB of full size.
 
-Test: pytest tests/data/test_survey.py
+Test: pytest tests/authoring/test_survey.py
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """Rendered material: seeded draws, textures and smooth paths, and render_motion, generic moving things by the second.
 
-Test: pytest tests/data/test_synth.py
+Test: pytest tests/authoring/test_synth.py
 
 T frame, H height and W width in pixels, C colour, K waves of a spectrum. Lengths are shares of the frame's side,
 angles are in radians.

@@ -1,6 +1,6 @@
 """Parts of a self-contained HTML page: escaped text, table, histogram, and the shell that lets nothing else in.
 
-Test: pytest tests/data/test_report.py
+Test: pytest tests/authoring/test_report.py
 
 Every text from outside passes through `text`. The policy in the page's head admits the pictures inside it and the one
 style sheet, by its hash: no script, no form, nothing loaded.

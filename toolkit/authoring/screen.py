@@ -1,6 +1,6 @@
 """What keeps a clip out of a data set and takes a look at its pictures: blur, combs, and being the same as another.
 
-Test: pytest tests/data/test_screen.py
+Test: pytest tests/authoring/test_screen.py
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """How much a clip moves, as one number from 1 to 255: what SVD calls its motion bucket.
 
-Test: pytest tests/data/test_survey.py
+Test: pytest tests/authoring/test_survey.py
 """
 
 from collections.abc import Sequence

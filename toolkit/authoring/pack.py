@@ -1,6 +1,6 @@
 """Videos -> train and val shards: survey each, plan them all, encode each, write the shards, publish.
 
-Test: pytest tests/data/test_pack.py
+Test: pytest tests/authoring/test_pack.py
 
 Every stage leaves files that the next run finds (staging.py), so a killed packing loses what was in the works. Several
 machines on one folder each take their part of a stage first and then whatever is missing; none waits for another.
@@ -20,16 +20,16 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from toolkit.data.captions import Part, Said, Words, read_words
-from toolkit.data.encode import ShardWork, SourceWork, encode_source, lay_out, write_shard
+from toolkit.authoring.captions import Part, Said, Words, read_words
+from toolkit.authoring.encode import ShardWork, SourceWork, encode_source, lay_out, write_shard
+from toolkit.authoring.plan import Kind, PlannedClip, make_plan, name_hash, read_settings
+from toolkit.authoring.report import Card, write_report
+from toolkit.authoring.staging import RECORD, REPORT, Job, Record, finish_publishing, load_record, open_staging, publish
+from toolkit.authoring.survey import Survey, survey
 from toolkit.data.files import local_folder, written_aside
-from toolkit.data.parallel import Workers, cores, parse_part
-from toolkit.data.plan import Kind, PlannedClip, make_plan, name_hash, read_settings
-from toolkit.data.report import Card, write_report
 from toolkit.data.sources import find_videos
-from toolkit.data.staging import RECORD, REPORT, Job, Record, finish_publishing, load_record, open_staging, publish
-from toolkit.data.survey import Survey, survey
 from toolkit.errors import UserError, printable
+from toolkit.parallel import Workers, cores, parse_part
 
 _POOL_BYTES = 1_000_000  # of videos; below this, processes take longer to start than to pack
 Item = TypeVar("Item")

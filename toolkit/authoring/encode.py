@@ -1,6 +1,6 @@
 """The kept clips of each source, encoded into a tar of their own, and those tars put together as shards.
 
-Test: pytest tests/data/test_pack.py
+Test: pytest tests/authoring/test_pack.py
 
 A source is the smallest piece of work that is never done twice. The tars hold no dates or owners and one thread encodes,
 so the same videos and settings give the same bytes.
@@ -16,12 +16,12 @@ from pathlib import Path
 import av
 import numpy as np
 
-from toolkit.data.captions import Words
+from toolkit.authoring.captions import Words
+from toolkit.authoring.plan import PlannedClip
+from toolkit.authoring.survey import GOES_ON, may_pass
 from toolkit.data.clips import resize_cover
 from toolkit.data.files import add_member, written_aside
 from toolkit.data.format import MEMBER_BYTES, ClipInfo, build_index, file_sha256, index_path, write_index
-from toolkit.data.plan import PlannedClip
-from toolkit.data.survey import GOES_ON, may_pass
 from toolkit.data.tar import BLOCK_BYTES
 from toolkit.data.video import VideoError, VideoWriter, iter_frames
 from toolkit.errors import UserError

@@ -1,4 +1,4 @@
-"""Videos in, shards out: split by source, nothing lost in silence, same bytes. Run: pytest tests/data/test_pack.py"""
+"""Videos in, shards out: split by source, nothing lost in silence, same bytes. Run: pytest tests/authoring/test_pack.py"""
 
 import errno
 import io
@@ -21,18 +21,18 @@ import numpy as np
 import pytest
 
 from tests.data.conftest import frame_numbers, numbered_frames
-from toolkit.data.check import check
-from toolkit.data.encode import SourceWork, encode_source
+from toolkit.authoring.check import check
+from toolkit.authoring.encode import SourceWork, encode_source
+from toolkit.authoring.pack import _Packing, pack
+from toolkit.authoring.plan import name_hash
+from toolkit.authoring.repair import repair
+from toolkit.authoring.staging import load_record, publish
+from toolkit.authoring.survey import Survey, survey
+from toolkit.authoring.synth import synth
 from toolkit.data.index import open_shards
-from toolkit.data.pack import _Packing, pack
-from toolkit.data.parallel import Workers
-from toolkit.data.plan import name_hash
-from toolkit.data.repair import repair
-from toolkit.data.staging import load_record, publish
-from toolkit.data.survey import Survey, survey
-from toolkit.data.synth import synth
 from toolkit.data.video import VideoError, iter_frames, read_frames, write_video
 from toolkit.errors import UserError
+from toolkit.parallel import Workers
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS: dict[str, Any] = {"clip_seconds": 0.8, "shard_mb": 0.008}  # those of the fixture `packed`
@@ -154,7 +154,7 @@ def test_stopped_at_any_write_it_goes_on(
         if (out / ".packing").exists():
             assert {name: data for name, data in content(out).items() if not name.startswith(".packing")} == before
     assert (out / ".publishing").exists()
-    monkeypatch.setattr("toolkit.data.pack.encode_source", None)  # all is encoded: even --overwrite only goes on
+    monkeypatch.setattr("toolkit.authoring.pack.encode_source", None)  # all is encoded: even --overwrite only goes on
     pack(videos, out, **SETTINGS, overwrite=overwrite)
     assert content(out) == content(packed)
 
@@ -194,7 +194,7 @@ def test_a_video_that_changes_in_between_is_noticed(videos: Path, tmp_path: Path
 def _begin(videos: Path, out: Path, **more: Any) -> None:
     """Survey all and encode nothing: the folder for clips is in the way."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("toolkit.data.pack.encode_source", _interrupted)
+        patch.setattr("toolkit.authoring.pack.encode_source", _interrupted)
         with pytest.raises(KeyboardInterrupt):
             pack(videos, out, **SETTINGS, **more)
 
@@ -272,7 +272,7 @@ def test_overwrite_removes_only_shards_of_a_packing(videos: Path, packed: Path, 
         publish(staging, out)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("toolkit.data.pack.publish", publish_late)
+        patch.setattr("toolkit.authoring.pack.publish", publish_late)
         pack(videos, out, short_side=24, overwrite=True)
     assert (out / name).read_text() == "mine"
     (out / name).unlink()  # to a reader, an index without its tar is a tar that is gone
@@ -313,7 +313,7 @@ def test_another_threshold_does_not_look_through_the_videos_again(
         seen.append(name)
         return survey(path, name, *more, **options)
 
-    monkeypatch.setattr("toolkit.data.pack.survey", look)
+    monkeypatch.setattr("toolkit.authoring.pack.survey", look)
     with pytest.raises(UserError, match="none of the 7"):
         pack(mine, out, **SETTINGS, min_brightness=254.5, overwrite=True)
     (mine / "gone.mp4").unlink()
@@ -331,11 +331,11 @@ def test_of_two_commands_that_begin_at_once_one_is_refused(videos: Path, tmp_pat
 
     def begin_between(*arguments: object) -> None:
         with pytest.MonkeyPatch.context() as inner:
-            inner.setattr("toolkit.data.staging._refuse_foreign", lambda *_: None)
+            inner.setattr("toolkit.authoring.staging._refuse_foreign", lambda *_: None)
             _begin(videos, out)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("toolkit.data.staging._refuse_foreign", begin_between)
+        patch.setattr("toolkit.authoring.staging._refuse_foreign", begin_between)
         with pytest.raises(UserError, match=r"clip_seconds 0\.5 instead of 0\.8"):
             pack(videos, out, **SETTINGS | {"clip_seconds": 0.5})
     assert pack(videos, out, **SETTINGS).record.job.settings.clip_seconds == 0.8
@@ -345,7 +345,7 @@ def test_the_clips_of_the_first_to_finish_stay(videos: Path, tmp_path: Path, mon
     """Where another part encoded the same video meanwhile, its tar is not replaced: somebody may be reading it by offset."""
     works: list[SourceWork] = []
     with monkeypatch.context() as patch:
-        patch.setattr("toolkit.data.pack.encode_source", works.append)
+        patch.setattr("toolkit.authoring.pack.encode_source", works.append)
         with pytest.raises(FileNotFoundError):
             pack(videos, tmp_path / "out", **SETTINGS)
 
@@ -353,7 +353,7 @@ def test_the_clips_of_the_first_to_finish_stay(videos: Path, tmp_path: Path, mon
         works[0].target.write_bytes(b"another's")
         yield from iter_frames(*arguments)
 
-    monkeypatch.setattr("toolkit.data.encode.iter_frames", slowly)
+    monkeypatch.setattr("toolkit.authoring.encode.iter_frames", slowly)
     encode_source(works[0])
     assert works[0].target.read_bytes() == b"another's"
 
@@ -368,7 +368,7 @@ def test_the_record_of_another_command_is_not_reported(
         publish(staging, out)
         pack(videos, out, short_side=24, overwrite=True)
 
-    monkeypatch.setattr("toolkit.data.pack.publish", publish_twice)
+    monkeypatch.setattr("toolkit.authoring.pack.publish", publish_twice)
     with pytest.raises(UserError, match="was changed while it was packed"):
         pack(videos, tmp_path / "out", **SETTINGS)
 
@@ -386,7 +386,7 @@ def test_an_error_of_the_disk_while_encoding_loses_nothing(
 
     for name, fail in (("file_sha256", python), ("iter_frames", ffmpeg)):
         with monkeypatch.context() as patch:
-            patch.setattr(f"toolkit.data.encode.{name}", fail)
+            patch.setattr(f"toolkit.authoring.encode.{name}", fail)
             with pytest.raises(UserError, match=r"v\d\.mp4: Input/output error; .*the same command goes on"):
                 pack(videos, tmp_path / "out", **SETTINGS)
     pack(videos, tmp_path / "out", **SETTINGS)
@@ -524,7 +524,7 @@ def test_a_video_that_does_not_encode_is_a_sentence(
         raise av.error.ExternalError(-542398533, "Generic error in an external library")
 
     with monkeypatch.context() as patch:
-        patch.setattr("toolkit.data.encode.VideoWriter.add", refuse)
+        patch.setattr("toolkit.authoring.encode.VideoWriter.add", refuse)
         with pytest.raises(
             UserError, match=r"v\d\.mp4 does not encode: Generic error .*; take it away and start again"
         ):
@@ -752,7 +752,7 @@ def test_other_parts_are_another_packing(videos: Path, tmp_path: Path, monkeypat
     def write(begin_s: float, label: str) -> None:
         table.write_text(f"video,start_s,end_s,label\nv2.mp4,{begin_s},1,{label}\n")
 
-    monkeypatch.setattr("toolkit.data.pack.survey", look)
+    monkeypatch.setattr("toolkit.authoring.pack.survey", look)
     for begin_s, label, looks in ((0.4, "a", 6), (0.4, "b", 0), (0.6, "b", 6)):
         write(begin_s, label)
         seen.clear()

@@ -1,11 +1,11 @@
-"""Words reach the video they are about, and a slip in them is a sentence. Run: pytest tests/data/test_captions.py"""
+"""Words reach the video they are about, and a slip in them is a sentence. Run: pytest tests/authoring/test_captions.py"""
 
 import unicodedata
 from pathlib import Path
 
 import pytest
 
-from toolkit.data.captions import Part, Words, read_words
+from toolkit.authoring.captions import Part, Words, read_words
 from toolkit.errors import UserError
 
 NAMES = ["a.mp4", "deep/b c.mkv", "silent.mp4"]

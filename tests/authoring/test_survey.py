@@ -1,6 +1,6 @@
 """Any video people have is cut into clips that are whole and even, or skipped with the reason.
 
-Run: pytest tests/data/test_survey.py
+Run: pytest tests/authoring/test_survey.py
 """
 
 import errno
@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import toolkit.data.survey
+import toolkit.authoring.survey
 from tests.data.conftest import HEIGHT_PX, WIDTH_PX, frame_numbers, numbered_frames
+from toolkit.authoring.motion import motion_score
+from toolkit.authoring.pack import pack
+from toolkit.authoring.small import iter_small
+from toolkit.authoring.survey import survey
 from toolkit.data.index import open_shards
-from toolkit.data.motion import motion_score
-from toolkit.data.pack import pack
-from toolkit.data.small import iter_small
-from toolkit.data.survey import survey
 from toolkit.data.video import VideoError, iter_frames, read_frames, write_video
 from toolkit.errors import UserError
 
@@ -208,15 +208,15 @@ def test_an_error_that_may_pass_is_not_held_against_the_video(tmp_path: Path, mo
     whole = survey(path, "", 4.0, None)
     for number in (errno.EIO, errno.ESTALE, errno.ENOMEM):
         with monkeypatch.context() as patch:
-            patch.setattr("toolkit.data.survey.file_sha256", partial(fail, OSError(number, os.strerror(number))))
+            patch.setattr("toolkit.authoring.survey.file_sha256", partial(fail, OSError(number, os.strerror(number))))
             with pytest.raises(UserError, match=rf"a\.mkv: {os.strerror(number)}; .*the same command goes on"):
                 survey(path, "", 4.0, None)
         for name in ("probe", "iter_small"):
-            real, failures = getattr(toolkit.data.survey, name), [VideoError("once")]
+            real, failures = getattr(toolkit.authoring.survey, name), [VideoError("once")]
             failures[0].__cause__ = av.error.OSError(number, os.strerror(number))
             with monkeypatch.context() as patch:
                 patch.setattr(
-                    toolkit.data.survey, name, lambda path, r=real, f=failures: fail(f.pop()) if f else r(path)
+                    toolkit.authoring.survey, name, lambda path, r=real, f=failures: fail(f.pop()) if f else r(path)
                 )
                 assert survey(path, "", 4.0, None) == whole and not failures
     cut, faults = tmp_path / "cut.mkv", []

@@ -1,6 +1,6 @@
 """Does a folder of shards keep every promise of shards/FORMAT.md? Each fault with its shard, key and offset.
 
-Test: pytest tests/data/test_check.py
+Test: pytest tests/authoring/test_check.py
 """
 
 import math
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load
 from tqdm import tqdm
 
+from toolkit.authoring.staging import RECORD, load_record
 from toolkit.data.files import local_folder, refuse_irregular
 from toolkit.data.format import (
     BadSample,
@@ -33,11 +34,10 @@ from toolkit.data.format import (
 )
 from toolkit.data.index import UNFINISHED
 from toolkit.data.latents import CACHE_FILE, LatentsError
-from toolkit.data.parallel import Workers, cores
-from toolkit.data.staging import RECORD, load_record
 from toolkit.data.tar import TarFault, walk_tar
 from toolkit.data.video import VideoError, iter_frames, probe
 from toolkit.errors import UserError, printable
+from toolkit.parallel import Workers, cores
 
 _BLOCK_SAMPLES = 16  # checked by one process at a time
 _POOL_BYTES = 64_000_000  # below this, processes take longer to start than to check

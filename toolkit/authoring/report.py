@@ -1,6 +1,6 @@
 """report.html: one page on which to look at a packed data set, kept and dropped, before training on it.
 
-Test: pytest tests/data/test_report.py
+Test: pytest tests/authoring/test_report.py
 """
 
 import math
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from toolkit.authoring.plan import Reason
 from toolkit.data.files import written_aside
-from toolkit.data.page import document, histogram, number, table, text
-from toolkit.data.plan import Reason
+from toolkit.page import document, histogram, number, table, text
 
 MAX_PICTURES = 240  # of kept and of dropped clips each: some 4 MB of page
 

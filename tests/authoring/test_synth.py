@@ -1,4 +1,4 @@
-"""Rendered material depends on its seed alone, moves smoothly and packs. Run: pytest tests/data/test_synth.py"""
+"""Rendered material depends on its seed alone, moves smoothly and packs. Run: pytest tests/authoring/test_synth.py"""
 
 import time
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from toolkit.data.pack import pack
-from toolkit.data.synth import clip_name, render_clip, render_motion, synth
+from toolkit.authoring.pack import pack
+from toolkit.authoring.synth import clip_name, render_clip, render_motion, synth
 from toolkit.errors import UserError
 
 

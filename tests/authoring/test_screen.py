@@ -1,4 +1,4 @@
-"""What is dropped deserves it, what signs is kept, and a plan is exact. Run: pytest tests/data/test_screen.py"""
+"""What is dropped deserves it, what signs is kept, and a plan is exact. Run: pytest tests/authoring/test_screen.py"""
 
 from collections.abc import Callable
 from fractions import Fraction
@@ -10,9 +10,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from toolkit.data.plan import Kind, PackSettings, fit, make_plan, name_hash, name_keys, split_sources
-from toolkit.data.screen import SIGNATURE_FRAMES, SIGNATURE_SIDE, find_duplicates, sharpness
-from toolkit.data.survey import ClipFacts, Survey, survey
+from toolkit.authoring.plan import Kind, PackSettings, fit, make_plan, name_hash, name_keys, split_sources
+from toolkit.authoring.screen import SIGNATURE_FRAMES, SIGNATURE_SIDE, find_duplicates, sharpness
+from toolkit.authoring.survey import ClipFacts, Survey, survey
 from toolkit.data.video import read_frames, write_video
 
 PIXELS = SIGNATURE_FRAMES * SIGNATURE_SIDE**2

@@ -1,6 +1,6 @@
 """A sound copy of damaged shards: every whole sample, none of the rest; the originals are never touched.
 
-Test: pytest tests/data/test_check.py
+Test: pytest tests/authoring/test_check.py
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from toolkit.data.check import (
+from toolkit.authoring.check import (
     CheckReport,
     Fault,
     check,

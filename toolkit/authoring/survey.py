@@ -1,6 +1,6 @@
 """One look through a source video: what it is, which clips it can be cut into, and how each of them scores.
 
-Test: pytest tests/data/test_survey.py
+Test: pytest tests/authoring/test_survey.py
 
 A survey depends on the bytes of the video, its name, and the lengths and parts asked for, on nothing else.
 """
@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
+from toolkit.authoring.motion import motion_score
+from toolkit.authoring.screen import COMBED, SIGNATURE_FRAMES, blocks, combs, sharpness
+from toolkit.authoring.small import SmallFrame, iter_small
 from toolkit.data.format import MIN_FPS, file_sha256
-from toolkit.data.motion import motion_score
-from toolkit.data.screen import COMBED, SIGNATURE_FRAMES, blocks, combs, sharpness
 from toolkit.data.shots import MIN_FRAMES, cut_span, find_breaks, find_shots, jump_between, rate_of
-from toolkit.data.small import SmallFrame, iter_small
 from toolkit.data.video import MAX_FPS, VideoError, VideoFacts, packed_rate, probe
 from toolkit.errors import UserError, in_one_line
 

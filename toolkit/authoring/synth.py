@@ -1,6 +1,6 @@
 """Videos to try everything on, without a camera or a download: people who sign, drawn from a seed.
 
-Test: pytest tests/data/test_synth.py
+Test: pytest tests/authoring/test_synth.py
 
 Lengths are shares of the frame's side, x to the right, y down; angles in radians. T frame.
 """
@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
+from toolkit.authoring.shapes import Draws, light, minimum_jerk, render_motion
+from toolkit.authoring.signer import draw_look, draw_person
 from toolkit.data.files import local_folder
-from toolkit.data.shapes import Draws, light, minimum_jerk, render_motion
-from toolkit.data.signer import draw_look, draw_person
 from toolkit.data.video import write_video
 from toolkit.errors import UserError
 

@@ -1,6 +1,6 @@
 """The half-done packing inside the folder it is for: begun once, gone on with by the same command, published whole.
 
-Test: pytest tests/data/test_pack.py
+Test: pytest tests/authoring/test_pack.py
 
     OUT/.packing/   job.json  survey/*.json  clips/*.tar  then the shards, report.html and pack.json
     OUT/.publishing what .packing becomes when all is there: whoever renames it publishes
@@ -15,11 +15,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from toolkit.authoring.plan import PackSettings
+from toolkit.authoring.survey import Survey
 from toolkit.data.files import refuse_files_above, written_aside
 from toolkit.data.format import index_path, is_whole
 from toolkit.data.index import PACKING, PUBLISHING
-from toolkit.data.plan import PackSettings
-from toolkit.data.survey import Survey
 from toolkit.errors import UserError
 
 PACK_VERSION = 5  # bump when the same videos and settings would give other clips

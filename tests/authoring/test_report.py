@@ -1,4 +1,4 @@
-"""The report shows all that was packed or an even part, and nothing on it acts. Run: pytest tests/data/test_report.py"""
+"""The report shows all that was packed or an even part, and acts on nothing. Run: pytest tests/authoring/test_report.py"""
 
 import io
 import re
@@ -17,9 +17,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from toolkit.data.page import histogram
-from toolkit.data.plan import Kind, Reason
-from toolkit.data.report import MAX_PICTURES, Card, find_doubts, write_report
+from toolkit.authoring.plan import Kind, Reason
+from toolkit.authoring.report import MAX_PICTURES, Card, find_doubts, write_report
+from toolkit.page import histogram
 
 VOID = {"meta", "img"}
 HOSTILE = (
