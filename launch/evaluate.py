@@ -26,7 +26,7 @@ def evaluate(
 
     run         a run folder, or several with commas between, which are judged on the same clips
     checkpoint  of each run: latest (the default), best (by validation), or one such as step_000200
-    adapter     checkpoints or exported adapters beside the runs, with commas between
+    adapter     checkpoints or exported adapters beside the runs, here or on the hub, with commas between
     gaps        source frames between the two ends, with commas between: 4,8,16; default the recipe's
     sweep       lora_scale=0,0.5,0.7,0.8,0.9,1, or ema=0,0.05,0.1,0.2 (averages over the training, of a run with
                 checkpoint.ema; 0 is none), or sampler_steps, or max_guidance: each value is judged, and one recommended

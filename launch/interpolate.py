@@ -27,7 +27,8 @@ def interpolate(
 
     out           .mp4, .gif, or a folder for PNG; for pairs the folder of the videos
     run           a run folder
-    adapter       instead of run: an exported folder or file of any format, or several with commas between
+    adapter       instead of run: an exported folder or file of any format, or owner/name[@revision] on the hub; several
+                  with commas between
     first, last   a picture each, or a video: of one before the gap its last frame, of one after it its first
     stills        instead of first and last: two pictures or more with commas between, a video through all of them; or one
                   video, between whose frames all is filled

@@ -139,7 +139,8 @@ class LoraConfig(Section):
     # another rank or alpha for module names that match, as PEFT has it
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
     alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = {}
-    init_from: Place | None = None  # start from this adapter: a run, a checkpoint or an exported file of any format
+    # start from this adapter: a run, a checkpoint or an exported file of any format, or on the hub owner/name[@revision]
+    init_from: Place | None = None
     extra_trainable: list[Literal["conv_in", "mask_token"]] = []  # trained whole, and saved with the adapter
 
     @field_validator("targets", "extra_trainable", "rank_pattern", "alpha_pattern", mode="before")

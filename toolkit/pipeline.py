@@ -185,7 +185,7 @@ class FramerPipeline(DiffusionPipeline):
                 saved, sampler = {name: index[name] for name in known if name in index}, index["scheduler"][1]
                 if controlnet is None and (folder / "controlnet").is_dir():
                     controlnet = str(folder)
-        if unet is not None and (about := read_merged(Path(unet))):
+        if unet is not None and (about := read_merged(unet, unet_revision)):
             saved |= _follow(parse_config(about["recipe"], unet), about)
         model = ModelConfig(
             base=str(pretrained_model_name_or_path), unet=unet, revision=revision, unet_revision=unet_revision,
@@ -351,14 +351,14 @@ class FramerPipeline(DiffusionPipeline):
     ) -> None:
         """Load an adapter of any format and switch it on beside those that are loaded.
 
-        pretrained_model_name_or_path  run folder, checkpoint, exported folder or file
+        pretrained_model_name_or_path  run folder, checkpoint, exported folder or file, or on the hub owner/name[@revision]
         adapter_name                   for set_adapters; default adapter_0, adapter_1, ...
         weight_name                    of a file in the folder
         """
         self._refuse_while_fused()
         free = (f"adapter_{i}" for i in itertools.count() if f"adapter_{i}" not in self._adapters)
         name = adapter_name or next(free)
-        source = find_adapter(Path(pretrained_model_name_or_path) / (weight_name or ""))
+        source = find_adapter(pretrained_model_name_or_path, weight_name or "")
         adapter = read_adapter(source, self.unet)
         add_adapter(self.unet, adapter, source, self._signature, name)
         self._adapters[name] = source, adapter

@@ -222,5 +222,8 @@ def test_doctor_looks_local_weights_over(tiny_base: Path, tmp_path: Path) -> Non
     hub = examine(load_config(SPEC, {"model.attention": "auto"}), ranks=1)["notes"]
     both = "stabilityai/stable-video-diffusion-img2vid-xt, wwen1997/framer_512x320"
     assert f"not on this machine, so their weights are not checked: {both}" in hub
+    assert "not on this machine, so their weights are not checked: signer/signs@main" in notes(
+        **{"lora.init_from": "signer/signs@main"}
+    )
     with pytest.raises(UserError, match="no base model at ./nowhere"):  # another UNet than the tiny base's own
         examine(load_config(RECIPE, {"model.unet": "./nowhere"}), ranks=1)

@@ -1,6 +1,7 @@
 """A run's adapter, exported to every format and read back: the same network. Run: pytest tests/commands/test_export.py"""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 import yaml
@@ -19,6 +21,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.hub import COMMIT, serve_hub
 from tests.launching import ROOT, train_here
 from toolkit.commands import export
 from toolkit.commands.export import export_run
@@ -309,6 +312,34 @@ def test_a_failed_export_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(ZeroDivisionError):
         export_run(str(run), "peft", str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.launch
+def test_an_export_is_used_from_the_hub(exported: Exported, tmp_path: Path) -> None:
+    """By the id of where it was uploaded: an adapter, beside which a whole base stays there, and a UNet with its recipe.
+
+    An id of nothing is one sentence.
+    """
+    shutil.copytree(exported["diffusers"], tmp_path / "repo")
+    shutil.copytree(exported["merged"] / "unet", tmp_path / "repo/unet")
+    for name in ("a.png", "b.png"):
+        PIL.Image.new("RGB", (32, 32)).save(tmp_path / name)
+    stills = ["--first", str(tmp_path / "a.png"), "--last", str(tmp_path / "b.png"), "--out"]
+    with serve_hub({"signer/signs": tmp_path / "repo", "signer/whole": exported["merged"]}) as endpoint:
+        hub = {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+
+        def interpolate(*source: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "launch/interpolate.py", *source, *stills, str(tmp_path / f"{source[0]}.mp4")]
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | hub)
+
+        refused = interpolate("--adapter", "signer/none")
+        for source in (("--adapter", "signer/signs@main"), ("--unet", "signer/whole")):
+            done = interpolate(*source)
+            assert done.returncode == 0 and (tmp_path / f"{source[0]}.mp4").stat().st_size, done.stderr
+    snapshot = tmp_path / f"cache/models--signer--signs/snapshots/{COMMIT}"
+    assert [file.name for file in snapshot.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert refused.returncode == 2 and "cannot get signer/none from the hub: 404" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1, refused.stderr
 
 
 @pytest.mark.launch

@@ -317,14 +317,16 @@ class Hub:
         self.cache, self.repos = cache, dict[str, Path]()
         self.calls: list[tuple[str, str | None]] = []
 
-    def snapshot_download(self, source: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def snapshot_download(
+        self, source: str, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str] | None
+    ) -> str:
         from huggingface_hub.utils import filter_repo_objects
 
         self.calls.append((source, revision))
         repo = self.repos[source]
         snapshot = self.cache / f"models--{source.replace('/', '--')}/snapshots" / (revision or "c0ffee")
         names = [path.relative_to(repo).as_posix() for path in repo.rglob("*") if path.is_file()]
-        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
             (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(repo / name, snapshot / name)
         return str(snapshot)

@@ -26,7 +26,7 @@ from toolkit.model.lora import dead_targets, match_targets, start_from
 from toolkit.model.sources import is_hub_id
 from toolkit.model.tuning import check_tuning, choose_trainable
 from toolkit.run.cache import check_cache
-from toolkit.run.folder import find_adapter
+from toolkit.run.folder import find_adapter, is_hub_adapter
 from toolkit.run.framer import check_objective
 from toolkit.run.job import check_clips, check_engine, check_looks, total_steps
 from toolkit.run.memory import (
@@ -55,7 +55,11 @@ def examine(config: RunConfig, ranks: int, begun: bool = False) -> dict[str, Any
     model = config.model
     check_objective(config.diffusion, read_parameterization(model))
     away = check_weights(model)
-    start = find_adapter(Path(config.lora.init_from)) if config.lora.init_from is not None and not begun else None
+    start, init_from = None, None if begun else config.lora.init_from
+    if init_from is not None and is_hub_adapter(init_from):
+        away.append(init_from)  # as the base is, it is fetched by the run
+    elif init_from is not None:
+        start = find_adapter(init_from)
     if config.diffusion.control and model.controlnet is not None:
         if is_hub_id(model.controlnet):
             away.append(model.controlnet)  # its gigabytes are fetched by the run

@@ -189,7 +189,7 @@ def make_card(adapter: AdapterFile | None, about: dict[str, Any], config: RunCon
 
 ## Use
 
-In Framer Toolkit:
+In Framer Toolkit, FOLDER being where these files lie, or their id on the hub:
 
     {_USE_HERE[to == "merged"]}
 

@@ -125,7 +125,7 @@ def try_rates(config: RunConfig, index: DatasetIndex, steps: int) -> Iterator[Tr
     attention = choose_kernel(model.attention, config, world, PRECISIONS[engine.precision], choose_parts(config))
     base = load_base(model, world.device, engine.precision, encoders=not index.cached)
     plan = choose_plan(config, base.unet.config, base.latent_px, world, None if index.cached else base.vae_config)
-    start = None if config.lora.init_from is None else find_adapter(Path(config.lora.init_from))
+    start = None if config.lora.init_from is None else find_adapter(config.lora.init_from)
     framer, adapter = make_framer(config, base, attention, plan, start)
     per_step = accumulation(engine.global_batch, engine.micro_batch, 1)
     trainer = make_engine(config, base.unet, adapter, per_step)

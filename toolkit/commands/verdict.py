@@ -38,7 +38,8 @@ def stamp_files(config: RunConfig) -> list[Any] | None:
     """Name, size and times of change of each file that the doctor may look at; None where it looks elsewhere, or at many."""
     model = config.model
     bases = [base for base in (model.base, model.unet) if base is not None]
-    if any(base not in NAMED_BASES and not Path(base).exists() for base in bases):
+    fetched = [place for place in (*bases, config.lora.init_from) if place is not None and place not in NAMED_BASES]
+    if not all(Path(place).exists() for place in fetched):
         return None  # on the hub, where it may change
     if any(map(is_remote, config.data.sources)):
         return None

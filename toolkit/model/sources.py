@@ -62,6 +62,15 @@ def fetch(
     return folder
 
 
+def fetch_top(source: str, revision: str | None) -> Path:
+    """Download the JSON and safetensors files at the top of a hub repository: an adapter, or what an export tells of itself.
+
+    returns  the folder
+    raises   UserError naming the source where there is nothing to be had
+    """
+    return _snapshot(source, revision, ["*.json", "*.safetensors"], ignored=["*/*"])  # a whole base may lie below
+
+
 def is_hub_id(source: str) -> bool:
     """Whether a source can only be meant for the hub: owner/name, and nothing of that name is here."""
     return not source.startswith((".", "/", "~")) and source.count("/") == 1 and not Path(source).exists()
@@ -168,11 +177,11 @@ def _has_weights(folder: Path, variant: Literal["fp16"] | None) -> bool:
         return False
 
 
-def _snapshot(source: str, revision: str | None, patterns: list[str]) -> Path:
+def _snapshot(source: str, revision: str | None, patterns: list[str], ignored: list[str] | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
     except Exception as error:
         raise UserError(
             f"cannot get {source} from the hub: {in_one_line(error)}; check the name, the revision and the network; "

@@ -28,6 +28,7 @@ from toolkit.engine.plain import State
 from toolkit.engine.world import World
 from toolkit.errors import UserError
 from toolkit.model.formats import PEFT_FILES, find_file
+from toolkit.model.sources import fetch_top, is_hub_id
 from toolkit.model.tuning import ABOUT_FILE
 from toolkit.run.best import Look, count_misses
 from toolkit.run.checkpoint import (
@@ -230,11 +231,28 @@ def refuse_no_run(run: Path) -> None:
         raise UserError(f"{run} is not a run folder (no config.yaml); give a folder such as runs/NAME")
 
 
-def find_adapter(source: Path) -> Path:
-    """Turn what a user names, a run, a checkpoint, an exported folder or a file, into the adapter's own folder or file."""
-    source = source.expanduser()
+def is_hub_adapter(source: str) -> bool:
+    """Whether an adapter can only be meant for the hub: owner/name, or owner/name@revision, and no folder owner is here."""
+    return is_hub_id(source) and not Path(source).parent.exists() and Path(source).suffix != ".safetensors"
+
+
+def find_adapter(source: str | Path, file: str = "") -> Path:
+    """Turn what a user names into the adapter's own folder or file, fetched where it is on the hub.
+
+    source  a run, a checkpoint, an exported folder or a file, or as is_hub_adapter has it
+    file    of that folder
+    raises  UserError where there is no adapter, or it is damaged
+    """
+    named = str(source)
+    if is_hub_adapter(named):
+        name, _, revision = named.partition("@")
+        source = fetch_top(name, revision or None) / file
+    else:
+        source = Path(source).expanduser() / file
     if not source.exists():
-        raise UserError(f"no adapter at {source}: give a run folder, a checkpoint, or an exported folder or file")
+        raise UserError(
+            f"no adapter at {source}: give a run folder, a checkpoint, an exported folder or file, or a hub id owner/name"
+        )
     as_unet = "give it as the UNet (model.unet of a recipe, --unet of interpolate.py)"
     if (source / "unet").is_dir():
         raise UserError(f"{source} holds a whole UNet, such as a merged export, and no adapter; {as_unet}")

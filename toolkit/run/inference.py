@@ -25,6 +25,7 @@ from toolkit.model.formats import check_told, read_metadata
 from toolkit.model.lora import load_adapter, merge_adapters
 from toolkit.model.prepare import prepare_frozen
 from toolkit.model.quiet import quiet_libraries
+from toolkit.model.sources import fetch_top, is_hub_id
 from toolkit.model.tuning import ABOUT_FILE, put_values
 from toolkit.run.attention import choose_kernel
 from toolkit.run.checkpoint import best_checkpoint, list_checkpoints
@@ -156,7 +157,7 @@ def read_source(
         raise UserError(f"both --run and --config are given, but {run} has its own recipe; give one of them")
     if weights and len(weights) != len(adapters):
         raise UserError(f"{len(weights)} weights for {len(adapters)} adapters; give --weights one number per --adapter")
-    found = [find_adapter(Path(adapter)) for adapter in adapters]
+    found = [find_adapter(adapter) for adapter in adapters]
     if run is not None:
         place, own = read_run(Path(run).expanduser(), checkpoint)
         if own.tuning == "full" and lora_scale != 1:
@@ -172,7 +173,7 @@ def read_source(
         )
     if not found and lora_scale != 1:
         raise UserError("--lora_scale is given, but no adapter; the tuning in a merged UNet cannot be scaled")
-    abouts = [read_metadata(place) for place in found] or [read_merged(Path(str(unet)))]
+    abouts = [read_metadata(place) for place in found] or [read_merged(str(unet))]
     if config is not None or run is not None:
         recipe = load_config(config or Path(str(run)).expanduser() / "config.yaml")
     elif "recipe" in abouts[0]:
@@ -201,9 +202,10 @@ def feeding(value: Any) -> Any:
     return "framer_clip" if value == "middle_in_clip" else value
 
 
-def read_merged(folder: Path) -> dict[str, Any]:
-    """What a merged export tells of itself; empty for a UNet of other programs."""
-    file = folder.expanduser() / ABOUT_FILE
+def read_merged(place: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """What a merged export tells of itself, here or on the hub; empty for a UNet of other programs."""
+    folder = fetch_top(str(place), revision) if is_hub_id(str(place)) else Path(place).expanduser()
+    file = folder / ABOUT_FILE
     try:
         told = json.loads(file.read_text()) if file.is_file() else {}
     except (ValueError, RecursionError) as error:

@@ -113,7 +113,7 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     held_out = check_looks(config)
     changed = "" if fresh else check_folder(config, allow_change)
     begun = not fresh and list_checkpoints(config.folder)  # its own adapter is further than the one it started from
-    start = find_adapter(Path(config.lora.init_from)) if config.lora.init_from is not None and not begun else None
+    start = find_adapter(config.lora.init_from) if config.lora.init_from is not None and not begun else None
     model = config.model
     if index.cached:
         check_cache(config)
