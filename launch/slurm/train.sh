@@ -15,6 +15,7 @@ export MASTER_ADDR MASTER_PORT PYTHONPATH OMP_NUM_THREADS
 # saved nothing, submit again by hand.
 [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || set --
 
+in_vain=$RUN/slurm/$SLURM_JOB_ID.in_vain # a line for each start in a row that saved nothing
 rm -f "$RUN/requeue"
 say "start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST, which meet at $MASTER_ADDR:$MASTER_PORT"
 srun --export=ALL --kill-on-bad-exit=1 --distribution=block --cpus-per-task="$SLURM_CPUS_PER_TASK" \
@@ -25,7 +26,16 @@ code=$?
 if [ "$code" -eq 0 ]; then
     say "done"
 elif [ "$code" -eq 75 ] || [ -e "$RUN/requeue" ]; then
-    say "saved and stopped before its time was up; it goes into the queue again"
+    if [ -e "$RUN/requeue" ]; then
+        rm -f "$in_vain"
+        say "saved and stopped before its time was up; it goes into the queue again"
+    else
+        say "asked to end while still loading, with nothing to save" | tee -a "$in_vain"
+        if [ "$(wc -l <"$in_vain")" -ge 3 ]; then
+            say "that was the third time in a row, so it is not queued again; submit it with more --time than loading takes"
+            exit 75
+        fi
+    fi
     scontrol requeue "$SLURM_JOB_ID" && exit 0
     say "the cluster does not queue it again; the same submit command, without --fresh, goes on"
     exit 75

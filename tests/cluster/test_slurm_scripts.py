@@ -1,6 +1,7 @@
 """What is asked of SLURM is refused or becomes a sound script. Run: pytest tests/cluster/test_slurm_scripts.py"""
 
 import multiprocessing
+import os
 import re
 import shlex
 import subprocess
@@ -65,6 +66,30 @@ def test_dry_run_prints_a_sound_script_and_writes_nothing(config: RunConfig, tmp
     assert {name: asked.get(name) for name in expected} == expected
     assert shell_values(script, "PYTHON", "RUN") == [sys.executable, str(config.folder)]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_job_whose_time_is_up_before_its_first_step_is_not_queued_for_ever(config: RunConfig, tmp_path: Path) -> None:
+    """A start that saved is queued again however often; of those that only loaded, three in a row are the last.
+
+    Programs of SLURM's names stand in for it: on a cluster this would be hours of loading.
+    """
+    script = submit_run(config, Resources(time="5"), signal_s=120, dry_run=True)
+    (config.folder / "slurm").mkdir(parents=True)
+    for name, body in (
+        ("scontrol", f"echo $1 >> {tmp_path}/asked"),
+        ("srun", f"[ $SAVES = 0 ] || touch {config.folder}/requeue; exit 75"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    codes = []
+    for saves in (0, 1, 0, 0, 1, 0, 0, 0):
+        job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_CPUS_PER_TASK": "1", "SLURM_NTASKS": "1"}
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SAVES": str(saves), **job}
+        done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+        codes.append(done.returncode)
+    assert codes == [0, 0, 0, 0, 0, 0, 0, 75], done.stderr
+    assert (tmp_path / "asked").read_text().split().count("requeue") == 7
+    assert "the third time in a row, so it is not queued again; submit it with more --time" in done.stdout
 
 
 def test_dry_run_of_the_command_lines(tmp_path: Path) -> None:
