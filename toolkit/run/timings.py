@@ -32,7 +32,7 @@ ADVICE: dict[Bound, str] = {
     "there, or raise engine.global_batch to meet less often",
     "launch": "the GPU waits for the host to launch its work: keep model.cuda_graphs on, try model.compile, or raise "
     "engine.micro_batch",
-    "compute": "nothing waits: a faster card, more ranks, or model.memory fast where it fits",
+    "compute": "nothing waits: a faster card, more ranks, or, where less memory is used than there is, model.memory fast",
 }
 
 
