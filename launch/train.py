@@ -1,5 +1,6 @@
 """Train a recipe: deepspeed launch/train.py --config launch/recipes/tiny_cpu.yaml [--any.field value] [--fresh]."""
 
+import faulthandler
 import sys
 from typing import Any
 
@@ -19,6 +20,7 @@ def train(
     """
     from toolkit.run.signals import Console, Requests
 
+    faulthandler.enable(2)  # to stderr: a crash inside a library says where
     # before the imports, which take seconds, and to the very end: a launcher's TERM would end a rank before it says its word
     requests = Requests()
     sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)

@@ -86,6 +86,27 @@ def test_t15_hang(faults: Any, forked: Warm, small_run: dict[str, Any], undistur
     faults.end(passed)
 
 
+HOLD_THE_INTERPRETER = """
+import ctypes, pathlib, sys
+from toolkit.run import watchdog
+watchdog._BACKSTOP_S = 1
+def stand_still():
+    ctypes.PyDLL(None).sleep(60)  # unlike CDLL, it lets no other thread run
+with watchdog.Watchdog(pathlib.Path(sys.argv[1]), 0, 1, 0.5):
+    stand_still()
+"""
+
+
+def test_a_process_in_which_no_thread_can_run_leaves_its_stack(tmp_path: Path) -> None:
+    """A library that holds the interpreter's lock keeps the watchdog from waking; where it stands is written even so."""
+    report = tmp_path / "stacks/rank_00000.txt"
+    with subprocess.Popen([sys.executable, "-c", HOLD_THE_INTERPRETER, str(tmp_path)], cwd=ROOT) as process:
+        try:
+            wait_for(lambda: report.exists() and "in stand_still" in report.read_text(), 30)
+        finally:
+            process.kill()
+
+
 def test_t15_a_pause_is_no_hang(faults: Any, forked: Warm, small_run: dict[str, Any], undisturbed: Path) -> None:
     """Ctrl-Z, and fg after longer than the timeout, in the long form also all its grace: the run goes on, bit by bit."""
     trials, passed = faults.choose(short=1, long=3), 0

@@ -25,9 +25,9 @@ HANG = 70  # EX_SOFTWARE, the exit code of a run that hung
 _PLACES = ("at ", "outside ")  # how the line of a report begins that says where its rank waits
 _ROOT = Path(__file__).resolve().parents[2]
 _PATIENCE_S = 3.0  # for the reports of the other ranks
-# After the timeout: the stacks of a process in which no Python thread can run. They do not end it, since after a pause by
-# Ctrl-Z this clock, too, has run out; its launcher does, when the other ranks have gone. A lone one stays until somebody
-# looks, or its time limit comes.
+# After the timeout: the main thread's stack of a process in which no Python thread can run. It does not end it, since after
+# a pause by Ctrl-Z this clock, too, has run out; its launcher does, when the other ranks have gone. A lone one stays until
+# somebody looks, or its time limit comes.
 _BACKSTOP_S = 9.0
 
 
@@ -45,6 +45,9 @@ class Watchdog:
         print(f"rank {rank} {platform.node()} {os.getpid()}", file=self._file, flush=True)
         # loader workers are forked after this: they inherit the handler, and write into this rank's file
         faulthandler.register(signal.SIGUSR1, self._file)
+        # A handler reads the stack of the thread that it interrupts, which stands still meanwhile. The timer of faulthandler
+        # reads them from a thread beside it, and after a pause, when all of them run on, that can crash the process.
+        faulthandler.register(signal.SIGALRM, self._file, all_threads=False)
         self._main = threading.main_thread().ident
         self._over = threading.Event()
         self.beat()
@@ -54,7 +57,7 @@ class Watchdog:
     def beat(self, extra_s: float = 0) -> None:
         """Tell that the run goes on; extra_s: how much longer than usual the next beat may take."""
         self._allowed_s, self._beat_s = self.timeout_s + extra_s, time.monotonic()
-        faulthandler.dump_traceback_later(self._allowed_s + _BACKSTOP_S, file=self._file)
+        signal.setitimer(signal.ITIMER_REAL, self._allowed_s + _BACKSTOP_S)
 
     def __enter__(self) -> Watchdog:
         return self
@@ -62,8 +65,9 @@ class Watchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._over.set()
         self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
-        faulthandler.unregister(signal.SIGUSR1)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number in (signal.SIGALRM, signal.SIGUSR1):
+            faulthandler.unregister(number)
         self._file.close()
 
     def _watch(self) -> None:
