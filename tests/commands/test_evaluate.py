@@ -187,7 +187,7 @@ def test_a_still_clip_gains_neither_most_nor_least(gains: list[float], shown: li
         for label, own_B in (psnr_moving | {"true": torch.ones(3)}).items()
     }
     windows = Windows(2, list("abc"), frames_BTHWC, torch.ones(3), torch.ones(3))
-    figure = main_figure({"psnr_moving": describe(psnr_moving["linear"], 0)})
+    figure = main_figure({"psnr_moving": describe(psnr_moving["linear"])})
     sheet = draw_extremes(results, windows, "tuned", figure)
     row_px = TILE_PX + 4 + 16
     assert sheet.height == 20 + len(shown) * row_px
@@ -449,12 +449,12 @@ def test_the_recommended_value_is_the_smallest_within_the_noise() -> None:
     best = torch.tensor([20.0, 24.0, 22.0, 28.0])
     noise = torch.tensor([0.3, -0.2, 0.25, -0.3])
     values = {0.0: best - 2 + noise, 0.5: best - 0.5, 0.7: best - 0.02 + noise, 1.0: best}
-    assert recommend(values, seed=0) == 0.7
-    assert recommend({value: values[value] for value in (0.5, 1.0)}, 0) == 1.0
-    assert recommend(dict.fromkeys((0.0, 0.5, 1.0), best), 0) == 0.0
+    assert recommend(values) == 0.7
+    assert recommend({value: values[value] for value in (0.5, 1.0)}) == 1.0
+    assert recommend(dict.fromkeys((0.0, 0.5, 1.0), best)) == 0.0
     # of one clip no noise is known: the best
-    assert recommend({0.0: best[:1] - 0.01, 1.0: best[:1]}, 0) == 1.0
-    assert recommend({0.0: best[:1] * torch.nan, 1.0: best[:1]}, 0) == 1.0
+    assert recommend({0.0: best[:1] - 0.01, 1.0: best[:1]}) == 1.0
+    assert recommend({0.0: best[:1] * torch.nan, 1.0: best[:1]}) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -247,16 +247,16 @@ def test_clips_are_the_unit() -> None:
         (0, per_clip([21.0, 23.0], [20.0, 20.0], [19.0] * 2)),
         (1, per_clip([23.0, 21.0], [20.0, 20.0], [19.0] * 2)),
     ]
-    gain = sum_up_row(apart, 0)["against"]["base"]["psnr"]
+    gain = sum_up_row(apart)["against"]["base"]["psnr"]
     assert gain == {"mean": 2.0, "low": 2.0, "high": 2.0, "clips": 2, "improved": 2}
     values = np.random.default_rng(0).normal(size=(3, 12))
     runs = [(seed, per_clip(list(own), [0.0] * 12, [0.5] * 12)) for seed, own in enumerate(values)]
-    gain = sum_up_row(runs, 7)["against"]["base"]["psnr"]
-    expected = describe(torch.from_numpy(values).mean(0), 7)
+    gain = sum_up_row(runs)["against"]["base"]["psnr"]
+    expected = describe(torch.from_numpy(values).mean(0))
     assert {name: gain[name] for name in expected} == expected and gain["improved"] == (values.mean(0) > 0).sum()
-    again = sum_up_row(runs[::-1], 7)["against"]["base"]["psnr"]
+    again = sum_up_row(runs[::-1])["against"]["base"]["psnr"]
     assert again == pytest.approx(gain)
-    still = sum_up_row([(0, per_clip([21.0, None], [20.0, None], [19.0, None]))], 0)["against"]["base"]["psnr"]
+    still = sum_up_row([(0, per_clip([21.0, None], [20.0, None], [19.0, None]))])["against"]["base"]["psnr"]
     assert (still["mean"], still["clips"], still["improved"], still["low"]) == (1.0, 1, 1, None)
 
 
@@ -286,7 +286,7 @@ def test_settings_are_compared_clip_by_clip(settings: dict[str, Any], tmp_path: 
 def test_where_nothing_moves_the_whole_frame_is_compared(moves: tuple[str, ...], label: str) -> None:
     """In all rows of a table alike, and only where no clip moves in any of them."""
     clips = [(0, per_clip([21.0], [20.0], [19.0]))]
-    row = sum_up_row(clips, 0, first=clips)
+    row = sum_up_row(clips, first=clips)
     rows = {name: json.loads(json.dumps(row)) for name in ("first", "second")}
     for name in rows.keys() - {*moves}:
         for figures in rows[name]["figures"].values():

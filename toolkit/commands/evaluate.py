@@ -130,7 +130,7 @@ def evaluate_run(
         }
     for label, gap, result in run_contenders(contenders, windows, networks, compiled):
         results[gap][label] = result
-    by_gap = {str(gap): sum_up(results[gap], contenders, own, config.seed, tuned) for gap, own in windows.items()}
+    by_gap = {str(gap): sum_up(results[gap], contenders, own, tuned) for gap, own in windows.items()}
     ranked_by = {gap: main_figure(by_gap[str(gap)]["figures"]["linear"]) for gap in windows}
     gap, own = next(iter(windows.items()))
     report: dict[str, Any] = {
@@ -149,7 +149,7 @@ def evaluate_run(
         "gaps": by_gap,
     }
     if sweep is not None:
-        report["sweep"] = sum_up_sweep(sweep, results, contenders, ranked_by, config.seed)
+        report["sweep"] = sum_up_sweep(sweep, results, contenders, ranked_by)
     replace_text(folder / "evaluation.json", json.dumps(report, indent=2) + "\n")
     extremes = {str(gap): draw_extremes(results[gap], own, tuned, ranked_by[gap]) for gap, own in windows.items()}
     write_page(folder, [Path(name).expanduser() for name in runs], report, extremes)
@@ -191,7 +191,7 @@ def read_fvd(config: RunConfig, weights: str | None) -> Features | None:
 
 
 def sum_up(
-    results: dict[str, Result], contenders: dict[str, Contender], windows: Windows, seed: int, first: str
+    results: dict[str, Result], contenders: dict[str, Contender], windows: Windows, first: str
 ) -> dict[str, Any]:
     """What evaluation.json holds of a gap: figures, what each contender gains on others, and the figures of each clip.
 
@@ -202,9 +202,7 @@ def sum_up(
     scores = {label: results[label].figures for label in ("linear", *bases, *tuned)}
     true = results["true"]
     shown = scores | {"true": {name: true.figures[name] for name in DRIFTS}}
-    figures = {
-        label: {name: describe(values_B, seed) for name, values_B in own.items()} for label, own in shown.items()
-    }
+    figures = {label: {name: describe(values_B) for name, values_B in own.items()} for label, own in shown.items()}
     videos = {label: own.features_BD for label, own in results.items() if own.features_BD is not None}
     if "true" in videos:
         for label in scores:
@@ -217,14 +215,14 @@ def sum_up(
         "figures": figures,
         "by_frame": {
             label: {
-                name: [describe(values_B, seed) for values_B in values_BT.unbind(1)]
+                name: [describe(values_B) for values_B in values_BT.unbind(1)]
                 for name, values_BT in results[label].of_frames.items()
             }
             for label in scores
         },
         "against": {
             label: {
-                other: {name: compare(name, own_B, scores[other][name], seed) for name, own_B in scores[label].items()}
+                other: {name: compare(name, own_B, scores[other][name]) for name, own_B in scores[label].items()}
                 for other in dict.fromkeys(("linear", contenders[label].base, first))
                 if other != label
             }
@@ -242,7 +240,6 @@ def sum_up_sweep(
     results: dict[int, dict[str, Result]],
     contenders: dict[str, Contender],
     ranked_by: dict[int, str],
-    seed: int,
 ) -> dict[str, Any]:
     """What evaluation.json holds of a sweep: field, values, their labels and bases, and the value to take at each gap.
 
@@ -253,7 +250,7 @@ def sum_up_sweep(
     recommended = {}
     for gap, own in results.items():
         scores = {value: own[label].figures[ranked_by[gap]] for value, label in labels.items()}
-        recommended[str(gap)] = recommend(scores, seed)
+        recommended[str(gap)] = recommend(scores)
     bases = [contenders[label].base for label in labels.values()]
     return {
         "field": field,
@@ -264,7 +261,7 @@ def sum_up_sweep(
     }
 
 
-def recommend(values: dict[float, Tensor], seed: int) -> float:
+def recommend(values: dict[float, Tensor]) -> float:
     """The smallest value that is not worse than the best beyond the noise of the clips.
 
     values  {value: (B,) in dB}; not worse is one whose difference from the best, clip by clip, is 0 within its 95 % interval
@@ -272,7 +269,7 @@ def recommend(values: dict[float, Tensor], seed: int) -> float:
     means = {value: own_B[own_B.isfinite()].mean().nan_to_num(-math.inf).item() for value, own_B in values.items()}
     best = max(means, key=means.__getitem__)
     for value in sorted(values):
-        low = describe(values[best] - values[value], seed)["low"]
+        low = describe(values[best] - values[value])["low"]
         if value == best or (low is not None and low <= 0):
             return value
     return best

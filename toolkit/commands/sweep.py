@@ -315,10 +315,9 @@ def sum_up(points: Sequence[Point]) -> dict[str, Any]:
             key = json.dumps(same)
             tables.setdefault(key, same | {"rows": {}})
             gathered.setdefault((key, point.combination), []).append((point.config.seed, own["per_clip"]))
-    seed = points[0].config.seed
     for (key, combination), runs in gathered.items():
         first = next((gathered[key, name] for name in tables[key]["rows"]), None)
-        tables[key]["rows"][combination] = sum_up_row(runs, seed, first)
+        tables[key]["rows"][combination] = sum_up_row(runs, first)
     return {
         "command": whole_command(sys.argv),
         "combinations": {point.combination: point.settings for point in points},
@@ -337,7 +336,7 @@ def whole_command(words: Sequence[str]) -> str:
 SeedRuns = Sequence[tuple[int, Mapping[str, Any]]]  # of each seed what evaluation.json holds of each clip, by contender
 
 
-def sum_up_row(runs: SeedRuns, seed: int, first: SeedRuns | None = None) -> dict[str, Any]:
+def sum_up_row(runs: SeedRuns, first: SeedRuns | None = None) -> dict[str, Any]:
     """Figures of a combination, and what it gains, over clips whose figures are means over the seeds.
 
     first  runs of another combination on the same clips, with which it is compared too
@@ -348,14 +347,10 @@ def sum_up_row(runs: SeedRuns, seed: int, first: SeedRuns | None = None) -> dict
         others["first"] = average_seeds(first)["tuned"]
     return {
         "seeds": [seed for seed, _ in runs],
-        "figures": {
-            label: {n: describe(own_B, seed) for n, own_B in figures.items()} for label, figures in means.items()
-        },
+        "figures": {label: {n: describe(own_B) for n, own_B in figures.items()} for label, figures in means.items()},
         "against": {
             other: {
-                name: compare(name, own_B, values[name], seed)
-                for name, own_B in means["tuned"].items()
-                if name in values
+                name: compare(name, own_B, values[name]) for name, own_B in means["tuned"].items() if name in values
             }
             for other, values in others.items()
         },

@@ -23,10 +23,7 @@ from toolkit.data.format import BadSample
 from toolkit.data.index import DatasetIndex, open_sources
 from toolkit.data.trajectory import match_stills
 from toolkit.errors import UserError
-from toolkit.rng import rng
 from toolkit.run.framer import FOUND_SCALE, Framer, Sampling, Steering, to_signed
-
-RESAMPLES = 2000  # of the clips, for an interval
 
 
 class Figure(NamedTuple):
@@ -256,27 +253,33 @@ def score_whole(made_BTCHW: Tensor, true_BTCHW: Tensor) -> dict[str, Tensor]:
     return steady | {"lighting_luma": luma_B, "lighting_colour": colour_B}
 
 
-def describe(values_B: Tensor, seed: int) -> dict[str, Any]:
+def describe(values_B: Tensor) -> dict[str, Any]:
     """The mean of a figure over clips with its 95 % interval; clips where it is not finite do not count.
 
     returns  {mean, low, high, clips}; None for a number that cannot be given: none for no clip, no interval for one
-    source   percentile bootstrap (Efron 1979): the clips are drawn anew, RESAMPLES times, by the seed
+    source   Student 1908, for few clips: a percentile bootstrap of ten holds the true mean 91 times of 100, of four 82 times
     """
     values = values_B[values_B.isfinite()].double()
-    clips = len(values)
-    low = high = math.nan
-    if clips > 1:
-        drawn = torch.randint(clips, (RESAMPLES, clips), generator=rng(seed, "bootstrap"))
-        low, high = values[drawn].mean(1).quantile(values.new_tensor([0.025, 0.975])).tolist()
-    mean = values.mean().item()
-    return {"mean": rounded(mean), "low": rounded(low), "high": rounded(high), "clips": clips}
+    clips, mean = len(values), values.mean().item()
+    half = student_t(clips - 1) * values.std().item() / clips**0.5 if clips > 1 else math.nan
+    return {"mean": rounded(mean), "low": rounded(mean - half), "high": rounded(mean + half), "clips": clips}
 
 
-def compare(figure: str, own_B: Tensor, other_B: Tensor, seed: int) -> dict[str, Any]:
+def student_t(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t for 1, 2, ... degrees of freedom, to about a thousandth of it.
+
+    source  Abramowitz and Stegun 26.7.5, whose series is too coarse below three degrees
+    """
+    if freedom < 3:
+        return (12.7062, 4.3027)[freedom - 1]
+    return sum(term / freedom**i for i, term in enumerate((1.95996, 2.37227, 2.82250, 2.55585, 1.58953)))
+
+
+def compare(figure: str, own_B: Tensor, other_B: Tensor) -> dict[str, Any]:
     """Describe the difference own - other, clip by clip, and count the clips in which own is better."""
     gain_B = own_B - other_B
     better_B = (find_figure(figure).sign * gain_B > 0) & gain_B.isfinite()  # of the clips that count
-    return describe(gain_B, seed) | {"improved": int(better_B.sum())}
+    return describe(gain_B) | {"improved": int(better_B.sum())}
 
 
 def rounded(value: float) -> float | None:
