@@ -176,6 +176,21 @@ def test_clips_of_several_shapes_do_not_mix(tmp_path: Path) -> None:
         open_shards(tmp_path, "train")
 
 
+def test_a_shard_that_is_cut_in_a_run_holds_bad_samples(shards: tuple[DatasetIndex, list[dict[str, Tensor]]]) -> None:
+    """Wherever it is cut within a clip, down to nothing, for a reader that has not opened it yet."""
+    index, _ = shards
+    tar, row = index.shards[0], index.rows[0]
+    begin = row.members["safetensors"].offset + row.latents.offsets["mean"]
+    end = row.members["safetensors"].offset + row.members["safetensors"].size_bytes
+    data = tar.read_bytes()
+    for size_bytes in (0, 1, begin, begin + 1, *range(begin + 100, end, 97), end - 1):
+        tar.write_bytes(data[:size_bytes])
+        with pytest.raises(BadSample, match=r"0\.safetensors at offset \d+: (its shard was cut|frame \d: checksum)"):
+            load_cached(index, 0, ClipSettings(T, 24, 40), 0, 0, LatentsReader())
+    tar.write_bytes(data)
+    load_cached(index, 0, ClipSettings(T, 24, 40), 0, 0, LatentsReader())
+
+
 def test_many_shards_need_few_descriptors(tmp_path: Path) -> None:
     """Over 200 shards the reader keeps MAX_OPEN of them open, and reads each as well the second time."""
     data = pack_latents(GOOD["mean"], GOOD["std"], GOOD["tokens"])

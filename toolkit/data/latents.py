@@ -183,14 +183,17 @@ class LatentsReader:
 
     def read(self, shard: Path, offset: int, info: LatentsInfo, variant: int, frames: range) -> Window:
         """Read the frames of one variant of the member at `offset`. Raises LatentsError for bytes that changed."""
-        if shard not in self._shards:
-            if len(self._shards) == MAX_OPEN:  # each holds a descriptor; the order reads a few shards at a time
-                del self._shards[next(iter(self._shards))]
-            self._shards[shard] = np.asarray(np.memmap(shard, np.uint8, "r")), {}
-        data, members = self._shards[shard]
-        member = members.get(offset)
-        if member is None:
-            member = members[offset] = _Member(data[offset:], info)
+        try:
+            if shard not in self._shards:
+                if len(self._shards) == MAX_OPEN:  # each holds a descriptor; the order reads a few shards at a time
+                    del self._shards[next(iter(self._shards))]
+                self._shards[shard] = np.asarray(np.memmap(shard, np.uint8, "r")), {}
+            data, members = self._shards[shard]
+            member = members.get(offset)
+            if member is None:
+                member = members[offset] = _Member(data[offset:], info)
+        except ValueError:  # nothing to map, or too few bytes for its rows
+            raise LatentsError("its shard was cut since the start") from None
         first, last, step = variant * info.frames + frames[0], variant * info.frames + frames[-1], frames.step
         wanted = _bits(len(frames), step) << first
         if wanted & ~member.good:
