@@ -270,7 +270,7 @@ class EngineConfig(Section):
 
 
 class ValidationConfig(Section):
-    clips: int = Field(8, ge=1)  # held-out clips that the run and launch/evaluate.py score
+    clips: int = Field(8, ge=1)  # held-out clips that the run and launch/evaluate.py score, of as many videos as can be
     # steps between two losses on them, always at the same noise. null: never
     every_steps: int | None = Field(None, ge=1)
     # steps between two looks at generated frames: figures beside blending and the start, strips, a video. null: never

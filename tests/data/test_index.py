@@ -5,17 +5,21 @@ import json
 import os
 import shutil
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from toolkit.authoring.pack import pack
 from toolkit.config import DataConfig
-from toolkit.data.format import index_path
+from toolkit.data.format import ClipInfo, SampleRow, index_path
 from toolkit.data.index import DatasetIndex, open_shards, open_sources
 from toolkit.data.latents import pack_latents
+from toolkit.data.order import Source
 from toolkit.errors import UserError
 
 
@@ -165,3 +169,46 @@ def test_cut_shard_is_seen_at_start(packed: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"train-000001.tar has {size_bytes} bytes .* the tar was cut"):
             open_shards(folder, "train")
         tar.write_bytes(whole)
+
+
+def make_index(lengths: list[list[int]], short: int = 1) -> DatasetIndex:
+    """Clips of each video of each source, which have 1 to `short` frames, in turn."""
+    rows = [
+        SampleRow(key=f"{s}-{v}", members={}, clip=ClipInfo(fps=25, frames=1 + i % short, height=8, width=8, source=f"{v}"))
+        for s, videos in enumerate(lengths) for v, count in enumerate(videos) for i in range(count)
+    ]  # fmt: skip
+    sources = tuple(Source((sum(videos),)) for videos in lengths)
+    return DatasetIndex((Path("a.tar"),) * len(rows), tuple(rows), sources, "")
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=3),
+    clips=st.integers(1, 30), short=st.integers(1, 4), least=st.integers(1, 4),
+)  # fmt: skip
+def test_clips_to_look_at_are_of_all_that_there_is(
+    lengths: list[list[int]], clips: int, short: int, least: int
+) -> None:
+    """Each usable one once, in order, the spare ones behind; no video gives two more than another that has some left."""
+    index = make_index(lengths, short)
+    usable = [i for i, row in enumerate(index.rows) if row.clip.frames >= least]
+    found = index.choose(least, clips)
+    looked, spare = found[:clips], found[clips:]
+    assert sorted(found) == usable and looked == sorted(looked) and spare == sorted(spare)
+    shown, left = (Counter(index.rows[i].key for i in part) for part in (looked, spare))
+    assert all(max(shown.values()) <= shown[video] + 1 for video in left)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "clips", "chosen"),
+    [
+        ([[1] * 9], 4, [0, 1, 2, 3]),  # videos of one clip: the first
+        ([[90]], 1, [45]),
+        ([[90]], 3, [15, 45, 75]),
+        ([[30, 30, 30]], 3, [15, 45, 75]),
+        ([[5, 1, 4]], 5, [1, 3, 5, 7, 9]),
+        ([[1] * 9, [1] * 9], 4, [0, 1, 9, 10]),  # of a mix
+    ],
+)
+def test_clips_to_look_at_lie_evenly(lengths: list[list[int]], clips: int, chosen: list[int]) -> None:
+    """One of a video is its middle, three are the middles of its thirds; each source gives as many."""
+    assert make_index(lengths).choose(1, clips)[:clips] == chosen

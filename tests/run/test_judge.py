@@ -98,6 +98,20 @@ def test_all_gaps_have_the_same_clips(
     assert [clip.key for clip in load_held_out(config, 3)] == list(whole)[:3] and own_gap(config) == 2
 
 
+def test_few_clips_are_not_of_one_recording(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    """Of two long videos held out, two clips are judged: one of each, from its middle."""
+    synth(tmp_path / "videos", clips=4, seconds=2.5, size=32, seed=2)
+    pack(tmp_path / "videos", tmp_path / "shards", clip_seconds=0.5, holdout=0.5, min_motion=0, duplicate_distance=0)
+    rows = open_shards(tmp_path / "shards", "val").rows
+    keys = {
+        name: [row.key for row in rows if row.clip.source == name]
+        for name in dict.fromkeys(r.clip.source for r in rows)
+    }
+    assert [len(own) for own in keys.values()] == [5, 5]
+    judged = load_windows(recipe(tiny_run, tmp_path / "shards"), [4], 2)[4].keys
+    assert judged == [own[2] for own in keys.values()]
+
+
 def test_gaps_that_cannot_be_are_refused(tiny_run: dict[str, Any], tiny_shards: Path) -> None:
     """One that the window's steps do not divide, one that no clip reaches over, and data that hold nothing out."""
     config = recipe(tiny_run, tiny_shards, data__frames=5)

@@ -250,7 +250,7 @@ def test_patience_without_looks_is_refused(plain: dict[str, Any]) -> None:
 
 
 def test_clips_are_those_that_evaluate_scores(plain: dict[str, Any]) -> None:
-    """The centre windows of the first held-out clips, whole and never mirrored, whatever training does to its own."""
+    """The centre windows of the same held-out clips, whole and never mirrored, whatever training does to its own."""
     config = load_config(RECIPE, plain | EVERY | {"name": "centred", "data.flip": True, "data.random_crop": 0.5})
     validator = build_job(config, init_world(join=False), fresh=False).validator
     for ordinal, clip in enumerate(load_held_out(config, 2)):

@@ -7,6 +7,7 @@ The split is in the shards' names: `val` reads val-*.tar, `train` every other ta
 
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ UNFINISHED = {
     CACHING: "shards/cache.py",
     JOINING: "shards/cache.py",
 }
+CHOICE_VERSION = 1  # bump when DatasetIndex.choose would give other clips
 _AT_ONCE = 16  # remote indexes fetched together
 
 
@@ -60,6 +62,32 @@ class DatasetIndex:
         if len(self.sources) == 1:
             return Order(self.shard_sizes, seed)
         return MixedOrder(self.sources, seed)
+
+    def choose(self, least_frames: int, clips: int) -> list[int]:
+        """Choose some samples to be looked at, in their order, and put all other usable ones behind them as spares.
+
+        As many of each source as of the others, and of each video, as far as they reach; of a video evenly. For the first
+        ones of a split would all be of one recording where these are long.
+
+        least_frames  that a usable sample has
+        """
+        owners = (owner for owner, source in enumerate(self.sources) for _ in range(sum(source.shard_sizes)))
+        videos: dict[tuple[int, str], list[int]] = {}
+        for sample, (owner, row) in enumerate(zip(owners, self.rows, strict=True)):
+            if row.clip.frames >= least_frames:
+                videos.setdefault((owner, row.clip.source), []).append(sample)
+        numbers: Counter[int] = Counter()
+        turns = []  # the first clip of every video comes before the second of any, and each source in its turn
+        for video, own in videos.items():
+            turns += [(turn, numbers[video[0]], video) for turn in range(len(own))]
+            numbers[video[0]] += 1
+        shares = Counter(video for _, _, video in sorted(turns)[:clips])
+        chosen = {
+            own[(2 * i + 1) * len(own) // (2 * shares[video])]
+            for video, own in videos.items()
+            for i in range(shares[video])
+        }
+        return [*sorted(chosen), *sorted({sample for own in videos.values() for sample in own} - chosen)]
 
     def read(self, sample: int, extension: str) -> bytes:
         """Read one member's bytes, checked against its crc32. Raises BadSample."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from toolkit.config import FED_BY, NETWORK_FIELDS, RunConfig, ValidationConfig, flatten_config
-from toolkit.data.index import open_sources
+from toolkit.data.index import CHOICE_VERSION, open_sources
 from toolkit.run.judge import own_gaps
 
 Look = dict[str, Any]  # what a score depends on beside the weights, as state.json keeps it
@@ -75,7 +75,7 @@ def _pick(config: RunConfig, names: Sequence[str]) -> Look:
     fields = flatten_config(config)
     look = {name: fields[name] for name in (*_BEAR_ON_BOTH, *names)}
     if config.validation.every_steps is not None or config.validation.figures_every_steps is not None:
-        look["held_out"] = open_sources(config.data, "val").fingerprint
+        look["held_out"] = f"{open_sources(config.data, 'val').fingerprint}/{CHOICE_VERSION}"
     return look
 
 

@@ -110,7 +110,7 @@ def window_frames(config: RunConfig) -> int:
 
 
 def load_windows(config: RunConfig, gaps: Sequence[int], clips: int) -> dict[int, Windows]:
-    """Load the centre window of held-out clips for each gap, of the same clips for all: the first that the longest fits.
+    """Load the centre window of held-out clips for each gap, of the same clips for all: some that the longest fits.
 
     gaps    in source frames between the two ends
     clips   at most
@@ -132,7 +132,7 @@ def load_windows(config: RunConfig, gaps: Sequence[int], clips: int) -> dict[int
 
 
 def load_held_out(config: RunConfig, clips: int) -> list[Clip]:
-    """Load the centre window of the first clips of the validation split, cut as training cuts them."""
+    """Load the centre window of some clips of the validation split, cut as training cuts them."""
     return [clip for (clip,) in _load_clips(config, [own_gap(config)], clips)]
 
 
@@ -164,11 +164,8 @@ def check_gaps(config: RunConfig, gaps: Sequence[int]) -> DatasetIndex:
 def _load_clips(config: RunConfig, gaps: Sequence[int], clips: int) -> list[list[Clip]]:
     """Of each clip its centre window for each gap; clips that are too short or cannot be read are passed over."""
     index, data, where = check_gaps(config, gaps), config.data, " + ".join(config.data.sources)
-    loaded, short = [], 0
-    for sample, row in enumerate(index.rows):
-        if row.clip.frames <= max(gaps):
-            short += 1
-            continue
+    usable, loaded = index.choose(max(gaps) + 1, clips), []
+    for sample in usable:
         try:
             loaded.append([
                 load_clip(
@@ -182,7 +179,7 @@ def _load_clips(config: RunConfig, gaps: Sequence[int], clips: int) -> list[list
             print(f"passed over: {error}", file=sys.stderr)
         if len(loaded) == clips:
             break
-    if short:
+    if short := len(index) - len(usable):
         print(f"passed over {short} held-out clips that are shorter than {max(gaps) + 1} frames", file=sys.stderr)
     if not loaded:
         raise UserError(f"{where} has no usable validation clip; pack more videos, or lower data.stride")

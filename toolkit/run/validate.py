@@ -42,7 +42,7 @@ class Losses:
 
 
 class Validator:
-    """Scores the first clips of the validation split, and of the training split, the ranks sharing them out.
+    """Scores some clips of the validation split, and as many of the training split, the ranks sharing them out.
 
     held_out, seen  indexes of the two
     windows         how training cuts its clips; here the centre is cut
@@ -67,8 +67,7 @@ class Validator:
         self.bins = name_bins(framer.sigma_quantiles((edges / SIGMA_BINS).float()).tolist())
         self.sigmas = framer.sigma_quantiles((middles / SIGMA_BINS).float()).tolist()
         centred = replace(windows, window="centre")
-        least = windows.least_frames
-        usable = [[i for i, row in enumerate(index.rows) if row.clip.frames >= least] for index in (held_out, seen)]
+        usable = [index.choose(windows.least_frames, config.validation.clips) for index in (held_out, seen)]
         self.clips = [min(config.validation.clips, len(own)) for own in usable]
         self.batches: list[MicroBatches | list[Batch | UserError]] = [
             MicroBatches(index, InSequence(own, clips, seed), centred, world.size, 1, world.rank, world.size)
