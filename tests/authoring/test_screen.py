@@ -1,5 +1,6 @@
 """What is dropped deserves it, what signs is kept, and a plan is exact. Run: pytest tests/authoring/test_screen.py"""
 
+import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -90,6 +91,17 @@ def test_duplicates_are_those_of_comparing_all_with_all(seed: int, distance: flo
         assert found == (pytest.approx(nearest, rel=1e-5) if nearest < distance else None)
         if found is None:
             kept.append(i)
+
+
+def test_many_clips_before_one_wall_are_compared_in_time() -> None:
+    """All alike in brightness, so that nothing short of their blocks tells them apart: thousands take a second or so."""
+    draws = np.random.default_rng(0)
+    wall_P = draws.integers(60, 200, PIXELS)
+    signatures_NP = np.clip(wall_P + draws.normal(0, 12, (8000, PIXELS)), 0, 255).astype(np.uint8)
+    places_N3 = np.stack([np.arange(8000), np.zeros(8000, int), np.full(8000, 100)], axis=1)
+    start_s = time.process_time()
+    assert find_duplicates(signatures_NP, places_N3, 2.5) == [None] * 8000
+    assert time.process_time() - start_s < 3
 
 
 def test_blur_lowers_sharpness_at_any_contrast() -> None:

@@ -8,6 +8,7 @@ from PIL import Image
 
 SIGNATURE_FRAMES, SIGNATURE_SIDE = 5, 16
 _BLUR_WIDTH = 9
+_ROWS, _SLACK = 128, 20  # clips compared at once; what fp32 may be off by where 80 squares of up to 128^2 are summed
 _MOVED, _MOVED_SHARE = 32, 0.002  # of luma between two frames; of the picture
 # Calibrated on 16 signing and 3 general videos: as they are, or at crf 35, near differences are 0.38 to 0.55 of far ones; of
 # their 38 copies with two frames woven into each, at crf 23 and 32, 28 have more than 1.5. White noise has 1.0, text that
@@ -67,25 +68,25 @@ def find_duplicates(signatures_NP: np.ndarray, places_N3: np.ndarray, distance: 
     places_N3      number of its video, first frame, and the one after its last
     distance       root mean square difference of luma below which two clips are the same
     """
-    count, pixels = signatures_NP.shape
-    # Means over groups of blocks differ no more than the blocks: whoever is apart there needs no closer look.
+    count = len(signatures_NP)
+    # Means over groups of blocks differ no more than the blocks: whoever is apart there needs no closer look. Differences
+    # from all clips before come as one matrix product of many rows, but for rounding (_SLACK).
     coarse_NP = signatures_NP.reshape(count, SIGNATURE_FRAMES, 4, SIGNATURE_SIDE // 4, 4, SIGNATURE_SIDE // 4)
-    coarse_NP = coarse_NP.mean((3, 5), dtype=np.float32).reshape(count, -1)
-    means = coarse_NP.mean(1)
-    kept = np.empty(count, np.int64)
-    kept_means = np.empty(count, np.float32)
-    kept_count = 0
+    coarse_NP = coarse_NP.mean((3, 5), dtype=np.float32).reshape(count, -1) - 128
+    squares_N = (coarse_NP**2).sum(1)
+    is_kept_N = np.zeros(count, bool)
     repeats: list[float | None] = []
     for clip in range(count):
-        near = kept[:kept_count][np.abs(kept_means[:kept_count] - means[clip]) < distance]
-        near = near[((coarse_NP[near] - coarse_NP[clip]) ** 2).mean(1) < distance**2]
+        if clip % _ROWS == 0:
+            last = clip + _ROWS
+            rows_RN = squares_N[clip:last, None] + squares_N[:last] - 2 * coarse_NP[clip:last] @ coarse_NP[:last].T
+            close_RN = rows_RN < coarse_NP.shape[1] * distance**2 + _SLACK
+        near = np.flatnonzero(close_RN[clip % _ROWS, :clip] & is_kept_N[:clip])
         video, first, stop = places_N3[clip]
         videos, firsts, stops = places_N3[near].T
         near = near[(videos != video) | (stops <= first) | (firsts >= stop)]
         gaps = signatures_NP[near].astype(np.int16) - signatures_NP[clip]
         apart = float(np.sqrt((gaps.astype(np.float32) ** 2).mean(1).min(initial=np.inf)))
         repeats.append(apart if apart < distance else None)
-        if apart >= distance:
-            kept[kept_count], kept_means[kept_count] = clip, means[clip]
-            kept_count += 1
+        is_kept_N[clip] = apart >= distance
     return repeats
