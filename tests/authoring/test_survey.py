@@ -6,7 +6,9 @@ Run: pytest tests/authoring/test_survey.py
 import errno
 import io
 import os
+import time
 from collections.abc import Iterable
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from itertools import pairwise
@@ -22,8 +24,8 @@ import toolkit.authoring.survey
 from tests.data.conftest import HEIGHT_PX, WIDTH_PX, frame_numbers, numbered_frames
 from toolkit.authoring.motion import motion_score
 from toolkit.authoring.pack import pack
-from toolkit.authoring.small import iter_small
-from toolkit.authoring.survey import survey
+from toolkit.authoring.small import SmallFrame, iter_small
+from toolkit.authoring.survey import _Watch, survey
 from toolkit.data.index import open_shards
 from toolkit.data.video import VideoError, iter_frames, read_frames, write_video
 from toolkit.errors import UserError
@@ -378,6 +380,26 @@ def test_scores_are_their_formulas(tmp_path: Path) -> None:
     write_video(tmp_path / "grey.mp4", frames_THWC, 10, crf=1)
     clip = survey(tmp_path / "grey.mp4", "", 4.0, None).clips[0]
     assert clip.motion == pytest.approx(80, abs=8) and clip.brightness == pytest.approx(np.mean(levels), abs=1)
+
+
+def test_a_clip_of_a_long_video_is_judged_by_itself() -> None:
+    """What is kept of each frame is read where the clip lies, and not from end to end for each of thousands of clips."""
+
+    def seconds(frames: int) -> float:
+        watch = _Watch(io.BytesIO())
+        picture = SmallFrame(0.0, False, False, True, False, False, 8, 8, np.zeros((128, 128), np.uint8),
+                             np.zeros((2, 64, 64), np.uint8), np.eye(8, dtype=np.uint8), None)  # fmt: skip
+        for number in range(64):
+            watch.add(replace(picture, time_s=number / 30, detail_HW=picture.detail_HW if number % 8 == 0 else None))
+        expected = watch.clip(30, 40, 30.0, None)
+        for name in ("times_s", "sizes_px", "jumps", "changes", "brightness", "blocks"):
+            setattr(watch, name, getattr(watch, name) * (frames // 64))
+        watch.sharpness = dict.fromkeys(range(0, frames, 8), watch.sharpness[0])
+        start_s = time.process_time()
+        assert all(watch.clip(30, 40, 30.0, None) == expected for _ in range(20))
+        return time.process_time() - start_s
+
+    assert seconds(640_000) < 4 * seconds(64) + 0.05
 
 
 def test_pictures_show_first_middle_and_last(tmp_path: Path) -> None:

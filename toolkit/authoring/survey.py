@@ -7,6 +7,7 @@ A survey depends on the bytes of the video, its name, and the lengths and parts 
 
 import errno
 import io
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -160,6 +161,7 @@ class _Watch:
 
     pictures: IO[bytes]
     times_s: list[float] = field(default_factory=list)
+    begin_s: float = math.inf
     sizes_px: list[tuple[int, int]] = field(default_factory=list)
     losses: list[int] = field(default_factory=list)
     spoiled: set[int] = field(default_factory=set)
@@ -198,6 +200,7 @@ class _Watch:
         if frame.after_loss:
             self.losses.append(len(self.times_s))
         self.times_s.append(frame.time_s)
+        self.begin_s = min(self.begin_s, frame.time_s)
         self.sizes_px.append((frame.height_px, frame.width_px))
         self.brightness.append(float(luma_HW.mean()))
         self.blocks.append(blocks(luma_HW))
@@ -251,7 +254,7 @@ class _Watch:
         self, parts: Sequence[tuple[float, float]], facts: VideoFacts, shots: Iterable[tuple[int, int]]
     ) -> Iterator[tuple[int, int, int | None]]:
         """Yield what of each shot lies in each part, and the part's number; all of it where there are no parts."""
-        times_s = np.array(self.times_s) - min(self.times_s, default=0) + facts.tick_s / 2
+        times_s = np.array(self.times_s) - self.begin_s + facts.tick_s / 2
         for first, last in shots:
             if not parts:
                 yield first, last, None
@@ -263,18 +266,18 @@ class _Watch:
 
     def clip(self, start: int, stop: int, fps: float, part: int | None) -> ClipFacts:
         chosen = np.linspace(start, stop - 1, SIGNATURE_FRAMES).round().astype(int)
-        sampled = [value for number, value in self.sharpness.items() if start <= number < stop]
-        nearest = self.sharpness[max(number for number in self.sharpness if number <= start)]
+        nearest = next(number for number in range(start, -1, -1) if number in self.sharpness)
+        sampled = [self.sharpness[number] for number in range(start, stop) if number in self.sharpness]
         return ClipFacts(
             first=start,
             frames=stop - start,
-            start_s=round(self.times_s[start] - min(self.times_s), 6),
+            start_s=round(self.times_s[start] - self.begin_s, 6),
             fps=fps,
             height_px=self.sizes_px[start][0],
             width_px=self.sizes_px[start][1],
             motion=motion_score(self.changes[start + 1 : stop], fps),
             brightness=round(float(np.mean(self.brightness[start:stop])), 2),
-            sharpness=round(max(sampled, default=nearest), 4),
+            sharpness=round(max(sampled, default=self.sharpness[nearest]), 4),
             signature=b"".join(self.blocks[number].tobytes() for number in chosen),
             picture=self._strip([start, (start + stop - 1) // 2, stop - 1]),
             part=part,
