@@ -18,9 +18,18 @@ from hypothesis import strategies as st
 from tests.data.hostile import clip, encode, header, members, pad, write_tar
 from toolkit.authoring import check as checking
 from toolkit.authoring import repair as repairing
-from toolkit.authoring.check import CheckReport, Fault, check
+from toolkit.authoring.check import CheckReport, Fault, _faults_between, check
 from toolkit.authoring.repair import repair
-from toolkit.data.format import build_index, index_path, load_index, write_index
+from toolkit.data.format import (
+    ClipInfo,
+    Member,
+    SampleRow,
+    ShardIndex,
+    build_index,
+    index_path,
+    load_index,
+    write_index,
+)
 from toolkit.data.index import open_shards
 from toolkit.data.latents import pack_latents
 from toolkit.data.tar import walk_tar
@@ -155,6 +164,23 @@ def test_parts_of_one_video_may_be_in_train_and_val_where_they_share_no_frame(fo
         write_tar(folder / "val-1.tar", members("v", clip(frames), **fields))
         named = {(fault.shard, fault.key) for fault in check(folder).faults}
         assert named == ({("val-1.tar", "v")} if is_shared else set()), first
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(1, 12)), max_size=8))
+def test_each_clip_that_is_trained_on_too_is_named_once(spans: list[tuple[bool, int, int]]) -> None:
+    """Wherever clips of a video lie: those held out that share a frame with one to train on, and no other."""
+    indexes, shared = {}, set()
+    for number, (is_val, first, frames) in enumerate(spans):
+        info = ClipInfo(fps=25, frames=frames, height=8, width=8, source="long.mp4", start_s=first / 25)
+        row = SampleRow(key=str(number), members={"mp4": Member(offset=512, size_bytes=1, crc32=0)}, clip=info)
+        index = ShardIndex(format_version=1, tar_sha256="", tar_size_bytes=2048, samples=(row,))
+        indexes[Path(f"{'val' if is_val else 'train'}-{number}.tar")] = index
+        if is_val and any(
+            not other and begin < first + frames and first < begin + length for other, begin, length in spans
+        ):
+            shared.add(str(number))
+    named = [fault.key for fault in _faults_between(indexes)]
+    assert sorted(named) == sorted(shared)
 
 
 @pytest.mark.parametrize("name", [".packing", ".publishing", ".caching"])

@@ -3,10 +3,11 @@
 Test: pytest tests/authoring/test_check.py
 """
 
-import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from tarfile import DIRTYPE
 from typing import Any, NamedTuple
@@ -288,17 +289,17 @@ def _faults_between(indexes: dict[Path, ShardIndex]) -> Iterator[Fault]:
             yield Fault(tar.name, row.key, offset, f"{keys[row.key]} has that key too; pack again", False)
         keys.setdefault(row.key, tar.name)
         if row.clip.source:
-            shown.setdefault(row.clip.source, []).append(_Shown(*_shown_s(row.clip), tar, row.key, offset))
+            end_s = row.clip.start_s + (row.clip.frames - 0.5) / row.clip.fps
+            shown.setdefault(row.clip.source, []).append(_Shown(row.clip.start_s, end_s, tar, row.key, offset))
     for source, clips in shown.items():
-        latest: dict[bool, _Shown] = {}  # of each split, what ends last so far
-        for clip in sorted(clips):
-            is_val = _is_val(clip.tar)
-            other = latest.get(not is_val)
-            if other is not None and clip.begin_s < other.end_s:
-                val = clip if is_val else other
+        train = sorted(clip for clip in clips if not _is_val(clip.tar))
+        begins_s = [clip.begin_s for clip in train]
+        ends_s = [*accumulate((clip.end_s for clip in train), max)]  # of all up to each, the last end
+        for clip in clips:
+            before = bisect_left(begins_s, clip.end_s)
+            if _is_val(clip.tar) and before and ends_s[before - 1] > clip.begin_s:
                 fault = f"what it shows of {source} is in train too; pack again"
-                yield Fault(val.tar.name, val.key, val.offset, fault, False)
-            latest[is_val] = max(clip, latest.get(is_val, clip), key=lambda found: found.end_s)
+                yield Fault(clip.tar.name, clip.key, clip.offset, fault, False)
 
 
 class _Shown(NamedTuple):
@@ -309,13 +310,6 @@ class _Shown(NamedTuple):
     tar: Path
     key: str
     offset: int
-
-
-def _shown_s(clip: ClipInfo) -> tuple[float, float]:
-    """From when to when of its source a clip is; all of it where it does not say."""
-    if clip.start_s is None:
-        return -math.inf, math.inf
-    return clip.start_s, clip.start_s + (clip.frames - 0.5) / clip.fps
 
 
 def _faults_beside(folder: Path, tars: list[Path]) -> Iterator[Fault]:
