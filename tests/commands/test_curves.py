@@ -110,10 +110,17 @@ def test_what_is_logged_beside_the_loss_is_drawn(tmp_path: Path) -> None:
     assert texts_of(norm)[0] == "adapter norm by block" and len(lines_of(norm)) == len(lines_of(ratio)) == 8
 
 
-def test_names_below_a_chart_keep_apart() -> None:
+@pytest.mark.parametrize("is_chart", [True, False])
+def test_names_below_a_chart_keep_apart(is_chart: bool) -> None:
     """However many and long they are, none covers another or leaves the picture, at six and a half pixels a letter."""
-    for count, letters in ((1, 50), (3, 14), (4, 16), (8, 22), (9, 4)):
-        root = ElementTree.fromstring(chart("", {f"{i}".rjust(letters, "n"): [Point(0, i)] for i in range(count)}, ""))
+    for count, letters in ((1, 50), (3, 14), (3, 30), (4, 16), (8, 22), (9, 4)):
+        names = [f"{i}".rjust(letters, "n") for i in range(count)]
+        drawn = (
+            chart("", {name: [Point(0, i)] for i, name in enumerate(names)}, "")
+            if is_chart
+            else intervals("", {name: {"row": (1.0, None, None)} for name in names}, "")
+        )
+        root = ElementTree.fromstring(drawn)
         _, _, width, height = map(float, root.get("viewBox").split())
         keys = [(float(key.get("x")), float(key.get("y"))) for key in root.iter(f"{SVG}rect")]
         assert len(keys) == count and max(y for _, y in keys) + 12 <= height

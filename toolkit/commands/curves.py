@@ -6,7 +6,7 @@ Test: pytest tests/commands/test_curves.py
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,8 +65,7 @@ def chart(
         marks.append(_text(_LEFT - 6, y + 4, f"{tick:.6g}", "end"))
     marks += [_text(place(tick, y_ticks[0])[0], _BOTTOM + 16, name, "middle") for tick, name in names.items()]
     marks.append(_text((_LEFT + _RIGHT) / 2, _BOTTOM + 32, axis, "middle"))
-    in_a_row = max(1, min(_IN_A_ROW, (WIDTH - 8) // (20 + 7 * max(map(len, lines)))))
-    for i, (name, line) in enumerate(lines.items()):
+    for i, line in enumerate(lines.values()):
         colour = _COLOURS[i % len(_COLOURS)]
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y, *_ in line)
         marks.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
@@ -78,9 +77,8 @@ def chart(
             if low is not None and high is not None:
                 ends = " ".join("{:.1f},{:.1f}".format(*place(x, end)) for end in (low, high))
                 marks.append(f'<polyline points="{ends}" stroke="{colour}" stroke-opacity="0.6"/>')
-        left, top = 8 + i % in_a_row * (WIDTH - 8) // in_a_row, _BOTTOM + 40 + i // in_a_row * 14
-        marks.append(_key(left, top, colour, name))
-    return _element(title, max(HEIGHT, _BOTTOM + 40 + math.ceil(len(lines) / in_a_row) * 14), marks)
+    keys, bottom = _legend(lines, _BOTTOM + 40)
+    return _element(title, max(HEIGHT, bottom), [*marks, *keys])
 
 
 def intervals(title: str, series: Mapping[str, Mapping[str, Interval]], axis: str) -> str:
@@ -110,7 +108,7 @@ def intervals(title: str, series: Mapping[str, Mapping[str, Interval]], axis: st
             f'stroke-width="{2 if dark else 1}"/>' + _text(x, bottom + 14, f"{tick:.6g}", "middle")
         )
     marks += [_text(left - 8, _TOP + row_px * (i + 0.5) + 4, row, "end") for i, row in enumerate(rows)]
-    for i, (name, own) in enumerate(series.items()):
+    for i, own in enumerate(series.values()):
         colour = _COLOURS[i % len(_COLOURS)]
         for row, (mean, low, high) in own.items():
             y = _TOP + row_px * rows.index(row) + 9 + 8 * i
@@ -120,9 +118,9 @@ def intervals(title: str, series: Mapping[str, Mapping[str, Interval]], axis: st
             marks.append(
                 f'<circle cx="{across(mean):.1f}" cy="{y}" r="3.5" fill="{colour}"><title>{number(mean)}</title></circle>'
             )
-        marks.append(_key(8 + i * (WIDTH // _IN_A_ROW), bottom + 34, colour, name))
     marks.append(_text((left + _RIGHT) / 2, bottom + 28, axis, "middle"))
-    return _element(title, bottom + 52, marks)
+    keys, bottom = _legend(series, bottom + 34)
+    return _element(title, bottom + 4, [*marks, *keys])
 
 
 def training_charts(run: Path) -> list[str]:
@@ -224,11 +222,15 @@ def _element(title: str, height: int, marks: Sequence[str]) -> str:
     )
 
 
-def _key(left: float, top: float, colour: str, name: str) -> str:
-    """What a colour stands for."""
-    return f'<rect x="{left}" y="{top}" width="9" height="9" fill="{colour}"/>' + _text(
-        left + 13, top + 9, name, "start"
-    )
+def _legend(names: Collection[str], top: int) -> tuple[list[str], int]:
+    """What each colour stands for, as many side by side as their names allow; and where the last row ends."""
+    in_a_row = max(1, min(_IN_A_ROW, (WIDTH - 8) // (20 + 7 * max(map(len, names)))))
+    keys = []
+    for i, name in enumerate(names):
+        left, y = 8 + i % in_a_row * (WIDTH - 8) // in_a_row, top + i // in_a_row * 14
+        keys.append(f'<rect x="{left}" y="{y}" width="9" height="9" fill="{_COLOURS[i % len(_COLOURS)]}"/>')
+        keys.append(_text(left + 13, y + 9, name, "start"))
+    return keys, top + math.ceil(len(names) / in_a_row) * 14
 
 
 def _text(x: float, y: float, words: str, anchor: str) -> str:
