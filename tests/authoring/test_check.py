@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.data.hostile import clip, encode, header, members, pad, write_tar
 from toolkit.authoring import check as checking
 from toolkit.authoring import repair as repairing
-from toolkit.authoring.check import CheckReport, Fault, _faults_between, check
+from toolkit.authoring.check import CheckReport, Fault, check, faults_between
 from toolkit.authoring.repair import repair
 from toolkit.data.format import (
     ClipInfo,
@@ -179,7 +179,7 @@ def test_each_clip_that_is_trained_on_too_is_named_once(spans: list[tuple[bool, 
             not other and begin < first + frames and first < begin + length for other, begin, length in spans
         ):
             shared.add(str(number))
-    named = [fault.key for fault in _faults_between(indexes)]
+    named = [fault.key for fault in faults_between(indexes)]
     assert sorted(named) == sorted(shared)
 
 

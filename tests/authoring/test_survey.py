@@ -25,7 +25,7 @@ from tests.data.conftest import HEIGHT_PX, WIDTH_PX, frame_numbers, numbered_fra
 from toolkit.authoring.motion import motion_score
 from toolkit.authoring.pack import pack
 from toolkit.authoring.small import SmallFrame, iter_small
-from toolkit.authoring.survey import _Watch, survey
+from toolkit.authoring.survey import Watch, survey
 from toolkit.data.index import open_shards
 from toolkit.data.video import VideoError, iter_frames, read_frames, write_video
 from toolkit.errors import UserError
@@ -386,7 +386,7 @@ def test_a_clip_of_a_long_video_is_judged_by_itself() -> None:
     """What is kept of each frame is read where the clip lies, and not from end to end for each of thousands of clips."""
 
     def seconds(frames: int) -> float:
-        watch = _Watch(io.BytesIO())
+        watch = Watch(io.BytesIO())
         picture = SmallFrame(0.0, False, False, True, False, False, 8, 8, np.zeros((128, 128), np.uint8),
                              np.zeros((2, 64, 64), np.uint8), np.eye(8, dtype=np.uint8), None)  # fmt: skip
         for number in range(64):

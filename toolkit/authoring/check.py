@@ -136,7 +136,7 @@ def check(folder: str | Path, deep: bool = False) -> CheckReport:
         report.seconds += sum(row.clip.frames / row.clip.fps for row in index.samples)
     explained = {fault.shard for fault in report.faults if fault.fault != _CHANGED}
     report.faults = [fault for fault in report.faults if fault.fault != _CHANGED or fault.shard not in explained]
-    report.faults += [*_faults_between(indexes), *_faults_beside(folder, tars)]
+    report.faults += [*faults_between(indexes), *_faults_beside(folder, tars)]
     report.faults.sort(key=lambda fault: (fault.shard, fault.offset or 0, fault.key or ""))
     return report
 
@@ -279,7 +279,7 @@ def _refuse_values(data: bytes) -> None:
             raise LatentsError(f"{name} holds numbers that are not finite, or below 0")
 
 
-def _faults_between(indexes: dict[Path, ShardIndex]) -> Iterator[Fault]:
+def faults_between(indexes: dict[Path, ShardIndex]) -> Iterator[Fault]:
     """Yield keys that two shards share, and clips that are held out of a stretch of a video that is trained on."""
     keys: dict[str, str] = {}
     shown: dict[str, list[_Shown]] = {}

@@ -117,7 +117,7 @@ def _look(
         few = f"has {facts.frames} frames; at least {MIN_FRAMES} are needed"
         return Survey(name=name, sha256=sha256, fault=few), False
     with tempfile.SpooledTemporaryFile(_SPOOL_BYTES, dir=str(spool) if spool else None) as pictures:
-        watch, faults, passing = _Watch(pictures), [], False
+        watch, faults, passing = Watch(pictures), [], False
         try:
             for frame in iter_small(path):
                 watch.add(frame)
@@ -156,7 +156,7 @@ def _reason(error: VideoError, path: Path) -> str:
 
 
 @dataclass
-class _Watch:
+class Watch:
     """What is kept of each frame while a video passes: some figures, its blocks, and its picture on the spool."""
 
     pictures: IO[bytes]
