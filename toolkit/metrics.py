@@ -180,9 +180,9 @@ def load_video_features(path: str | Path, frames: int) -> Features:
 
 
 def frechet_distance(features_ND: Tensor, true_MD: Tensor) -> float:
-    """How far two sets of features are apart, each taken for a normal distribution; 0 for equal sets, of two rows or more.
+    """How far two sets of features are apart, each taken for a normal distribution; 0 for equal sets.
 
-    NaN where a feature is no finite number.
+    features, true  (N, D) and (M, D), two rows or more each; NaN is returned where a number of them is not finite
 
     With covariances A'A and B'B the trace of the root of their product is the sum of the singular values of A B', which
     has as many rows as there are clips: exact where these are fewer than the features.

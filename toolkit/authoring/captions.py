@@ -32,7 +32,7 @@ class Words(NamedTuple):
 
 
 class Part(NamedTuple):
-    """From when to when of a video something is said, in seconds from its first frame, the end not included."""
+    """A part of a video, in seconds from its first frame, the end not included, and what is said about it."""
 
     begin_s: float
     end_s: float

@@ -1,4 +1,4 @@
-"""What keeps a clip out of a data set and takes a look at its pictures: blur, combs, and being the same as another.
+"""Reasons to drop a clip that its pictures alone can tell: blur, combs, and being the same as another.
 
 Test: pytest tests/authoring/test_screen.py
 """

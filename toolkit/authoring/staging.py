@@ -32,7 +32,7 @@ class Job(BaseModel):
 
     videos  size in bytes of each, by its path within the folder
     words   sha256 of the captions, labels and splits
-    parts   sha256 of from when to when videos are packed; empty for all of all
+    parts   sha256 of where the parts to be packed begin and end; empty where all videos are packed whole
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -94,7 +94,8 @@ def survey(
             raise UserError(f"{path}: {error.strerror or error}; {GOES_ON}") from error
         if not passing:
             break
-    # FFmpeg takes the end of a cut MKV for an error of the disk. What comes again, though all bytes can be read, is theirs.
+    # FFmpeg takes the end of a cut MKV for an error of the disk. One that comes again, though every byte could be read, is
+    # the video's own.
     return found
 
 

@@ -27,7 +27,7 @@ UNITS = (
 FEW = "FVD has no interval, and from so few clips it compares these contenders at the same gap, and nothing else"
 RULE = (
     "the smallest whose moving PSNR is not worse than the best one's beyond the noise of the clips: 0 lies in the 95 % "
-    "interval of the difference, taken clip by clip"
+    "interval of the difference, taken clip by clip. These clips chose it, and so flatter it; --shards judges it on others"
 )
 
 

@@ -407,7 +407,8 @@ def to_markdown(summary: dict[str, Any]) -> str:
                 "",
             ]
     lines += [
-        "Intervals are over clips, of whose figures the mean over the seeds is taken first. By:",
+        "Intervals are over clips, of whose figures the mean over the seeds is taken first. Of twenty settings that change",
+        "nothing, one leaves 0 by chance. By:",
         "",
         f"    {summary['command']}",
         "",

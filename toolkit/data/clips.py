@@ -143,7 +143,7 @@ def draw_window(clip: ClipInfo, settings: ClipSettings, seed: int, k: int) -> tu
 
 
 def draw_crop(settings: ClipSettings, seed: int, k: int, purpose: str = "crop") -> Crop:
-    """Draw what of the picture is seen, and whether it is mirrored; the centred whole where nothing is augmented."""
+    """Draw which part of the picture is seen, and whether it is mirrored; all of it, centred, where nothing is augmented."""
     if not settings.augmented:
         return Crop()
     side = 1 - settings.random_crop * uniform(seed, f"{purpose}/side", k)

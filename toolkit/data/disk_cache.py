@@ -30,9 +30,8 @@ class DiskCache:
 
     folder: Path
     limit_bytes: int
-    _unmeasured_bytes: float = field(
-        default=float("inf"), init=False, repr=False
-    )  # what others left there is not known yet
+    # what others left there is not known yet
+    _unmeasured_bytes: float = field(default=float("inf"), init=False, repr=False)
 
     def read(self, name: str, crc32: int) -> bytes | None:
         """Read a copy, and note that it was used; None where there is none, or one that was torn or edited."""

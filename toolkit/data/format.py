@@ -159,7 +159,7 @@ def is_whole(tar: Path) -> bool:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """A disk that fails says why, but not where."""
+    """Name the file that a failing disk could not read; its error says why, but not where."""
     try:
         yield
     except OSError as error:

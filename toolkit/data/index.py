@@ -102,8 +102,9 @@ def open_shards(folder: str | Path, split: Split) -> DatasetIndex:
 def open_sources(data: DataConfig, split: Split) -> DatasetIndex:
     """Load or build the index of every shard of a split, of data.shards or data.mix.
 
-    A source of a mix that has no validation shards is passed over where others have some. What is asked for again while no
-    file of it changed is given again: a start asks for the held-out clips six times.
+    A source of a mix that has no validation shards is passed over where others have some. The same index is returned as
+    long as no file of it changes: a start asks for the held-out clips six times.
+
     raises  UserError naming the source or shard that cannot be used
     """
     cache = DiskCache(Path(data.cache_dir).expanduser(), int(data.cache_gb * 1e9))
@@ -170,7 +171,7 @@ def _choose(tars: dict[str, list[Shard]], split: Split) -> dict[str, list[Shard]
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """What is another once a file was written, replaced or taken away."""
+    """A value that changes once a file is written, replaced or removed."""
     try:
         status = path.stat()
     except OSError:

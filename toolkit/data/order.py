@@ -120,7 +120,7 @@ class MixedOrder:
         return source, block * int(self._weights[source]) + int(ranks[slot])
 
     def _draw_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw which source stands at each place of a block, and the how-manieth of it that is: int64 (sum(w),) twice."""
+        """Draw which source stands at each place of a block, and its ordinal among that source's: int64 (sum(w),) each."""
         sources = np.repeat(np.arange(len(self._weights)), self._weights)
         sources = sources[permutation(len(sources), self.seed, "mix", block)]
         ranks = np.empty_like(sources)

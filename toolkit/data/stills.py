@@ -1,5 +1,4 @@
-"""Pictures as a user has them, to RGB: phones turn them and see more colours, editors make them transparent, cameras store
-16 bits, or a film.
+"""Reads pictures as users have them into upright sRGB: rotated, of wide gamut, transparent, or the end of a video.
 
 Test: pytest tests/data/test_stills.py
 """
