@@ -444,6 +444,14 @@ def test_names_are_never_confused(trained: Path, tmp_path: Path) -> None:
         assert named == (["trained", "other"] if name == "other" else [str(trained), str(run)])
 
 
+def test_a_scale_that_breaks_the_network_is_named(trained: Path, tmp_path: Path) -> None:
+    """Of several contenders, the one to be left out."""
+    with pytest.raises(
+        UserError, match=r"^lora_scale 1e\+30 at a gap of 4: the network's answer is not a finite number"
+    ):
+        evaluate_run(str(trained), clips=1, steps=1, sweep="lora_scale=1,1e30", out=str(tmp_path))
+
+
 def test_the_recommended_value_is_the_smallest_within_the_noise() -> None:
     """Not the best itself where a smaller one is as good on these clips; one that is worse on each clip alike is not."""
     best = torch.tensor([20.0, 24.0, 22.0, 28.0])

@@ -21,7 +21,7 @@ from toolkit.config import FED_BY, NETWORK_FIELDS, RunConfig
 from toolkit.data.index import open_sources
 from toolkit.errors import UserError, printable
 from toolkit.metrics import Distance, Features
-from toolkit.run.framer import Sampling, to_uint8
+from toolkit.run.framer import NotFinite, Sampling, to_uint8
 from toolkit.run.inference import Source, feeding, load_framer, read_source, recipe_sampling
 from toolkit.run.judge import Windows, average_frames, make_window, score_frames, score_whole
 
@@ -229,6 +229,8 @@ def run_contenders(
 ) -> Iterator[tuple[str, int, Result]]:
     """Generate and score the windows of every gap; contenders that are the same share one result.
 
+    raises  NotFinite naming the contender whose network makes no numbers of a window
+
     The network is read anew for each set of adapters: once they are folded in, the weights without them are gone.
     """
     from tqdm import tqdm
@@ -248,7 +250,10 @@ def run_contenders(
             framer = load_framer(source, source.config.diffusion.control, compiled)
             for sampling, (gap, own) in product(samplings, windows.items()):
                 made = (make_window(framer, own, i, sampling) for i in range(len(own)))
-                result = judge_windows(own, made, networks, bar.update)
+                try:
+                    result = judge_windows(own, made, networks, bar.update)
+                except NotFinite as error:
+                    raise NotFinite(f"{group[0]} at a gap of {gap}: {error}") from None
                 yield from ((label, gap, result) for label in group if contenders[label].sampling == sampling)
             del framer  # before the next one takes its room
 
