@@ -176,7 +176,7 @@ class Watch:
     changes: list[float] = field(default_factory=list)
     brightness: list[float] = field(default_factory=list)
     sharpness: dict[int, float] = field(default_factory=dict)
-    blocks: list[np.ndarray] = field(default_factory=list)
+    blocks: list[bytes] = field(default_factory=list)
     offsets: list[int] = field(default_factory=lambda: [0])
     before: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -204,7 +204,7 @@ class Watch:
         self.begin_s = min(self.begin_s, frame.time_s)
         self.sizes_px.append((frame.height_px, frame.width_px))
         self.brightness.append(float(luma_HW.mean()))
-        self.blocks.append(blocks(luma_HW))
+        self.blocks.append(blocks(luma_HW).tobytes())
         self.pictures.write(_picture(frame))
         self.offsets.append(self.pictures.tell())
 
@@ -279,7 +279,7 @@ class Watch:
             motion=motion_score(self.changes[start + 1 : stop], fps),
             brightness=round(float(np.mean(self.brightness[start:stop])), 2),
             sharpness=round(max(sampled, default=self.sharpness[nearest]), 4),
-            signature=b"".join(self.blocks[number].tobytes() for number in chosen),
+            signature=b"".join(self.blocks[number] for number in chosen),
             picture=self._strip([start, (start + stop - 1) // 2, stop - 1]),
             part=part,
         )
