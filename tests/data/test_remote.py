@@ -327,6 +327,21 @@ def test_cache_keeps_what_was_used_last(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_cache_is_of_use_to_several_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies are as readable as what their writer writes elsewhere, and are read by whoever may not date them anew."""
+    cache = DiskCache(tmp_path / "cache", 1000)
+    cache.write("x", b"x")
+    (copy,) = (tmp_path / "cache").iterdir()
+    (tmp_path / "plain").touch()
+    assert copy.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert cache.read("x", zlib.crc32(b"x")) == b"x"
+
+
 def test_cache_touches_only_its_own(tmp_path: Path) -> None:
     """What else lies in its folder, old and large, is neither counted nor removed; what a killed writer left is."""
     (tmp_path / "sub").mkdir()

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import os
 import re
-import tempfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,11 +37,12 @@ class DiskCache:
         path = self._path(name)
         try:
             data = path.read_bytes()
-            if zlib.crc32(data) != crc32:
-                return None
-            os.utime(path)
         except OSError:
             return None
+        if zlib.crc32(data) != crc32:
+            return None
+        with contextlib.suppress(OSError):  # another user's, or removed since
+            os.utime(path)
         return data
 
     def write(self, name: str, data: bytes) -> None:
@@ -52,9 +52,9 @@ class DiskCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self._path(name)
-            descriptor, aside = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=self.folder)
+            aside = f"{path}.{os.urandom(8).hex()}.tmp"
             try:
-                with open(descriptor, "wb") as file:
+                with open(aside, "xb") as file:  # readable by whom this user's files are; tempfile's are not
                     file.write(data)
                 with contextlib.suppress(FileNotFoundError):  # another process, over the bound, removed it already
                     os.replace(aside, path)
