@@ -69,13 +69,15 @@ def test_too_short_is_a_bad_sample() -> None:
         draw_window(ClipInfo(fps=25, frames=5, height=8, width=8), replace(SETTINGS, strides=(4,)), 0, 0)
 
 
-def test_flip_mirrors(packed: Path) -> None:
-    """A flipped clip is the mirror image of the plain one."""
-    index, flipping = open_shards(packed, "train"), replace(SETTINGS, flip=True)
+@pytest.mark.parametrize("width_px", [SETTINGS.width_px, SETTINGS.height_px // 2])
+def test_flip_mirrors(packed: Path, width_px: int) -> None:
+    """A flipped clip is the mirror image of the plain one, and any other is that; also where the sides are cut off."""
+    index, plainly = open_shards(packed, "train"), replace(SETTINGS, width_px=width_px)
+    flipping = replace(plainly, flip=True)
     flips = [draw_crop(flipping, 3, k).flip for k in range(20)]
     assert len(set(flips)) == 2
     for k, flip in enumerate(flips):
-        plain, maybe = (load_clip(index, 0, settings, 3, k).frames_THWC for settings in (SETTINGS, flipping))
+        plain, maybe = (load_clip(index, 0, settings, 3, k).frames_THWC for settings in (plainly, flipping))
         assert np.array_equal(maybe, plain[:, :, ::-1] if flip else plain)
 
 

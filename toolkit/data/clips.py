@@ -143,11 +143,13 @@ def draw_window(clip: ClipInfo, settings: ClipSettings, seed: int, k: int) -> tu
 
 
 def draw_crop(settings: ClipSettings, seed: int, k: int, purpose: str = "crop") -> Crop:
-    """Draw which part of the picture is seen, and whether it is mirrored; all of it, centred, where nothing is augmented."""
+    """Draw whether the picture is mirrored and, for a random_crop above 0, what part of it is seen and where that lies."""
     if not settings.augmented:
         return Crop()
-    side = 1 - settings.random_crop * uniform(seed, f"{purpose}/side", k)
     flip = settings.flip and integer(2, seed, f"{purpose}/flip", k) == 1
+    if not settings.random_crop:
+        return Crop(flip=flip)
+    side = 1 - settings.random_crop * uniform(seed, f"{purpose}/side", k)
     return Crop(side, uniform(seed, f"{purpose}/x", k), uniform(seed, f"{purpose}/y", k), flip)
 
 
