@@ -28,6 +28,7 @@ from toolkit.config import dump_config, load_config
 from toolkit.data.index import open_shards
 from toolkit.errors import UserError
 from toolkit.metrics import frechet_distance
+from toolkit.run.folder import newest_adapter
 from toolkit.run.framer import Sampling
 from toolkit.run.inference import load_framer, read_source
 from toolkit.run.judge import Windows, describe, load_held_out, load_windows, main_figure
@@ -396,6 +397,17 @@ def change_recipe(run: Path, tmp_path: Path, changes: dict[str, Any]) -> Path:
     other = Path(shutil.copytree(run, tmp_path / "other", dirs_exist_ok=True))
     (other / "config.yaml").write_text(dump_config(load_config(run / "config.yaml", changes)))
     return other
+
+
+def test_a_checkpoint_that_was_chosen_by_these_clips_is_said_to_be(
+    trained: Path, no_network: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The best one, not the newest."""
+    monkeypatch.setattr("toolkit.run.inference.best_checkpoint", newest_adapter)
+    for checkpoint in ("latest", "best"):
+        with pytest.raises(ZeroDivisionError):
+            evaluate_run(str(trained), checkpoint=checkpoint)
+        assert ("chose the best checkpoint" in capsys.readouterr().err) == (checkpoint == "best")
 
 
 def test_a_checkpoint_of_a_run_can_be_named(trained: Path, tmp_path: Path, no_network: None) -> None:

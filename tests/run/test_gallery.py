@@ -23,7 +23,7 @@ from toolkit.run.cache import cache_shards
 from toolkit.run.checkpoint import best_checkpoint, list_checkpoints
 from toolkit.run.framer import NotFinite
 from toolkit.run.gallery import Gallery
-from toolkit.run.judge import own_gaps
+from toolkit.run.judge import make_window, own_gaps
 from toolkit.run.manifest import write_manifest
 from toolkit.run.rows import read_rows
 
@@ -114,14 +114,22 @@ def test_best_may_be_a_figure(plain: dict[str, Any], shown: Path, tmp_path: Path
     assert max(psnr) == min(best + 3, 8) and best_checkpoint(run).name == f"step_{best:06d}"
 
 
-def test_a_number_that_is_none_ends_no_run(plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A window that comes out without a finite number has no figures; the run goes on, and what it learned is saved."""
+@pytest.mark.parametrize("windows", [(0, 1), (1,)])
+def test_a_number_that_is_none_ends_no_run(
+    plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch, windows: tuple[int, ...]
+) -> None:
+    """Where a window comes out without a finite number there are no figures, and no best by those of the windows that are left.
 
-    def broken(*_: Any) -> Any:
-        raise NotFinite("the network's answer is not a finite number")
+    The run goes on, and what it learned is saved.
+    """
 
-    monkeypatch.setattr("toolkit.run.gallery.make_window", broken)
-    run = train_here(plain | LOOKS | {"name": "broken", "schedule.steps": 2})
+    def breaks(framer: Any, own: Any, i: int, *rest: Any) -> Any:
+        if i in windows:
+            raise NotFinite("the network's answer is not a finite number")
+        return make_window(framer, own, i, *rest)
+
+    monkeypatch.setattr("toolkit.run.gallery.make_window", breaks)
+    run = train_here(plain | LOOKS | {"name": f"broken_{len(windows)}", "schedule.steps": 2})
     rows = read_rows(run / "validation.jsonl")
     assert [row["psnr"]["tuned"] for row in rows] == [None, None] and rows[0]["psnr"]["linear"] > 0
     assert (run / "checkpoints/step_000002").is_dir()

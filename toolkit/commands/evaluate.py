@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +113,11 @@ def evaluate_run(
     networks = Networks(read_lpips(config, lpips), read_fvd(config, fvd))
     sampling = recipe_sampling(config)
     warn_of_sampling(sources, sampling)
+    if checkpoint == "best" and shards is None:
+        print(
+            "note: held-out clips of these shards chose the best checkpoint, and so flatter it; --shards takes others",
+            file=sys.stderr,
+        )
     sampling = sampling if steps is None else replace(sampling, steps=steps)
     contenders = list_contenders(sources, sampling, sweep)
     windows = load_windows(config, [*dict.fromkeys(gaps)] or own_gaps(config), clips or config.validation.clips)

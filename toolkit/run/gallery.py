@@ -120,11 +120,14 @@ class Gallery:
         summed = self.world.all_reduce_sum(own_FTR.flatten().to(self.world.device))
         all_FN = torch.tensor(summed, dtype=torch.float64).view(len(names), -1)[:, : len(places)]
         of_gaps = zip(self.by_gap.values(), all_FN.split(len(self.windows), 1), strict=True)
-        return made, {
-            self._name(own, name): values_B
-            for own, all_FB in of_gaps
-            for name, values_B in zip(names, all_FB, strict=True)
-        }
+        figures_B: dict[str, Tensor] = {}
+        for own, all_FB in of_gaps:
+            if (
+                all_FB[names.index("psnr")].isnan().any()
+            ):  # else the network would be judged by the windows that it can do
+                all_FB.fill_(torch.nan)
+            figures_B |= {self._name(own, name): values_B for name, values_B in zip(names, all_FB, strict=True)}
+        return made, figures_B
 
     def _draw(self, monitor: Monitor, step: int, made: dict[int, Tensor], kept: dict[str, Tensor]) -> None:
         shown = sorted(made)[:SHOWN]
