@@ -118,7 +118,7 @@ def test_best_may_be_a_figure(plain: dict[str, Any], shown: Path, tmp_path: Path
 def test_a_number_that_is_none_ends_no_run(
     plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch, windows: tuple[int, ...]
 ) -> None:
-    """Where a window comes out without a finite number there are no figures, and no best by those of the windows that are left.
+    """Where a window comes out without a finite number there are no figures, and no best by the windows that are left.
 
     The run goes on, and what it learned is saved.
     """
