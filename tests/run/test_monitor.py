@@ -213,6 +213,19 @@ def test_the_recipe_is_listed_once_with_what_it_reached(
     assert read_numbers(tmp_path / "run") == read_numbers(run)
 
 
+def test_a_finished_run_that_goes_on_is_listed_by_the_recipe_it_ends_with(
+    run: Path, watched: dict[str, Any], tmp_path: Path
+) -> None:
+    """Another rate and more steps beside the losses they led to, not the recipe that it was first finished by."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    longer = {"runs_dir": str(tmp_path), "schedule.steps": watched["schedule.steps"] + 1, "optimizer.lr": 0.5}
+    train_here(watched | longer, allow_change=True)
+    recipe = read_hparams(read_board(copy), SESSION_START_INFO_TAG).session_start_info.hparams
+    assert recipe["optimizer.lr"].number_value == 0.5 and count_sessions(copy) == 1
+    assert recipe["schedule.steps"].number_value == longer["schedule.steps"]
+    assert len(read_board(copy).Scalars("loss/train")) == longer["schedule.steps"], "what the run wrote before stays"
+
+
 def test_how_it_ends_is_said(watched: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each line names the bound, the last one says where the time went; a finished run says nothing of it."""
     overrides = watched | {"runs_dir": str(tmp_path), "schedule.steps": 3, "log_every_steps": 1}

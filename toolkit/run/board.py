@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ BESIDE = {
 OWN = ""  # the run itself
 STACK = "time_stacked_s"  # of phases: the seconds to the end of each, since TensorBoard draws lines and no areas
 HISTOGRAM_BINS = 30  # as many as are drawn; numpy's own choice is without bound where one loss is far off
+RECIPE_SUFFIX = ".recipe"  # of the file that holds what TensorBoard lists of the recipe
 FIGURES = "validation"  # of figure, a contender a run; the tuned network is the run itself
 
 
@@ -118,15 +120,25 @@ class Board:
     def add_recipe(self, recipe: Mapping[str, Any]) -> None:
         """List a recipe's fields beside those of others, with the last values of losses and figures.
 
-        In the run's own file: add_hparams of torch makes a run of its own for it, whose metrics are copies.
+        In the run's own folder: add_hparams of torch makes a run of its own for it, whose metrics are copies. And in a file
+        of its own, for of several recipes TensorBoard shows the first.
         """
+        from torch.utils.tensorboard import FileWriter
         from torch.utils.tensorboard.summary import hparams
 
         metrics = [tag for tag in self.shown if tag.startswith(("loss/", f"{FIGURES}/"))]
         given = {name: value for name, value in recipe.items() if value is not None}
         fields = {name: value if isinstance(value, int | float) else str(value) for name, value in given.items()}
-        for summary in hparams(fields, dict.fromkeys(sorted(metrics), 0.0)):
-            self._writer.add_summary(summary)
+        self.drop_recipe()
+        self.writer.flush()  # TensorBoard reads a file no further once there is a newer one
+        with closing(FileWriter(str(self.folder), filename_suffix=RECIPE_SUFFIX)) as writer:
+            for summary in hparams(fields, dict.fromkeys(sorted(metrics), 0.0)):
+                writer.add_summary(summary)
+
+    def drop_recipe(self) -> None:
+        """List it no more: a run that was finished goes on, perhaps by another."""
+        for file in self.folder.glob(f"*{RECIPE_SUFFIX}"):
+            file.unlink()
 
     def close(self) -> None:
         for writer in self.writers.values():

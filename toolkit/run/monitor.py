@@ -137,6 +137,7 @@ class Monitor:
         }  # fmt: skip
         if step == self.start + 1:  # it starts loader workers, captures and compiles, which later ones do not
             self._say(f"first step in {own.total_s:.1f} s")
+            self.board.drop_recipe()
             self.timed_from = step, time.monotonic()
         if validation is not None:
             row |= {
