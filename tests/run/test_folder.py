@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
+from tests.checkpoints import save
 from tests.launching import RECIPE, train_here
 from toolkit.config import load_config
 from toolkit.data.index import open_shards
@@ -88,6 +89,33 @@ def test_another_adapter_to_start_from_is_refused(tmp_path: Path, allow_change: 
     for changed, new in ((other, "'b'"), (without, "None")):
         with pytest.raises(UserError, match=rf"another recipe \(lora.init_from was 'a', is {new}\)"):
             check_folder(changed, allow_change)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora.rank": 1}])
+def test_a_run_without_its_checkpoints_is_not_begun_again(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Deleted by hand, they leave a log that another start would cut to nothing, by whatever recipe."""
+    config = load_config(RECIPE, {"runs_dir": str(tmp_path)})
+    prepare_folder(config, fresh=False).close()
+    record_start(config)
+    check_folder(config)
+    save(config.folder, 2)
+    check_folder(config)
+    os.replace(config.folder / "checkpoints", tmp_path / "elsewhere")
+    for allow_change in (False, True):
+        with pytest.raises(UserError, match="none of the checkpoints that .* had is left"):
+            check_folder(load_config(RECIPE, {"runs_dir": str(tmp_path)} | changes), allow_change)
+    os.replace(tmp_path / "elsewhere", config.folder / "checkpoints")
+    check_folder(config)
+
+
+def test_a_renamed_folder_is_the_same_run(tmp_path: Path) -> None:
+    """Copied or renamed, a run goes on under its new name as if nothing was changed; for nothing is."""
+    config = load_config(RECIPE, {"runs_dir": str(tmp_path)})
+    prepare_folder(config, fresh=False).close()
+    record_start(config)
+    save(config.folder, 2)
+    os.replace(config.folder, tmp_path / "renamed")
+    assert check_folder(load_config(RECIPE, {"runs_dir": str(tmp_path), "name": "renamed"})) == ""
 
 
 def test_what_a_kill_left_half_written_goes(tmp_path: Path) -> None:

@@ -47,8 +47,8 @@ from toolkit.run.manifest import MANIFEST, PACKAGES, find_changed
 from toolkit.run.skips import cut_skips
 
 # Fields that may change between the start of a run and its resumption: they do not change what is computed.
-# The same data may lie elsewhere: its fingerprint is compared, not its place.
-FREE_FIELDS = ("runs_dir", "log_every_steps", "checkpoint.", "validation.", "data.shards", "data.mix",
+# The same data may lie elsewhere: its fingerprint is compared, not its place; and a run folder may be copied or renamed.
+FREE_FIELDS = ("name", "runs_dir", "log_every_steps", "checkpoint.", "validation.", "data.shards", "data.mix",
                "data.remote", "data.cache_", "data.debug", "data.workers", "data.max_bad_fraction", "engine.kind",
                "engine.deepspeed", "engine.shard_ranks", "engine.hang_timeout_s", "optimizer.max_skipped_steps",
                "model.attention", "model.blocks", "model.memory", "model.compile", "model.cuda_graphs")  # fmt: skip
@@ -319,6 +319,11 @@ def _check_same_recipe(folder: Path, config: RunConfig, allow_change: bool, reme
     saved = load_config(folder / "config.yaml")
     changed = {name: values for name, values in diff_configs(saved, config).items() if not name.startswith(FREE_FIELDS)}
     trained = any(p.suffix not in (".tmp", ".old") for p in (folder / "checkpoints").glob("step_*"))
+    if not trained and (folder / "LATEST").exists():  # which is there from the first checkpoint on
+        raise UserError(
+            f"none of the checkpoints that {folder} had is left, so a run could only begin again there, over what is logged "
+            "of the old one; put one back, or move the folder away, as --fresh does"
+        )
     if not changed or not trained:
         return ""
     rows = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())

@@ -163,7 +163,7 @@ def make_monitor(config: RunConfig, job: Job, world: World) -> Monitor:
     recipe = {
         name: value
         for name, value in flatten_config(config).items()
-        if name in SOURCES or not name.startswith(("name", *FREE_FIELDS))
+        if name in SOURCES or not name.startswith(FREE_FIELDS)
     }
     health = make_health(config, job) if world.is_main else None
     looks = losses_of(config)
