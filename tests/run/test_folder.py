@@ -118,6 +118,22 @@ def test_a_renamed_folder_is_the_same_run(tmp_path: Path) -> None:
     assert check_folder(load_config(RECIPE, {"runs_dir": str(tmp_path), "name": "renamed"})) == ""
 
 
+def test_what_is_no_adapters_shape_may_change(tmp_path: Path) -> None:
+    """With --allow_change, as README.md has it: dropout in the middle of a run that overfits; not what the adapter means."""
+    config, dropped, scaled = (
+        load_config(RECIPE, {"runs_dir": str(tmp_path)} | changes)
+        for changes in ({}, {"lora.dropout": 0.1}, {"lora.alpha": 1})
+    )
+    prepare_folder(config, fresh=False).close()
+    record_start(config)
+    save(config.folder, 2)
+    with pytest.raises(UserError, match="with --allow_change"):
+        check_folder(dropped)
+    assert check_folder(dropped, allow_change=True) == "lora.dropout was 0.0, is 0.1"
+    with pytest.raises(UserError, match="not even with --allow_change"):
+        check_folder(scaled, allow_change=True)
+
+
 def test_what_a_kill_left_half_written_goes(tmp_path: Path) -> None:
     """Of the files that the run alone writes; another program may be writing its own at this moment."""
     config = load_config(RECIPE, {"runs_dir": str(tmp_path)})

@@ -329,7 +329,7 @@ def _check_same_recipe(folder: Path, config: RunConfig, allow_change: bool, reme
     rows = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
     if not allow_change:
         raise UserError(f"{folder} was made by another recipe ({rows}); {remedy}")
-    if any(name.startswith("lora.") for name in changed):
+    if any(name.startswith("lora.") and name != "lora.dropout" for name in changed):
         raise UserError(
             f"{folder} was made by another recipe ({rows}), and an adapter cannot change in the middle of a run, not "
             "even with --allow_change; choose another --name"
