@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 
 from tests.launching import RECIPE, adapter_bytes, read_numbers, train_here
 from tests.model.control import make_controlnet
+from toolkit.authoring.pack import pack
 from toolkit.commands.evaluate import evaluate_run
 from toolkit.config import ModelConfig, load_config
+from toolkit.data.index import open_shards
 from toolkit.engine.world import init_world
 from toolkit.errors import UserError
 from toolkit.model.base import load_base
@@ -126,6 +128,24 @@ def test_a_run_outlives_the_adapter_it_started_from(plain: dict[str, Any]) -> No
     shutil.rmtree(second / "checkpoints/step_000002")
     train_here(overrides)
     assert adapter_bytes(second, 2) == ended
+
+
+@pytest.mark.parametrize("way", ["goes on", "starts from it"])
+def test_held_out_clips_that_were_trained_on_are_told(
+    plain: dict[str, Any], tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    """Where another packing holds out videos that a run was trained on, and it goes on there or another starts from it."""
+    pack(tiny_shards.parent / "videos", tmp_path / "again", holdout=0.5, gop=1)
+    own = {row.clip.source for row in open_shards(tiny_shards, "train").rows}
+    seen = [row.clip.source for row in open_shards(tmp_path / "again", "val").rows if row.clip.source in own]
+    first = train_here(plain | {"name": "first", "schedule.steps": 1})
+    second = {"name": "second", "lora.init_from": str(first)} if way == "starts from it" else {"name": "first"}
+    train_here(plain | second, allow_change=True)
+    assert "warning" not in capsys.readouterr().err, "the same data"
+    shutil.rmtree(first.with_name("second"), ignore_errors=True)
+    train_here(plain | second | {"data.shards": str(tmp_path / "again")}, allow_change=True)
+    told = f"warning: {len(seen)} held-out clips are, by name, of videos that were trained on before, such as {seen[0]}"
+    assert seen and told in capsys.readouterr().err
 
 
 def test_controlnet_in_training_is_off_unless_asked_for(plain: dict[str, Any], tiny_base: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ Test: pytest tests/commands/test_evaluate.py.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import math
 import sys
@@ -23,7 +22,7 @@ from toolkit.errors import UserError, printable
 from toolkit.metrics import Distance, Features
 from toolkit.run.framer import NotFinite, Sampling, to_uint8
 from toolkit.run.inference import Source, feeding, load_framer, read_source, recipe_sampling
-from toolkit.run.judge import Windows, average_frames, make_window, score_frames, score_whole
+from toolkit.run.judge import Windows, average_frames, find_trained, make_window, score_frames, score_whole
 
 SWEEPABLE = ("lora_scale", "ema", "sampler_steps", "max_guidance")
 RESERVED = ("linear", "base", "true")  # names of contenders that nobody trained
@@ -123,16 +122,9 @@ def _tell(sampling: Sampling, other: Sampling) -> str:
 
 
 def warn_of_trained(sources: Iterable[Source], judged: RunConfig, keys: Sequence[str]) -> None:
-    """Say where clips that are judged, by their keys, are of videos that were trained on.
-
-    Videos go by their names, or clips by their keys where shards name no video: their bytes differ from packing to packing.
-    """
-    trained: set[str] = set()
-    for source in sources:
-        with contextlib.suppress(UserError, OSError):  # the run's own shards may be gone
-            trained |= {row.clip.source or row.key for row in open_sources(source.config.data, "train").rows}
-    names = {row.key: row.clip.source or row.key for row in open_sources(judged.data, "val").rows}
-    if seen := [names[key] for key in keys if names[key] in trained]:
+    """Say where clips that are judged, by their keys, are of videos that were trained on."""
+    trained = find_trained((source.config.data for source in sources), judged.data)
+    if seen := [trained[key] for key in keys if key in trained]:
         print(
             f"warning: {len(seen)} of the {len(keys)} clips are, by name, of videos that were trained on, such as "
             f"{printable(seen[0])}",

@@ -5,6 +5,7 @@ Test: pytest tests/run
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
@@ -16,7 +17,7 @@ from typing import IO, Any
 
 import torch
 
-from toolkit.config import ZERO_STAGES, RunConfig, flatten_config, load_config, load_deepspeed_json
+from toolkit.config import ZERO_STAGES, RunConfig, flatten_config, load_config, load_deepspeed_json, parse_config
 from toolkit.data.clips import ClipSettings
 from toolkit.data.index import DatasetIndex, open_sources
 from toolkit.data.loader import Batch, make_loader
@@ -25,13 +26,13 @@ from toolkit.engine.fsdp2 import Fsdp2Engine
 from toolkit.engine.plain import AdamSettings, PlainEngine
 from toolkit.engine.world import World, is_restart
 from toolkit.engine.zero import ZeroEngine
-from toolkit.errors import UserError
+from toolkit.errors import UserError, printable
 from toolkit.model.base import PRECISIONS, Base, build_unet_on_meta, load_base, load_encoders, read_parameterization
 from toolkit.model.compile import compile_blocks
 from toolkit.model.controlnet import find_controlnet
 from toolkit.model.flat import NAME as FLAT
 from toolkit.model.flat import FlatAdapter
-from toolkit.model.formats import EXTRA_TENSORS
+from toolkit.model.formats import EXTRA_TENSORS, read_metadata
 from toolkit.model.lora import match_targets, start_from
 from toolkit.model.prepare import Plan, prepare_unet, tell_parts
 from toolkit.model.sources import find_weights, fingerprint_files
@@ -55,7 +56,7 @@ from toolkit.run.folder import (
 from toolkit.run.framer import Framer, check_objective
 from toolkit.run.gallery import Gallery
 from toolkit.run.inference import load_control, recipe_sampling
-from toolkit.run.judge import check_gaps, own_gaps, read_lpips
+from toolkit.run.judge import check_gaps, find_trained, own_gaps, read_lpips
 from toolkit.run.ledger import bad_limit
 from toolkit.run.manifest import find_fault
 from toolkit.run.memory import choose_parts, choose_plan, choose_replay, why_launched
@@ -114,6 +115,8 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     changed = "" if fresh else check_folder(config, allow_change)
     begun = not fresh and list_checkpoints(config.folder)  # its own adapter is further than the one it started from
     start = find_adapter(config.lora.init_from) if config.lora.init_from is not None and not begun else None
+    if world.is_main:
+        warn_of_trained(config, start, bool(begun))
     model = config.model
     if index.cached:
         check_cache(config)
@@ -280,6 +283,27 @@ def check_clips(config: RunConfig, index: DatasetIndex) -> None:
             f"{len(index) - usable} of {len(index)} training clips have fewer than the {span} frames that data.frames "
             f"{config.data.frames} at data.stride {stride} need; lower one of them, or raise "
             "data.max_bad_fraction to train on the others"
+        )
+
+
+def warn_of_trained(config: RunConfig, start: Path | None, begun: bool) -> None:
+    """Say where held-out clips are of videos that the run, or the adapter it starts from, was trained on before.
+
+    Packed anew with more videos, some that were trained on may be held out. A run is told when its data changes.
+
+    start  an adapter that the run starts from
+    begun  the run has a checkpoint
+    """
+    trained_on = [load_config(config.folder / "config.yaml").data] if begun else []
+    if start is not None:
+        with contextlib.suppress(UserError):  # of other programs, or older versions, that tell no recipe or another one
+            trained_on.append(parse_config(read_metadata(start).get("recipe"), start).data)
+    if trained := find_trained(trained_on, config.data):
+        print(
+            f"warning: {len(trained)} held-out clips are, by name, of videos that were trained on before, such as "
+            f"{printable(next(iter(trained.values())))}, so what is measured on them flatters; to hold out the same videos "
+            "as before, name them in the column split of a list for shards/pack.py --captions",
+            file=sys.stderr,
         )
 
 

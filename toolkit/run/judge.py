@@ -6,9 +6,10 @@ ends exist, so each figure compares with them; a contender is a linear blend, th
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from toolkit import metrics
-from toolkit.config import RunConfig
+from toolkit.config import DataConfig, RunConfig
 from toolkit.data.clips import Clip, ClipSettings, load_clip
 from toolkit.data.format import BadSample
 from toolkit.data.index import DatasetIndex, open_sources
@@ -107,6 +108,22 @@ def own_gaps(config: RunConfig) -> list[int]:
 def window_frames(config: RunConfig) -> int:
     """How many frames a judged window has, both ends included."""
     return 3 if config.diffusion.layout == "spec_middle" else config.data.frames
+
+
+def find_trained(trained_on: Iterable[DataConfig], judged_on: DataConfig) -> dict[str, str]:
+    """Held-out clips, by key, of videos that are to train on elsewhere, and these videos.
+
+    Videos go by their names, or clips by their keys where shards name no video: their bytes differ from packing to packing.
+    What is not there any more is passed over.
+    """
+    trained: set[str] = set()
+    for data in trained_on:
+        with contextlib.suppress(UserError, OSError):
+            trained |= {row.clip.source or row.key for row in open_sources(data, "train").rows}
+    with contextlib.suppress(UserError):  # none is held out
+        names = {row.key: row.clip.source or row.key for row in open_sources(judged_on, "val").rows}
+        return {key: name for key, name in names.items() if name in trained}
+    return {}
 
 
 def load_windows(config: RunConfig, gaps: Sequence[int], clips: int) -> dict[int, Windows]:
