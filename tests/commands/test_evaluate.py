@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from launch.evaluate import evaluate
 from tests.authoring.test_report import Page
+from tests.faults.test_checkpoints import fill, small_disk
 from tests.launching import train_here
 from tests.test_metrics import MeanColours, lpips_weights, save_video_network
 from toolkit.authoring.pack import pack
@@ -334,6 +335,16 @@ def test_a_folder_of_somebody_else_is_told_first(
         with pytest.raises(UserError, match=f"cannot write to {closed}; give another folder: --out FOLDER"):
             evaluate_run(str(trained), out=str(tmp_path / "run"))
     assert not list((tmp_path / "run/samples").iterdir())
+
+
+def test_a_full_disk_is_told_first(trained: Path, tmp_path: Path, no_network: None) -> None:
+    """What took an hour to generate would be lost there."""
+    with small_disk(tmp_path / "disk") as disk:
+        fill(disk, 1000)
+        with pytest.raises(
+            UserError, match=f"cannot write to {disk}: .*; free some space, or give another folder: --out"
+        ):
+            evaluate_run(str(trained), 1, 1, out=str(disk))
 
 
 def test_values_of_a_sweep_are_those_of_their_labels() -> None:

@@ -74,6 +74,22 @@ def test_a_kill_at_the_very_start_leaves_a_usable_folder(tmp_path: Path) -> None
         check_folder(config)
 
 
+@pytest.mark.parametrize("harm", ["a file", "another's"])
+def test_a_closed_place_is_refused_before_anything_is_loaded(
+    tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+) -> None:
+    """A file, and a folder of somebody else; that answer is made up, since modes do not stop root."""
+    monkeypatch.setattr("toolkit.run.job.load_base", lambda *_, **__: pytest.fail("loaded all the same"))
+    place = tmp_path / "runs"
+    if harm == "a file":
+        place.touch()
+    else:
+        place.mkdir()
+        monkeypatch.setattr("os.access", lambda path, mode: Path(path) != place)
+    with pytest.raises(UserError, match=f"cannot write to {place}, .*; choose another --runs_dir"):
+        train_here(tiny_run | {"runs_dir": str(place), "name": "a"})
+
+
 @pytest.mark.parametrize("allow_change", [False, True])
 def test_another_adapter_to_start_from_is_refused(tmp_path: Path, allow_change: bool) -> None:
     """As soon as there is a checkpoint, after which it is read no more: taken in silence, it would be taken for trained."""

@@ -32,6 +32,7 @@ from toolkit.commands.contenders import (
 )
 from toolkit.commands.report import write_page
 from toolkit.config import RunConfig
+from toolkit.data.files import try_place
 from toolkit.data.remote import is_remote
 from toolkit.errors import UserError
 from toolkit.metrics import (
@@ -57,6 +58,8 @@ from toolkit.run.judge import (
     window_frames,
 )
 from toolkit.run.strip import compose_strip, draw_strip
+
+ROOM_BYTES = 16 << 20  # more than figures, pictures and the page with them take
 
 
 def evaluate_run(
@@ -172,6 +175,7 @@ def make_folder(folder: Path) -> None:
     closed = next((place for place in (folder, folder / "samples") if not os.access(place, os.W_OK)), None)
     if closed is not None:  # a colleague's run, for one
         raise UserError(f"cannot write to {closed}; {remedy}")
+    try_place(folder, ROOM_BYTES, f"free some space, or {remedy}")
 
 
 def refuse_lost_shards(sources: dict[str, Source]) -> None:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
-import tempfile
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
@@ -24,6 +22,7 @@ from toolkit.commands.curves import Point, chart, stack_charts
 from toolkit.commands.doctor import examine
 from toolkit.commands.launcher import program
 from toolkit.config import RunConfig, load_config
+from toolkit.data.files import try_place
 from toolkit.data.index import DatasetIndex, open_sources
 from toolkit.data.loader import Batch, MicroBatches
 from toolkit.data.order import accumulation
@@ -67,7 +66,7 @@ def find_lr(recipe: str, steps: int, overrides: Mapping[str, Any]) -> dict[str, 
     index = open_sources(config.data, "train")
     if index.cached:
         check_cache(config)
-    try_place(config.folder)
+    try_place(config.folder, ROOM_BYTES, "free some space, or choose another --runs_dir")
     start, *trials = show_trials(try_rates(config, index, steps), steps)
     found, drawn = (config.folder / name for name in RATE_FILES)
     replace_text(drawn, stack_charts([draw(start.loss, trials)]))
@@ -100,20 +99,6 @@ def find_lr(recipe: str, steps: int, overrides: Mapping[str, Any]) -> dict[str, 
             f"{SLIGHT:.1%} (see {drawn}); look by launch/doctor.py at what trains, or give it more --steps"
         )
     return report
-
-
-def try_place(folder: Path) -> None:
-    """Make a folder; raises UserError where no files can be written to it, before what shall be in them is worked out."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:  # which is nowhere to be seen, and so never left behind
-            file.write(bytes(ROOM_BYTES))
-            file.flush()
-            os.fsync(file.fileno())  # some disks say only then that they are full
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror}; free some space, or choose another --runs_dir"
-        ) from None
 
 
 def try_rates(config: RunConfig, index: DatasetIndex, steps: int) -> Iterator[Trial]:

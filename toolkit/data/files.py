@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import tarfile
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +33,18 @@ def refuse_files_above(folder: Path) -> None:
     for path in (folder, *folder.parents):
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file, and shards lie in a folder; give a new or empty folder")
+
+
+def try_place(folder: Path, room_bytes: int, remedy: str) -> None:
+    """Make a folder; raises UserError where so much cannot be written to it, before what shall be in it is worked out."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:  # which is nowhere to be seen, and so never left behind
+            file.write(bytes(room_bytes))
+            file.flush()
+            os.fsync(file.fileno())  # some disks say only then that they are full
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; {remedy}") from None
 
 
 def refuse_irregular(path: Path, remedy: str = "take it out of the folder") -> None:

@@ -78,6 +78,13 @@ class Resume:
     misses: int = 0  # looks since that one
 
 
+def refuse_closed(folder: Path) -> None:
+    """Raise UserError where a run folder cannot be made or written to, as far as can be told without trying."""
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {place}, where {folder} is or shall be; choose another --runs_dir")
+
+
 def check_folder(config: RunConfig, allow_change: bool = False, remedy: str = REMEDY) -> str:
     """Refuse a run folder that does not belong to this recipe, naming the fields that differ; returns those allowed to.
 

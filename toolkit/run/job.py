@@ -52,6 +52,7 @@ from toolkit.run.folder import (
     find_resume,
     prepare_folder,
     record_start,
+    refuse_closed,
 )
 from toolkit.run.framer import Framer, check_objective
 from toolkit.run.gallery import Gallery
@@ -112,6 +113,7 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     index = open_sources(config.data, "train")
     check_clips(config, index)
     held_out = check_looks(config)
+    refuse_closed(config.folder)
     changed = "" if fresh else check_folder(config, allow_change)
     begun = not fresh and list_checkpoints(config.folder)  # its own adapter is further than the one it started from
     start = find_adapter(config.lora.init_from) if config.lora.init_from is not None and not begun else None
