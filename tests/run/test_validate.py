@@ -98,6 +98,18 @@ def test_a_resumed_run_keeps_its_best(plain: dict[str, Any], validated: Path, tm
     assert [folder.name for folder in list_checkpoints(run)] == [best, "step_000006"]
 
 
+def test_scores_that_are_not_compared_are_told(
+    plain: dict[str, Any], validated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A curve that jumps where the clips became others is no loss that rose; where nothing changed nothing is said."""
+    shutil.copytree(validated, tmp_path / "validated")
+    step, score = read_best(validated)
+    told = f"loss {score:.4f} of step {step} is not compared with what comes"
+    for changes in ({}, {"validation.clips": 1}):
+        train_here(plain | EVERY | {"name": "validated", "runs_dir": str(tmp_path)} | changes)
+        assert (told in capsys.readouterr().out) == bool(changes)
+
+
 def test_patience_ends_a_run(
     plain: dict[str, Any], validated: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

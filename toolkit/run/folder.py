@@ -178,6 +178,12 @@ def find_resume(
         cut_snapshots(folder, resume.step)
         point(folder)
         known = find_best(folder, look)
+        if known is None and (other := find_best(folder)) is not None:
+            print(
+                f"held-out clips, or how they are looked at, are not those of the steps up to {step}: {other.by} "
+                f"{other.score:.4f} of step {other.step} is not compared with what comes, in curves neither, and the best "
+                "begins anew"
+            )
         best, best_step = (known.score, known.step) if known is not None else (math.nan, 0.0)
     # the same on every rank
     best, best_step = world.all_reduce_sum(torch.tensor([best, best_step], dtype=torch.float64, device=world.device))
