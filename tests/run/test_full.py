@@ -19,6 +19,7 @@ from toolkit.model.base import load_base
 from toolkit.model.tuning import match_parameters
 from toolkit.model.unet import FramerUNet
 from toolkit.pipeline import FramerPipeline
+from toolkit.run.checkpoint import newest_good
 from toolkit.run.framer import Framer
 from toolkit.run.inference import load_framer, read_source
 from toolkit.run.job import build_job, make_batches
@@ -144,6 +145,18 @@ def test_refuses_what_cannot_be(full: dict[str, Any], overrides: dict[str, Any],
     """Before any weights are read, in a sentence."""
     with pytest.raises(UserError, match=said):
         train_here(full | overrides)
+
+
+def test_a_unet_that_may_be_pruned_is_told(
+    full: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run on a checkpoint of another needs it to its end, and that one deletes it as it goes on; a copy is left alone."""
+    newest = newest_good(train_here(full | {"schedule.steps": 1}), set_aside=False)
+    assert newest is not None
+    copy = shutil.copytree(newest, tmp_path / "copy")
+    for unet, told in ((newest, True), (copy, False)):
+        train_here(full | {"name": f"on-{told}", "schedule.steps": 1, "model.unet": str(unet)})
+        assert ("is a checkpoint that its own run deletes" in capsys.readouterr().err) is told
 
 
 def test_has_no_adapter_to_give(full: dict[str, Any], tmp_path: Path) -> None:

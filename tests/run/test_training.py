@@ -130,7 +130,7 @@ def test_a_run_outlives_the_adapter_it_started_from(plain: dict[str, Any]) -> No
     assert adapter_bytes(second, 2) == ended
 
 
-@pytest.mark.parametrize("way", ["goes on", "starts from it"])
+@pytest.mark.parametrize("way", ["goes on", "starts from it", "on its UNet"])
 def test_held_out_clips_that_were_trained_on_are_told(
     plain: dict[str, Any], tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], way: str
 ) -> None:
@@ -138,8 +138,13 @@ def test_held_out_clips_that_were_trained_on_are_told(
     pack(tiny_shards.parent / "videos", tmp_path / "again", holdout=0.5, gop=1)
     own = {row.clip.source for row in open_shards(tiny_shards, "train").rows}
     seen = [row.clip.source for row in open_shards(tmp_path / "again", "val").rows if row.clip.source in own]
-    first = train_here(plain | {"name": "first", "schedule.steps": 1})
-    second = {"name": "second", "lora.init_from": str(first)} if way == "starts from it" else {"name": "first"}
+    tuning = {"tuning": "full"} if way == "on its UNet" else {}
+    first = train_here(plain | tuning | {"name": "first", "schedule.steps": 1})
+    second = {
+        "goes on": {"name": "first"},
+        "starts from it": {"name": "second", "lora.init_from": str(first)},
+        "on its UNet": {"name": "second", "model.unet": str(shutil.copytree(newest_adapter(first), tmp_path / "unet"))},
+    }[way]
     train_here(plain | second, allow_change=True)
     assert "warning" not in capsys.readouterr().err, "the same data"
     shutil.rmtree(first.with_name("second"), ignore_errors=True)

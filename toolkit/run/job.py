@@ -56,7 +56,7 @@ from toolkit.run.folder import (
 )
 from toolkit.run.framer import Framer, check_objective
 from toolkit.run.gallery import Gallery
-from toolkit.run.inference import load_control, recipe_sampling
+from toolkit.run.inference import load_control, read_merged, recipe_sampling
 from toolkit.run.judge import check_gaps, find_trained, own_gaps, read_lpips
 from toolkit.run.ledger import bad_limit
 from toolkit.run.manifest import find_fault
@@ -119,6 +119,8 @@ def build_job(config: RunConfig, world: World, fresh: bool, allow_change: bool =
     start = find_adapter(config.lora.init_from) if config.lora.init_from is not None and not begun else None
     if world.is_main:
         warn_of_trained(config, start, bool(begun))
+        if config.model.unet is not None:
+            warn_of_borrowed(Path(config.model.unet))
     model = config.model
     if index.cached:
         check_cache(config)
@@ -289,7 +291,7 @@ def check_clips(config: RunConfig, index: DatasetIndex) -> None:
 
 
 def warn_of_trained(config: RunConfig, start: Path | None, begun: bool) -> None:
-    """Say where held-out clips are of videos that the run, or the adapter it starts from, was trained on before.
+    """Say where held-out clips are of videos that the run, or what it starts from, was trained on before.
 
     Packed anew with more videos, some that were trained on may be held out. A run is told when its data changes.
 
@@ -297,14 +299,27 @@ def warn_of_trained(config: RunConfig, start: Path | None, begun: bool) -> None:
     begun  the run has a checkpoint
     """
     trained_on = [load_config(config.folder / "config.yaml").data] if begun else []
-    if start is not None:
-        with contextlib.suppress(UserError):  # of other programs, or older versions, that tell no recipe or another one
-            trained_on.append(parse_config(read_metadata(start).get("recipe"), start).data)
+    for place, read in ((start, read_metadata), (config.model.unet, read_merged)):
+        if place is not None:
+            with contextlib.suppress(
+                UserError
+            ):  # of other programs, or older versions, that tell no recipe or another one
+                trained_on.append(parse_config(read(Path(place)).get("recipe"), place).data)
     if trained := find_trained(trained_on, config.data):
         print(
             f"warning: {len(trained)} held-out clips are, by name, of videos that were trained on before, such as "
             f"{printable(next(iter(trained.values())))}, so what is measured on them flatters; to hold out the same videos "
             "as before, name them in the column split of a list for shards/pack.py --captions",
+            file=sys.stderr,
+        )
+
+
+def warn_of_borrowed(unet: Path) -> None:
+    """Say so of a UNet among a run's checkpoints that it may not stay there: unlike an adapter, it is read at each start."""
+    if unet.parent.name == "checkpoints" and (unet.parent.parent / "config.yaml").exists():
+        print(
+            f"warning: model.unet {unet} is a checkpoint that its own run deletes once it has saved newer ones, and "
+            "without it this run can neither be resumed nor used; copy it elsewhere, and name the copy",
             file=sys.stderr,
         )
 
