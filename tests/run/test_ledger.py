@@ -69,6 +69,16 @@ def test_resume_cuts_to_where_it_starts(tmp_path: Path) -> None:
     assert read(tmp_path) == []
 
 
+def test_a_bad_clip_that_was_moved_is_the_same_one(tmp_path: Path) -> None:
+    """A run may go on where its shards lie elsewhere: counted once more there, too few would be too many."""
+    Ledger(tmp_path, 20, 0.1, ALONE).note([row(0, "a", "/here/train-0.tar"), row(1, "b", "/here/train-0.tar")])
+    moved = Ledger(tmp_path, 20, 0.1, ALONE)
+    moved.note([row(20, "a", "/there/train-0.tar"), row(21, "b", "/there/train-0.tar")])
+    assert moved.bad == moved.allowed == 2
+    with pytest.raises(UserError, match="3 of 20 clips are bad"):
+        moved.note([row(22, "b", "/there/train-1.tar")])
+
+
 @pytest.mark.parametrize(
     "torn", ['{"position": 1, "ke{"position": 2}', '{"position": 2}', "", "[]", "\udcff", "\0" * 99]
 )

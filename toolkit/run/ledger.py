@@ -51,7 +51,8 @@ class Ledger:
         self.clips = clips
         self.allowed = bad_limit(max_bad_fraction, clips)
         self.world = world
-        self._bad: dict[tuple[str, str], str] = {}  # (shard, key) -> reason; the main rank's
+        # by the shard's own name and the clip's: data that was moved is the same data. The main rank's
+        self._bad: dict[tuple[str, str], Substitution] = {}
         if world.is_main:
             self._count(_read(self.path))
 
@@ -79,12 +80,12 @@ class Ledger:
             raise UserError(fault)
 
     def _count(self, rows: Iterable[Substitution]) -> None:
-        self._bad |= {(row.shard, row.key): row.reason for row in rows}
+        self._bad |= {(Path(row.shard).name, row.key): row for row in rows}
 
     def _describe_too_many(self) -> str:
         if self.bad <= self.allowed:
             return ""
-        faults = [f"{key} in {shard}: {reason}" for (shard, key), reason in sorted(self._bad.items())]
+        faults = [f"{row.key} in {row.shard}: {row.reason}" for _, row in sorted(self._bad.items())]
         return (
             f"{self.bad} of {self.clips} clips are bad, allowed are {self.allowed} ({list_some(faults)}), see "
             f"{self.path}; run python shards/check.py on the folder, ask for fewer frames or a smaller stride, or raise "
