@@ -20,6 +20,7 @@ from toolkit.engine.world import World
 from toolkit.errors import UserError
 from toolkit.run.folder import await_folder, check_folder, prepare_folder, record_start
 from toolkit.run.job import check_clips
+from toolkit.run.watchdog import Watchdog
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -31,6 +32,21 @@ def test_a_second_job_is_refused_while_the_first_lives(tmp_path: Path, fresh: bo
         prepare_folder(config, fresh)
     lock.close()
     prepare_folder(config, fresh).close()
+
+
+def test_stacks_of_a_hang_outlast_starts_that_do_not_hang(tmp_path: Path) -> None:
+    """One that ends well leaves none, and one that was killed no more than the names of its ranks."""
+    config = load_config(RECIPE, {"runs_dir": str(tmp_path)})
+    for start in ("hung", "killed", "ended", "killed"):
+        prepare_folder(config, fresh=False).close()
+        watchdog = Watchdog(config.folder, 0, 1, timeout_s=60)
+        with watchdog:
+            report = config.folder / "stacks/rank_00000.txt"
+            left = report.read_text() + "at toolkit/run/trainer.py:1\n" * (start == "hung")
+        assert not report.exists()
+        if start != "ended":
+            report.write_text(left)
+    assert "trainer.py" in (config.folder / "stacks.before/rank_00000.txt").read_text()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])

@@ -13,7 +13,6 @@ import math
 import shlex
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch

@@ -45,6 +45,7 @@ from toolkit.run.ema import cut_snapshots
 from toolkit.run.ledger import cut_ledger
 from toolkit.run.manifest import MANIFEST, PACKAGES, find_changed
 from toolkit.run.skips import cut_skips
+from toolkit.run.watchdog import tells_of_hang
 
 # Fields that may change between the start of a run and its resumption: they do not change what is computed.
 # The same data may lie elsewhere: its fingerprint is compared, not its place; and a run folder may be copied or renamed.
@@ -113,7 +114,7 @@ def prepare_folder(config: RunConfig, fresh: bool) -> IO[str]:
         print(f"the old run is kept in {aside}")
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
-    if (folder / "stacks").exists():  # of an earlier start that hung
+    if any(map(tells_of_hang, (folder / "stacks").glob("*"))):
         shutil.rmtree(folder / "stacks.before", ignore_errors=True)
         os.replace(folder / "stacks", folder / "stacks.before")
     return lock

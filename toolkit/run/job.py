@@ -300,10 +300,9 @@ def warn_of_trained(config: RunConfig, start: Path | None, begun: bool) -> None:
     """
     trained_on = [load_config(config.folder / "config.yaml").data] if begun else []
     for place, read in ((start, read_metadata), (config.model.unet, read_merged)):
-        if place is not None:
-            with contextlib.suppress(
-                UserError
-            ):  # of other programs, or older versions, that tell no recipe or another one
+        # what other programs or older versions wrote tells no recipe, or another one
+        with contextlib.suppress(UserError):
+            if place is not None and Path(place).exists():
                 trained_on.append(parse_config(read(Path(place)).get("recipe"), place).data)
     if trained := find_trained(trained_on, config.data):
         print(

@@ -69,6 +69,7 @@ class Watchdog:
         for number in (signal.SIGALRM, signal.SIGUSR1):
             faulthandler.unregister(number)
         self._file.close()
+        self._report(self.rank).unlink(missing_ok=True)
 
     def _watch(self) -> None:
         pause_s = min(1.0, self.timeout_s / 10)
@@ -151,6 +152,11 @@ class Watchdog:
 
     def _report(self, rank: int) -> Path:
         return self.folder / f"rank_{rank:05d}.txt"
+
+
+def tells_of_hang(report: Path) -> bool:
+    """Whether there are stacks in a rank's report: one of a start that was killed says no more than who the rank was."""
+    return report.read_bytes().count(b"\n") > 1
 
 
 def summarize(places: dict[int, str], silent: list[int], timeout_s: float, folder: Path) -> str:
