@@ -448,6 +448,10 @@ def test_what_was_judged_is_told(judged: tuple[Path, dict[str, Any], list[tuple]
     page = Page((folder / "report.html").read_text()).text
     for told in (to_text(report), page):
         assert f"tuned: {place}" in told and f"clips of {shards}" in told
+    assert report["videos"] == report["clips"] > 1 and "of one video are alike" not in to_text(report)
+    for videos, said in ((1, "1 video;"), (2, "2 videos;")):
+        told = to_text(report | {"clips": 3, "videos": videos})
+        assert f"clips of {shards}: 3 of {said} clips of one video are alike" in told
     none = report | {"sweep": report["sweep"] | {"recommended": dict.fromkeys(report["gaps"], 0.0)}}
     assert "recommended lora_scale: 0, the untuned base: no scale is better" in to_text(none)
 

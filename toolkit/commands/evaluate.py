@@ -52,6 +52,7 @@ from toolkit.run.judge import (
     describe,
     load_windows,
     main_figure,
+    name_videos,
     own_gaps,
     read_lpips,
     rounded,
@@ -95,7 +96,7 @@ def evaluate_run(
     checkpoint  of each run: latest, best, or one such as step_000200
     returns   what evaluation.json holds: clips, psnr_linear, psnr_base, psnr_tuned, ssim_..., of the middle frame at the
               first gap by the recipe's own settings, what was judged on which shards, by which recipe, the first one's,
-              strip and report, two paths; all else by gap under "gaps"
+              how many videos the clips are of, strip and report, two paths; all else by gap under "gaps"
     """
     runs = [run] if isinstance(run, str) else [*run]
     sources = read_sources(runs, adapters, base, checkpoint)
@@ -147,6 +148,7 @@ def evaluate_run(
         "shards": [*config.data.sources],
         "recipe": config.model_dump(mode="json"),
         "clips": len(own),
+        "videos": len({video for key, video in name_videos(config.data, "val").items() if key in own.keys}),
     }
     for metric in ("psnr", "ssim"):
         for name, label in (("linear", "linear"), ("base", "base"), ("tuned", tuned)):

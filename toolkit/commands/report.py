@@ -85,7 +85,13 @@ def write_page(folder: Path, runs: Sequence[Path], report: dict[str, Any], pictu
 def judged_of(report: dict[str, Any]) -> list[str]:
     """What was judged, on which clips."""
     places = [f"{name}: {place}" for name, place in report["judged"].items()]
-    return [*places, f"clips of {' + '.join(report['shards'])}"]
+    of_videos, videos = "", report["videos"]
+    if videos < report["clips"]:
+        of_videos = (
+            f": {report['clips']} of {videos} video{'s' * (videos > 1)}; clips of one video are alike, so for other videos "
+            "the intervals are too narrow"
+        )
+    return [*places, f"clips of {' + '.join(report['shards'])}{of_videos}"]
 
 
 def recommended_of(sweep: dict[str, Any], gap: str) -> str:

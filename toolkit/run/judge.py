@@ -21,7 +21,7 @@ from toolkit import metrics
 from toolkit.config import DataConfig, RunConfig
 from toolkit.data.clips import Clip, ClipSettings, load_clip
 from toolkit.data.format import BadSample
-from toolkit.data.index import DatasetIndex, open_sources
+from toolkit.data.index import DatasetIndex, Split, open_sources
 from toolkit.data.trajectory import match_stills
 from toolkit.errors import UserError
 from toolkit.run.framer import FOUND_SCALE, Framer, Sampling, Steering, to_signed
@@ -110,19 +110,22 @@ def window_frames(config: RunConfig) -> int:
     return 3 if config.diffusion.layout == "spec_middle" else config.data.frames
 
 
+def name_videos(data: DataConfig, split: Split) -> dict[str, str]:
+    """The video that each clip of a split is of, by the clip's key; the key itself where shards name no video."""
+    return {row.key: row.clip.source or row.key for row in open_sources(data, split).rows}
+
+
 def find_trained(trained_on: Iterable[DataConfig], judged_on: DataConfig) -> dict[str, str]:
     """Held-out clips, by key, of videos that are to train on elsewhere, and these videos.
 
-    Videos go by their names, or clips by their keys where shards name no video: their bytes differ from packing to packing.
-    What is not there any more is passed over.
+    Videos go by their names, since their bytes differ from packing to packing. What is not there any more is passed over.
     """
     trained: set[str] = set()
     for data in trained_on:
         with contextlib.suppress(UserError, OSError):
-            trained |= {row.clip.source or row.key for row in open_sources(data, "train").rows}
+            trained |= {*name_videos(data, "train").values()}
     with contextlib.suppress(UserError):  # none is held out
-        names = {row.key: row.clip.source or row.key for row in open_sources(judged_on, "val").rows}
-        return {key: name for key, name in names.items() if name in trained}
+        return {key: video for key, video in name_videos(judged_on, "val").items() if video in trained}
     return {}
 
 
