@@ -1,6 +1,9 @@
 """What the environment says of a rank's place. Run: pytest tests/engine/test_world.py"""
 
+from typing import Any
+
 import pytest
+import torch
 
 from toolkit.engine.world import init_world, is_restart
 from toolkit.errors import UserError
@@ -36,3 +39,20 @@ def test_a_place_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_SIZE", "none of it")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     init_world(join=False)
+
+
+@pytest.mark.parametrize(("place", "gpu"), [(("3", "6", "0"), 0), (("5", "6", "2"), 2)])
+def test_ranks_meet_on_their_own_gpus(monkeypatch: pytest.MonkeyPatch, place: tuple[str, ...], gpu: int) -> None:
+    """Two machines of four GPUs, three ranks on each: the number of a rank is not that of its GPU."""
+    for name, value in zip(PLACE[:3], place, strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    met: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda device_ids=None: met.append(device_ids))
+    world = init_world()
+    world.barrier()
+    assert (world.device.index, met) == (gpu, [[gpu], [gpu]])

@@ -55,7 +55,8 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            # without it, NCCL's first barrier takes the GPU whose number is the rank's, modulo as many as there are
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def close(self) -> None:
         if dist.is_initialized():
@@ -88,6 +89,7 @@ def init_world(join: bool = True, hang_timeout_s: float = 0) -> World:
         ranks_here = _read_number("LOCAL_WORLD_SIZE", "LOCAL_SIZE", least=1, alone=size)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    world = World(rank, size, device) if join else World(0, 1, device)
     if join:
         if size == 1 and dist.is_initialized():  # left by a call that ended in an error, in a notebook for one
             dist.destroy_process_group()
@@ -98,8 +100,7 @@ def init_world(join: bool = True, hang_timeout_s: float = 0) -> World:
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo", timeout=timeout, store=store, rank=rank, world_size=size
             )
-            if size > 1:
-                dist.barrier()  # else the main rank might end on a refusal, and its store with it, while others still meet
+            world.barrier()  # else the main rank might end on a refusal, and its store with it, while others still meet
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"rank {rank} of {size} could not meet the others at {os.environ.get('MASTER_ADDR')}, port "
@@ -108,7 +109,7 @@ def init_world(join: bool = True, hang_timeout_s: float = 0) -> World:
             ) from error
         for name, value in zip((name for name, _, _ in _PLACE), (rank, size, local_rank), strict=True):
             os.environ.setdefault(name, str(value))
-    return World(rank, size, device) if join else World(0, 1, device)
+    return world
 
 
 def check_address(size: int) -> None:
