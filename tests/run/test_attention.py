@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,22 +12,36 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from tests.launching import ROOT, free_port
-from toolkit.engine.world import init_world
+from toolkit.config import LEAN, DataConfig, RunConfig
+from toolkit.diffusion.layout import make_layout
+from toolkit.engine.world import World, init_world
 from toolkit.model.attention import Attend, attend_sdpa, pin
-from toolkit.model.kernels import Size, by_rows
+from toolkit.model.kernels import Packed, Size, by_rows
+from toolkit.run import attention
 from toolkit.run.attention import agree, recall_fastest
 
 CPU, SIZE = torch.device("cpu"), (2, 16, 2, 16)
 RANKS = """
 import os
 import sys
+
+import torch
 from toolkit.engine.world import init_world
-from toolkit.run.attention import agree
+from toolkit.model.attention import attend_sdpa
+from toolkit.model.kernels import by_rows
+from toolkit.run.attention import agree, runs_everywhere
+
+
+def fail(qkv):
+    raise RuntimeError("no compiler")
+
 
 child = os.fork()  # imports take longer than all else here
 os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if child else "1"
 world = init_world()
-os.write(1, f"{world.rank} took {agree(world, lambda: sys.argv[1 + world.rank])}\\n".encode())
+right, size = by_rows(attend_sdpa), (4, 3, 1, 16)
+run = [runs_everywhere(kernel, size, torch.float32, world) for kernel in (right, [right, fail][world.rank])]
+os.write(1, f"{world.rank} took {agree(world, lambda: sys.argv[1 + world.rank])} {run}\\n".encode())
 world.close()
 if child:
     os.wait()
@@ -89,10 +104,30 @@ def test_who_does_not_join_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert agree(init_world(join=False), lambda: "flash") == "flash"
 
 
+@pytest.mark.parametrize(("runs", "kernel"), [(True, "flash + triton"), (False, "flash")])
+def test_what_is_remembered_must_run_now(monkeypatch: pytest.MonkeyPatch, runs: bool, kernel: str) -> None:
+    """On every rank: without a compiler the kernel along the frames would end the run at its first step."""
+    config = RunConfig(name="run", data=DataConfig(shards="shards", frames=5))
+    tried: list[Size] = []
+
+    def try_it(candidate: Packed, size: Size, *args: Any, **kwargs: Any) -> bool:
+        tried.append(size)
+        return runs
+
+    monkeypatch.setattr(attention, "agree", lambda world, find: "flash + triton")
+    monkeypatch.setattr(attention, "runs_everywhere", try_it)
+    world = World(0, 2, torch.device("cuda", 0))
+    assert attention.choose_kernel("auto", config, world, torch.bfloat16, LEAN) == kernel
+    assert [size[1:] for size in tried] == [(make_layout(config.diffusion.layout, 5).frames, 5, 64)]
+
+
 @pytest.mark.launch
 def test_every_rank_takes_the_main_ranks() -> None:
-    """Two ranks that find different kernels run the first one's."""
+    """Two ranks that find different kernels run the first one's; what does not run on one of them runs on neither."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RANKS, "flash + triton", "efficient"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | place, capture_output=True, text=True, timeout=120)
-    assert sorted(done.stdout.splitlines()) == ["0 took flash + triton", "1 took flash + triton"], done.stderr[-2000:]
+    assert sorted(done.stdout.splitlines()) == [
+        "0 took flash + triton [True, False]",
+        "1 took flash + triton [True, False]",
+    ], done.stderr[-2000:]

@@ -21,6 +21,8 @@ from toolkit.run.recall import recall
 
 _LATENT_PX, _HEADS = 8, SVD_CONFIG["num_attention_heads"]  # of SVD, before it is read
 _HEAD_DIM = SVD_CONFIG["block_out_channels"][0] // _HEADS[0]
+_TRITON = " + triton"  # in the names of KERNELS, after that of the rows' kernel
+_FEW = 64  # positions that a kernel is tried on
 
 
 def choose_kernel(choice: str, config: RunConfig, world: World, dtype: torch.dtype, parts: Collection[Part]) -> str:
@@ -44,15 +46,30 @@ def choose_kernel(choice: str, config: RunConfig, world: World, dtype: torch.dty
             return rows
         along = {"triton": attend_triton, rows: by_rows(KERNELS[rows].rows)}
         fastest = recall_fastest(along, along_frames, dtype, world.device, frames=True)
-        return f"{rows} + triton" if fastest == "triton" else rows
+        return f"{rows}{_TRITON}" if fastest == "triton" else rows
 
-    return agree(world, find)
+    kernel = agree(world, find)
+    few = (_FEW, *along_frames[0][1:])
+    if kernel.endswith(_TRITON) and not runs_everywhere(attend_triton, few, dtype, world, frames=True):
+        return kernel.removesuffix(_TRITON)
+    return kernel
 
 
 def agree(world: World, find: Callable[[], str]) -> str:
     """What the main rank finds, on every rank: two kernels round differently, and one of them may be slower."""
     names = list(KERNELS)
     return names[world.broadcast_int(names.index(find()) if world.is_main else 0)]
+
+
+def runs_everywhere(candidate: Packed, size: Size, dtype: torch.dtype, world: World, frames: bool = False) -> bool:
+    """Whether a kernel runs now on every rank, which all ask; Triton's needs a compiler, and stands back for no other.
+
+    What is remembered, or was found by the main rank, says nothing of this start, or of another machine.
+    """
+    runs = torch.tensor(
+        [float(len(_measure({"": candidate}, [size], dtype, world.device, frames)))], device=world.device
+    )
+    return world.all_reduce_sum(runs) == [world.size]
 
 
 def recall_fastest(
@@ -65,9 +82,7 @@ def recall_fastest(
     """The fastest candidate, as it was found when it was asked for first; None where none runs now. See measure."""
 
     def find() -> str:
-        seconds = measure(candidates, sizes, dtype, device, frames)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # else the memory plan would find less free than in a run that remembers
+        seconds = _measure(candidates, sizes, dtype, device, frames)
         if not seconds:
             raise LookupError
         return min(seconds, key=seconds.__getitem__)
@@ -77,6 +92,15 @@ def recall_fastest(
         return recall(question, find)
     except (LookupError, torch.OutOfMemoryError):  # not kept: the next start may find a compiler, or room
         return None
+
+
+def _measure(
+    candidates: Mapping[str, Packed], sizes: Sequence[Size], dtype: torch.dtype, device: torch.device, frames: bool
+) -> dict[str, float]:
+    seconds = measure(candidates, sizes, dtype, device, frames)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # else the memory plan would find less free than in a run that remembers
+    return seconds
 
 
 def _describe(device: torch.device) -> list[str]:
