@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.launching import RECIPE, adapter_bytes, read_numbers, train_here
 from tests.model.control import make_controlnet
@@ -128,6 +128,23 @@ def test_a_run_outlives_the_adapter_it_started_from(plain: dict[str, Any]) -> No
     shutil.rmtree(second / "checkpoints/step_000002")
     train_here(overrides)
     assert adapter_bytes(second, 2) == ended
+
+
+def test_weights_may_lie_elsewhere(plain: dict[str, Any], tiny_base: Path, tmp_path: Path) -> None:
+    """A run goes on where its base was moved to, exactly; another base there is refused, and so is one of another name."""
+    shutil.copytree(tiny_base, tmp_path / "here")
+    run = train_here(plain | {"name": "moved", "model.base": str(tmp_path / "here")})
+    ended = adapter_bytes(run, 2)
+    shutil.rmtree(run / "checkpoints/step_000002")
+    base = (tmp_path / "here").rename(tmp_path / "there")
+    going_on = plain | {"name": "moved", "model.base": str(base)}
+    assert adapter_bytes(train_here(going_on), 2) == ended
+    with pytest.raises(UserError, match="made by another recipe .model.base was .*there', is 'tiny'"):
+        train_here(going_on | {"model.base": "tiny"})
+    weights = base / "unet/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(UserError, match="base fingerprint was .*, is "):
+        train_here(going_on)
 
 
 @pytest.mark.parametrize("way", ["goes on", "starts from it", "on its UNet"])

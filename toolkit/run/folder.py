@@ -28,7 +28,7 @@ from toolkit.engine.plain import State
 from toolkit.engine.world import World
 from toolkit.errors import UserError
 from toolkit.model.formats import PEFT_FILES, find_file
-from toolkit.model.sources import fetch_top, is_hub_id
+from toolkit.model.sources import NAMED_BASES, fetch_top, is_hub_id
 from toolkit.model.tuning import ABOUT_FILE
 from toolkit.run.best import Look, count_misses
 from toolkit.run.checkpoint import (
@@ -202,8 +202,9 @@ def _load(
 ) -> Resume:
     folder, ema = checkpoint_folder(config.folder, step), config.checkpoint.ema
     state, tensors = load_checkpoint(folder, ema)
+    moved = {"base"} if state.get("base_fingerprint") == identity["base_fingerprint"] else {}  # not another one
     changed = [f"{key.replace('_', ' ')} was {state.get(key)}, is {value}"
-               for key, value in identity.items() if state.get(key) != value]  # fmt: skip
+               for key, value in identity.items() if state.get(key) != value and key not in moved]  # fmt: skip
     if changed and not allow_change:
         raise UserError(
             f"{folder} was made with something else ({'; '.join(changed)}), so the run could not go on exactly; put it "
@@ -329,9 +330,16 @@ def _lock(folder: Path) -> IO[str]:
     return lock
 
 
+def _is_moved(field: str, places: tuple[Any, Any]) -> bool:
+    """Whether the same weights may lie elsewhere now: once they are read, their fingerprint tells."""
+    local = (place is not None and place not in NAMED_BASES and not is_hub_id(place) for place in places)
+    return field in ("model.base", "model.unet", "model.controlnet") and all(local)
+
+
 def _check_same_recipe(folder: Path, config: RunConfig, allow_change: bool, remedy: str) -> str:
     saved = load_config(folder / "config.yaml")
-    changed = {name: values for name, values in diff_configs(saved, config).items() if not name.startswith(FREE_FIELDS)}
+    changed = {name: values for name, values in diff_configs(saved, config).items()
+               if not name.startswith(FREE_FIELDS) and not _is_moved(name, values)}  # fmt: skip
     trained = any(p.suffix not in (".tmp", ".old") for p in (folder / "checkpoints").glob("step_*"))
     if not trained and (folder / "LATEST").exists():  # which is there from the first checkpoint on
         raise UserError(
