@@ -202,9 +202,8 @@ def _load(
 ) -> Resume:
     folder, ema = checkpoint_folder(config.folder, step), config.checkpoint.ema
     state, tensors = load_checkpoint(folder, ema)
-    moved = {"base"} if state.get("base_fingerprint") == identity["base_fingerprint"] else {}  # not another one
     changed = [f"{key.replace('_', ' ')} was {state.get(key)}, is {value}"
-               for key, value in identity.items() if state.get(key) != value and key not in moved]  # fmt: skip
+               for key, value in identity.items() if state.get(key) != value]  # fmt: skip
     if changed and not allow_change:
         raise UserError(
             f"{folder} was made with something else ({'; '.join(changed)}), so the run could not go on exactly; put it "

@@ -358,7 +358,7 @@ def tell_launches(config: RunConfig, device: torch.device) -> str:
 def identify(config: RunConfig, base: Base, index: DatasetIndex) -> dict[str, Any]:
     """What must be as it was for a run to go on exactly: weights, data, and what the same seed draws."""
     identity: dict[str, Any] = {
-        "base": base.name, "base_fingerprint": fingerprint_files(base.files), "data_fingerprint": index.fingerprint,
+        "base_fingerprint": fingerprint_files(base.files), "data_fingerprint": index.fingerprint,
         "order_version": ORDER_VERSION, "rng_version": RNG_VERSION,
     }  # fmt: skip
     if config.diffusion.control:
