@@ -130,7 +130,8 @@ def test_t21_log_continuity(faults: Any, forked: Warm, small_run: dict[str, Any]
         for steps in kills:
             kill_after(forked.start(overrides), run, steps, 0)
         forked.run(overrides)
-        good = len(list((run / "tb").glob("events*"))) == 1 + len(kills) and same_run(run, undisturbed)
+        files = len(list((run / "tb").glob("events*")))  # of each start, and what lists the recipe
+        good = files == 1 + len(kills) + 1 and same_run(run, undisturbed)
         for tag, key in {"loss/train": "loss", "optimizer/grad_norm": "grad_norm"}.items():
             points = [(step, pytest.approx(value, rel=1e-6)) for step, value in read_scalars(run, tag)]
             good &= read_numbers(run, "step", key) == points
