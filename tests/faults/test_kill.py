@@ -82,6 +82,7 @@ def test_kill_before_the_first_checkpoint_starts_over(
     overrides, folder = copied
     for checkpoint in list_checkpoints(folder):
         shutil.rmtree(checkpoint)
+    (folder / "LATEST").unlink()
     (folder / "checkpoints/step_000002.tmp").mkdir()
     with (folder / "log.jsonl").open("a") as log:
         log.write('{"step": 7, "lo')
