@@ -86,27 +86,6 @@ def test_t15_hang(faults: Any, forked: Warm, small_run: dict[str, Any], undistur
     faults.end(passed)
 
 
-HOLD_THE_INTERPRETER = """
-import ctypes, pathlib, sys
-from toolkit.run import watchdog
-watchdog._BACKSTOP_S = 1
-def stand_still():
-    ctypes.PyDLL(None).sleep(60)  # unlike CDLL, it lets no other thread run
-with watchdog.Watchdog(pathlib.Path(sys.argv[1]), 0, 1, 0.5):
-    stand_still()
-"""
-
-
-def test_a_process_in_which_no_thread_can_run_leaves_its_stack(tmp_path: Path) -> None:
-    """A library that holds the interpreter's lock keeps the watchdog from waking; where it stands is written even so."""
-    report = tmp_path / "stacks/rank_00000.txt"
-    with subprocess.Popen([sys.executable, "-c", HOLD_THE_INTERPRETER, str(tmp_path)], cwd=ROOT) as process:
-        try:
-            wait_for(lambda: report.exists() and "in stand_still" in report.read_text(), 30)
-        finally:
-            process.kill()
-
-
 def test_t15_a_pause_is_no_hang(faults: Any, forked: Warm, small_run: dict[str, Any], undisturbed: Path) -> None:
     """Ctrl-Z, and fg after longer than the timeout, in the long form also all its grace: the run goes on, bit by bit."""
     trials, passed = faults.choose(short=1, long=3), 0
@@ -161,7 +140,7 @@ def test_a_slow_write_is_no_hang(forked: Warm, small_run: dict[str, Any], wound:
 def watch_alone(folder: Path, lines: str, ranks: int = 1) -> subprocess.Popen[str]:
     """Start a process of rank 0 on some lines of Python, watched with little patience; returns when the watch began."""
     code = f"""
-import ctypes, os, sys, time
+import itertools, os, sys, time
 from pathlib import Path
 from toolkit.run import watchdog
 watchdog._BACKSTOP_S = 0.5
@@ -187,7 +166,7 @@ def test_no_disk_keeps_a_run_that_hangs_from_its_end(tmp_path: Path, disk: str, 
 
 def test_stacks_where_python_cannot_run(tmp_path: Path) -> None:
     """A call that neither returns nor lets another thread of Python run: its stacks are written all the same."""
-    process = watch_alone(tmp_path, "ctypes.PyDLL(None).sleep(60)")
+    process = watch_alone(tmp_path, "sum(itertools.repeat(0))")
     wait_for(lambda: "in <module>" in (tmp_path / "stacks/rank_00000.txt").read_text(), 30)
     process.kill()
 
