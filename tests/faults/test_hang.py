@@ -167,8 +167,10 @@ def test_no_disk_keeps_a_run_that_hangs_from_its_end(tmp_path: Path, disk: str, 
 def test_stacks_where_python_cannot_run(tmp_path: Path) -> None:
     """A call that neither returns nor lets another thread of Python run: its stacks are written all the same."""
     process = watch_alone(tmp_path, "sum(itertools.repeat(0))")
-    wait_for(lambda: "in <module>" in (tmp_path / "stacks/rank_00000.txt").read_text(), 30)
-    process.kill()
+    try:
+        wait_for(lambda: "in <module>" in (tmp_path / "stacks/rank_00000.txt").read_text(), 30)
+    finally:
+        process.kill()  # it would never end
 
 
 def test_what_is_allowed_is_told(tmp_path: Path) -> None:
