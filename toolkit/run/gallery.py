@@ -122,9 +122,8 @@ class Gallery:
         of_gaps = zip(self.by_gap.values(), all_FN.split(len(self.windows), 1), strict=True)
         figures_B: dict[str, Tensor] = {}
         for own, all_FB in of_gaps:
-            if (
-                all_FB[names.index("psnr")].isnan().any()
-            ):  # else the network would be judged by the windows that it can do
+            # else a network that breaks on some windows would be judged by the others
+            if all_FB[names.index("psnr")].isnan().any():
                 all_FB.fill_(torch.nan)
             figures_B |= {self._name(own, name): values_B for name, values_B in zip(names, all_FB, strict=True)}
         return made, figures_B
