@@ -338,7 +338,10 @@ def test_an_export_is_used_from_the_hub(exported: Exported, tmp_path: Path) -> N
             assert done.returncode == 0 and (tmp_path / f"{source[0]}.mp4").stat().st_size, done.stderr
     snapshot = tmp_path / f"cache/models--signer--signs/snapshots/{COMMIT}"
     assert [file.name for file in snapshot.iterdir()] == ["pytorch_lora_weights.safetensors"]
-    assert refused.returncode == 2 and "cannot get signer/none from the hub: 404" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "no adapter at signer/none on this machine, and cannot get signer/none from the hub: 404" in refused.stderr
+    )
     assert len(refused.stderr.strip().splitlines()) == 1, refused.stderr
 
 

@@ -260,7 +260,10 @@ def find_adapter(source: str | Path, file: str = "") -> Path:
     named = str(source)
     if is_hub_adapter(named):
         name, _, revision = named.partition("@")
-        source = fetch_top(name, revision or None) / file
+        try:
+            source = fetch_top(name, revision or None) / file
+        except UserError as error:
+            raise UserError(f"no adapter at {named} on this machine, and {error}") from None
     else:
         source = Path(source).expanduser() / file
     if not source.exists():
